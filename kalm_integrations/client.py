@@ -1,0 +1,317 @@
+"""`KalmClient`: texts in, numpy vectors out, over any door, from any thread or loop.
+
+Both adapters are this class with their framework's method names. Requests run on the process's
+I/O thread; what is the caller's (its iterator, its callbacks, its progress bar) stays on the
+caller's side. The sync and async methods differ in how they wait, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from itertools import islice
+from typing import Literal, Self
+
+from pydantic import PrivateAttr
+
+from kalm_integrations import inputs
+from kalm_integrations.assembly import Assembly
+from kalm_integrations.batching import Batch, plan
+from kalm_integrations.flight import Flight
+from kalm_integrations.identity import VectorIdentity
+from kalm_integrations.io_thread import io_thread
+from kalm_integrations.prompts import Role
+from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
+from kalm_integrations.session import Call, Session
+from kalm_integrations.settings import ClientSettings
+from kalm_integrations.transports import Transport, open_transport
+
+log = logging.getLogger(__name__)
+_BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
+
+OnError = Literal["raise", "skip"]
+Progress = Callable[[int], object]
+
+
+class _SessionHolder:
+    """Where a client keeps its session. Touched on the I/O thread only.
+
+    A session belongs to one loop and so to one process: after a fork there is a new loop, and a
+    new session with it. Copies and pickles of the holder are empty, and all holders are equal:
+    clients compare by their settings.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._session: Session | None = None
+
+    def open(self, settings: ClientSettings, transport: Callable[[], Transport]) -> Session:
+        loop = asyncio.get_running_loop()
+        if self._session is None or self._loop is not loop:
+            self._loop, self._session = loop, Session(settings, transport())
+        return self._session
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None and self._loop is asyncio.get_running_loop():
+            await session.close()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SessionHolder)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+class KalmClient(ClientSettings):
+    """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
+
+    Takes the arguments of `ClientSettings`. Constructing it opens nothing. One object serves any
+    number of threads and event loops; it survives fork, pickling and copying, and its
+    connections close with the process at the latest.
+
+    Example:
+        >>> client = KalmClient(backend="local")
+        >>> client.embed(["How tall is K2?"], role="query").vectors.shape
+        (1, 512)
+    """
+
+    _sessions: _SessionHolder = PrivateAttr(default_factory=_SessionHolder)
+
+    def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role = "document",
+        on_progress: Progress | None = None,
+    ) -> EmbeddingResult:
+        """Embed texts: vectors[i] is of texts[i].
+
+        All texts are checked before the first is sent; identical ones are embedded once.
+
+        Args:
+            texts: Strings; see docs/bad-input.md for what can be embedded.
+            role: "document" or "query": chooses the instruction and the priority.
+            on_progress: Called with the number of texts that were finished since the last call.
+
+        Returns:
+            `vectors` of shape (len(texts), dimensions), float32, unit length.
+
+        Raises:
+            InvalidInputError: Texts that cannot be embedded, by index; nothing was sent, unless
+                only the model's own length limit could tell.
+            DeadlineExceededError: `timeout` ran out.
+            IdentityMismatchError: The vectors are of another space than expected.
+            KalmError: Base class of all of them; `partial` has what was finished.
+        """
+        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        assembly = Assembly(len(checked), self.vector_dimensions, self.vector_dtype)
+        with assembly.kept_on_error(), self._progress(len(checked), role, on_progress) as advance:
+            for part in self._run(self._plan(enumerate(checked), role), self._call(role)):
+                assembly.add(part)
+                advance(len(part))
+            return assembly.result(self.vector_identity)
+
+    async def aembed(
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role = "document",
+        on_progress: Progress | None = None,
+    ) -> EmbeddingResult:
+        """`embed`, without blocking the running event loop."""
+        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        assembly = Assembly(len(checked), self.vector_dimensions, self.vector_dtype)
+        with assembly.kept_on_error(), self._progress(len(checked), role, on_progress) as advance:
+            parts = self._arun(self._plan(enumerate(checked), role), self._call(role))
+            async with aclosing(parts):
+                async for part in parts:
+                    assembly.add(part)
+                    advance(len(part))
+            return assembly.result(self.vector_identity)
+
+    def iter_embed(
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role = "document",
+        on_error: OnError = "raise",
+    ) -> Generator[EmbeddedBatch]:
+        """Embed texts as they are read; yield vectors as they come, with their indices.
+
+        Memory stays bounded whatever the number of texts. Parts come in any order; identical
+        texts are embedded once within each 8,192 texts. `timeout` is for each request.
+
+        Args:
+            texts: Strings, from a list or any iterator, which is read on the caller's thread.
+                A list is checked before the first text is sent, an iterator as it is read.
+            role: "document" or "query".
+            on_error: "raise", or "skip": texts that cannot be embedded are reported in
+                `rejected`, and all others are embedded.
+
+        Yields:
+            Parts of the answer. After a failure, everything that has finished comes first.
+
+        Raises:
+            KalmError: As `embed`; what was yielded before stays good.
+        """
+        batches = self._plan_stream(texts, role, on_error)
+        return self._run(batches, self._call(role, on_error, each_request=True))
+
+    def aiter_embed(
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role = "document",
+        on_error: OnError = "raise",
+    ) -> AsyncGenerator[EmbeddedBatch]:
+        """`iter_embed`, without blocking the running event loop."""
+        batches = self._plan_stream(texts, role, on_error)
+        return self._arun(batches, self._call(role, on_error, each_request=True))
+
+    def warm_up(self) -> VectorIdentity:
+        """Have the service ready before it is needed; a cold start can take minutes.
+
+        Returns:
+            What the vectors will be, checked against `expected_identity`.
+        """
+        io_thread().submit(self._wake()).result()
+        return self.vector_identity
+
+    async def awarm_up(self) -> VectorIdentity:
+        """`warm_up`, without blocking the running event loop."""
+        await asyncio.wrap_future(io_thread().submit(self._wake()))
+        return self.vector_identity
+
+    def close(self) -> None:
+        """Close the connections. A later call opens new ones."""
+        io_thread().submit(self._sessions.close()).result()
+
+    async def aclose(self) -> None:
+        """`close`, without blocking the running event loop."""
+        await asyncio.wrap_future(io_thread().submit(self._sessions.close()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        copied._sessions = _SessionHolder()
+        return copied
+
+    def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
+        deadline = None if each_request else time.monotonic() + self.timeout
+        return Call(role=role, deadline=deadline, skip_invalid=on_error == "skip")
+
+    def _plan(self, texts: Iterable[tuple[int, str]], role: Role) -> Iterator[Batch]:
+        return plan(texts, self.template(role), self.request_limits)
+
+    def _plan_stream(self, texts: Iterable[str], role: Role, on_error: OnError) -> Iterator[Batch]:
+        read = inputs.iterate(texts)
+        if on_error == "raise" and isinstance(read, Sequence):
+            read = inputs.check(read, self.truncate)
+
+        def batches() -> Iterator[Batch]:
+            numbered = enumerate(read)
+            while block := list(islice(numbered, _BLOCK)):
+                valid, invalid = inputs.sort_out(block, self.truncate)
+                if invalid and on_error == "raise":
+                    raise inputs.refusal(invalid)
+                if invalid:
+                    yield Batch([], [], tuple(invalid))
+                yield from self._plan(valid, role)
+
+        return batches()
+
+    def _run(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
+        landed = threading.Event()
+        flight = Flight(self.max_concurrency, landed.set)
+        try:
+            for batch in flight.read(batches):
+                flight.launch(io_thread().submit(self._send(batch, call)))
+                if flight.full:
+                    landed.wait()
+                landed.clear()
+                yield from self._reported(flight.take())
+            while flight.flying:
+                landed.wait()
+                landed.clear()
+                yield from self._reported(flight.take())
+            flight.finish()
+        finally:
+            flight.cancel()
+
+    async def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
+        loop, landed = asyncio.get_running_loop(), asyncio.Event()
+        flight = Flight(self.max_concurrency, lambda: loop.call_soon_threadsafe(landed.set))
+        try:
+            for batch in flight.read(batches):
+                flight.launch(io_thread().submit(self._send(batch, call)))
+                if flight.full:
+                    await landed.wait()
+                landed.clear()
+                for part in self._reported(flight.take()):
+                    yield part
+            while flight.flying:
+                await landed.wait()
+                landed.clear()
+                for part in self._reported(flight.take()):
+                    yield part
+            flight.finish()
+        finally:
+            flight.cancel()
+
+    async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+        return await self._session().send(batch, call)
+
+    async def _wake(self) -> None:
+        await self._session().wake(self._call("query"))
+
+    def _session(self) -> Session:
+        return self._sessions.open(self, self._open_transport)
+
+    def _open_transport(self) -> Transport:
+        return open_transport(self)
+
+    def _reported(self, parts: Iterable[EmbeddedBatch]) -> Iterator[EmbeddedBatch]:
+        for part in parts:
+            if self.on_usage is not None and part.usage.requests:
+                try:
+                    self.on_usage(part.usage)
+                except Exception:  # the caller's accounting must not cost the caller's vectors
+                    log.exception("on_usage failed")
+            yield part
+
+    @contextmanager
+    def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:
+        if on_progress is not None:
+            yield on_progress
+        elif self.show_progress and role == "document":
+            with progress_bar(total) as advance:
+                yield advance
+        else:
+            yield lambda _: None
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Progress]:
+    """A bar on stderr, or a widget in a notebook; yields what moves it on."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="Embedding", unit=" texts") as bar:
+        yield bar.update

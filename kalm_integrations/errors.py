@@ -1,0 +1,137 @@
+"""Every error of this package: what happened, its class, what to do next.
+
+`KalmError.remedy` is appended to each message, so that the person who reads a log line
+needs no second look-up. `retryable` is read by one place only, `session.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+if TYPE_CHECKING:
+    from kalm_integrations.result import PartialResult
+
+
+class KalmError(Exception):
+    """Base class of every error that this package raises on purpose.
+
+    Attributes:
+        partial: What had been embedded when the call failed, by index in the caller's list;
+            None where the call embeds nothing.
+        retryable: Whether the same request may succeed later. The client has retried already.
+        remedy: What to do next.
+    """
+
+    retryable: ClassVar[bool] = False
+    remedy: ClassVar[str] = ""
+    partial: PartialResult | None = None
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (super().__str__(), self.remedy) if part)
+
+
+class ConfigurationError(KalmError, ValueError):
+    """An argument or a KALM_* variable that cannot work, found before anything was sent."""
+
+
+class EngineLoadError(KalmError):
+    """The engine's files are missing or are not the ones that were tested."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidText:
+    """One text that cannot be embedded: its index in the list of the call, and why."""
+
+    index: int
+    reason: str
+
+
+class InvalidInputError(KalmError, ValueError):
+    """Texts that cannot be embedded. Never retried.
+
+    Attributes:
+        invalid: Every offending text that was found, by its index in the caller's list.
+            Empty where the argument as a whole is wrong (a bare string, for instance).
+    """
+
+    SHOWN: ClassVar[int] = 5
+    remedy = (
+        'Mend or leave out these texts, or take the others with iter_embed(texts, on_error="skip").'
+    )
+
+    def __init__(self, message: str, invalid: Sequence[InvalidText] = ()) -> None:
+        super().__init__(message)
+        self.invalid = tuple(invalid)
+
+    @classmethod
+    def of(cls, invalid: Sequence[InvalidText]) -> Self:
+        """The error that names each of `invalid` by its index."""
+        shown = "; ".join(f"texts[{bad.index}] {bad.reason}" for bad in invalid[: cls.SHOWN])
+        more = len(invalid) - cls.SHOWN
+        return cls(shown + (f"; and {more} more." if more > 0 else "."), invalid)
+
+
+class InvalidArgumentError(InvalidInputError):
+    """The argument as a whole is not a list of texts, so that no index can be named."""
+
+    remedy = 'Pass a list of strings, for instance ["first text", "second text"].'
+
+
+class InputTooLongError(InvalidInputError):
+    """Texts over the model's length, with truncate="error"."""
+
+    remedy = (
+        'Split these texts, or pass truncate="end" to embed their beginnings, or take the '
+        'others with iter_embed(texts, on_error="skip").'
+    )
+
+
+class RequestTooLargeError(KalmError):
+    """The service takes no request of this size. The client splits it and goes on."""
+
+    remedy = "Lower batch_size."
+
+
+class DeadlineExceededError(KalmError, TimeoutError):
+    """The call's total time, `timeout`, ran out, retries and cold start included."""
+
+    remedy = "Raise timeout=, or call warm_up() before; finished vectors are in .partial."
+
+
+class ServiceUnavailableError(KalmError):
+    """The service cannot answer just now.
+
+    Attributes:
+        retry_after: Seconds that the service asked to wait, or None.
+    """
+
+    retryable = True
+    remedy = "The client has retried; look at the service's logs, then call again."
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TransportError(KalmError):
+    """A transport or engine failed in a way that it has no name for; the cause is chained."""
+
+    remedy = "This is a bug: please report it with the traceback."
+
+
+class InvalidResponseError(KalmError):
+    """The service's answer is not the vectors that were asked for: wrong count, dimensions,
+    type, values that are not finite, or no unit length. Nothing of that request is returned."""
+
+    remedy = "Do not store vectors of this service until it is mended."
+
+
+class IdentityMismatchError(KalmError):
+    """The service's vectors are of another space than the client expects."""
+
+    remedy = (
+        "Vectors of two spaces must not meet in one index. Point the client at the right "
+        "service, or, for a new index, pass the service's identity as expected_identity=."
+    )

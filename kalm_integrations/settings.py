@@ -1,0 +1,200 @@
+"""Every argument of the client and both adapters, declared once.
+
+Each is read from the argument, then from `KALM_` + its name in capitals, then from its default;
+all are checked on construction, which opens nothing. Unknown arguments are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from kalm_integrations import prompts
+from kalm_integrations.batching import RequestLimits
+from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
+from kalm_integrations.profiles import EMBEDDED, ModelProfile
+from kalm_integrations.result import Usage
+from kalm_integrations.wire import Truncate, VectorDtype
+
+ENVIRONMENT_PREFIX = "KALM_"
+
+NO_BACKEND = (
+    'backend="auto" found no service to talk to. For the embedded engine (a small model in this '
+    'process, for learning, tests and CI) pass backend="local" or set KALM_BACKEND=local. '
+    "The doors to a deployed KaLM service, HTTP and Modal RPC, are not in this version yet."
+)
+
+
+def _read_identity(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError("expected_identity is not the JSON of a space identity") from None
+    return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
+
+
+class ClientSettings(BaseModel):
+    """The arguments that `KalmClient` and both `KalmModalEmbeddings` share.
+
+    Raises:
+        pydantic.ValidationError: An argument is unknown, of a wrong type or value, or does not
+            go with another; the message says which and what would do. It is a `ValueError`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        ignored_types=(cached_property,),
+    )
+
+    backend: Literal["auto", "local"] = "auto"
+    """Where vectors come from. "local": the embedded engine, in this process. "auto" takes the
+    service that is configured, and raises if none is; it never falls back to "local"."""
+
+    model: str | None = None
+    """The model's name, checked against the backend's; None takes the backend's."""
+
+    dimensions: int | None = None
+    """Dimensions of the vectors; None is the model's native number."""
+
+    query_instruction: str | None = None
+    """A preset's name, a task sentence, or a template with {text}; see `prompts.resolve`. None is
+    the model's own default: the model card's prompt for KaLM, nothing for the embedded engine."""
+
+    document_instruction: str | None = None
+    """The same for documents. None is nothing, except where `query_instruction` names a symmetric
+    preset ("sts", "duplicates", ...): there documents carry the instruction too."""
+
+    truncate: Truncate = "error"
+    """A text over the model's length: "error" raises and names it, "end" embeds its beginning.
+    Pipelines that must not stop are best served by "end"."""
+
+    batch_size: int = Field(128, ge=1, le=2048)
+    """Most texts in one request."""
+
+    max_concurrency: int = Field(16, ge=1, le=256)
+    """Most requests in flight, over all calls of this object; queries have as many again of
+    their own, so that they never wait behind documents."""
+
+    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds for a whole call, retries and cold start included; for each request of
+    `iter_embed`, whose caller sets the pace."""
+
+    max_retries: int = Field(6, ge=0, le=100)
+    """Most retries of one request, for failures that may pass."""
+
+    vector_dtype: VectorDtype = "float16"
+    """Type in which vectors travel. float16 is finer than the bf16 that KaLM computes in and
+    takes half the bytes; float32 gives the engine's own bits."""
+
+    show_progress: bool = False
+    """A progress bar on stderr while documents are embedded."""
+
+    expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
+    """The space that the service must report, as a `SpaceIdentity`, its dict or its JSON; None
+    expects the backend's own model."""
+
+    on_usage: Callable[[Usage], None] | None = Field(default=None, exclude=True, repr=False)
+    """Called with the `Usage` of each call, on the caller's thread or loop."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_environment(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        names = ClientSettings.model_fields.keys() - data.keys() - {"on_usage"}
+        found = {name: os.environ.get(ENVIRONMENT_PREFIX + name.upper(), "") for name in names}
+        return {name: value for name, value in found.items() if value} | data
+
+    @model_validator(mode="after")
+    def _check(self) -> ClientSettings:
+        if self.backend == "auto":
+            raise ValueError(NO_BACKEND)
+        profile = self.profile
+        if self.model not in (None, profile.space.model):
+            raise ValueError(
+                f"model={self.model!r}: backend={self.backend!r} runs {profile.space.model!r}"
+            )
+        if self.dimensions not in (None, *profile.dimensions):
+            offered = ", ".join(map(str, profile.dimensions))
+            raise ValueError(
+                f"dimensions={self.dimensions}: {profile.space.model} has {offered}; "
+                "leave dimensions out for its native number"
+            )
+        _ = self.query_template, self.document_template  # raise for an instruction that is wrong
+        return self
+
+    @property
+    def profile(self) -> ModelProfile:
+        """What this client declares of the model behind its backend."""
+        return EMBEDDED
+
+    @property
+    def expected_space(self) -> SpaceIdentity:
+        """The space that every answer is compared with."""
+        return self.expected_identity or self.profile.space
+
+    @property
+    def vector_dimensions(self) -> int:
+        """Dimensions that every answer must have."""
+        return self.dimensions or self.profile.dimensions[0]
+
+    @property
+    def query_template(self) -> str:
+        """What queries are set into, with `{text}` where the query goes."""
+        if self.query_instruction is None:
+            return self.profile.query_template
+        return prompts.resolve(self.query_instruction)
+
+    @property
+    def document_template(self) -> str:
+        """What documents are set into, with `{text}` where the document goes."""
+        if self.document_instruction is not None:
+            return prompts.resolve(self.document_instruction)
+        if self.query_instruction is not None and prompts.is_symmetric(self.query_instruction):
+            return self.query_template
+        return prompts.AS_IS
+
+    @property
+    def vector_identity(self) -> VectorIdentity:
+        """What an index of this client's document vectors holds. Declared: asks no service."""
+        return VectorIdentity(
+            space=self.expected_space,
+            dimensions=self.vector_dimensions,
+            document_template=self.document_template,
+        )
+
+    @property
+    def cache_namespace(self) -> str:
+        """A name that changes exactly when document vectors may: for `CacheBackedEmbeddings` and
+        the like. Letters, digits and "-" only. Asks no service."""
+        return self._cache_namespace("document", self.document_template)
+
+    @property
+    def query_cache_namespace(self) -> str:
+        """The same for queries. Never share one cache namespace between both roles."""
+        return self._cache_namespace("query", self.query_template)
+
+    @property
+    def request_limits(self) -> RequestLimits:
+        """How much goes into one request."""
+        return RequestLimits(texts=self.batch_size, text_tokens=self.profile.max_tokens)
+
+    def template(self, role: prompts.Role) -> str:
+        """What texts of `role` are set into."""
+        return self.query_template if role == "query" else self.document_template
+
+    def _cache_namespace(self, role: prompts.Role, template: str) -> str:
+        # Truncation moves the vectors of long texts only, and never the space: cache keys only.
+        cut = self.profile.max_tokens if self.truncate == "end" else None
+        key = {"vectors": self.vector_identity.to_dict(), "template": template, "cut_at": cut}
+        return f"kalm-{role}-{fingerprint(key)}"

