@@ -30,7 +30,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     """KaLM, or the embedded engine, as a LlamaIndex embedding model.
 
     Takes the arguments of `ClientSettings`, and is a `KalmClient` too: `iter_embed`, `warm_up`
-    and the rest are there. Of LlamaIndex's own arguments, `model_name` is another name for
+    and the rest are there. LlamaIndex's own arguments work too: `model_name` must agree with
     `model`; `embed_batch_size` is how many texts LlamaIndex hands over at once (they travel in
     concurrent requests of `batch_size`), so leave it large.
 
@@ -40,24 +40,18 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 
     model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
 
-    embed_batch_size: int = Field(2048, gt=0, le=2048)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_model_name(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        name = data.pop("model_name", None)
-        if name is None:
-            return data
-        if data.get("model") not in (None, name):
-            raise ValueError(f"model={data['model']!r} and model_name={name!r} differ: pass model")
-        return data | {"model": name}
+    # Derived from `model`, so that a dump says it once.
+    model_name: str = Field(default="", exclude=True)
+    embed_batch_size: int = Field(default=2048, gt=0, le=2048)
 
     @model_validator(mode="after")
-    def _set_model_name(self) -> KalmModalEmbeddings:
-        self.model_name = self.profile.space.model
+    def _check_model_name(self) -> KalmModalEmbeddings:
+        served = self.profile.space.model
+        if self.model_name not in ("", served):
+            raise ValueError(
+                f"model_name={self.model_name!r}: backend={self.backend!r} runs {served!r}"
+            )
+        self.model_name = served
         return self
 
     @classmethod

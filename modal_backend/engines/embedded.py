@@ -124,12 +124,13 @@ class EmbeddedEngine:
     ) -> EngineOutput:
         """See `Engine.embed`. Between pieces of 16 texts a query may go first."""
         loop = asyncio.get_running_loop()
+        place = self._turns.place(_PRIORITY[role])
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
         for start in range(0, len(texts), _PIECE):
             piece = texts[start : start + _PIECE]
-            async with self._turns.turn(_PRIORITY[role]):
+            async with self._turns.turn(place):
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeadlineExceededError("the deadline passed before the engine was free.")
                 ids, long = await loop.run_in_executor(

@@ -1,4 +1,8 @@
-"""Take turns at one engine: the most urgent first, among equals the earliest."""
+"""Take turns at one engine: queries first, then whoever came first.
+
+A call that is long comes back for many turns. It keeps its place between them, so that calls
+finish one after the other, in the order of their arrival, instead of all together at the end.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +12,39 @@ import itertools
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+Place = tuple[int, int]
+
 
 class Turns:
-    """A lock with priorities, for the tasks of one event loop."""
+    """A lock with places in a queue, for the tasks of one event loop."""
 
     def __init__(self) -> None:
         self._taken = False
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Place, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
+    def place(self, priority: int) -> Place:
+        """A place in the queue: before every larger `priority`, after every earlier arrival.
+
+        It can wait for one turn at a time.
+        """
+        return priority, next(self._arrivals)
+
     @asynccontextmanager
-    async def turn(self, priority: int) -> AsyncGenerator[None]:
-        """Hold the lock. Of those waiting, the lowest `priority` gets it next."""
-        await self._take(priority)
+    async def turn(self, place: Place) -> AsyncGenerator[None]:
+        """Hold the lock. Of those waiting, the smallest `place` gets it next."""
+        await self._take(place)
         try:
             yield
         finally:
             self._pass_on()
 
-    async def _take(self, priority: int) -> None:
+    async def _take(self, place: Place) -> None:
         if not self._taken:
             self._taken = True
             return
         mine = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, next(self._arrivals), mine))
+        heapq.heappush(self._waiting, (place, mine))
         try:
             await mine
         except asyncio.CancelledError:
@@ -41,7 +54,7 @@ class Turns:
 
     def _pass_on(self) -> None:
         while self._waiting:
-            _, _, waiter = heapq.heappop(self._waiting)
+            _, waiter = heapq.heappop(self._waiting)
             if not waiter.done():  # a cancelled one gave up
                 waiter.set_result(None)
                 return

@@ -1,0 +1,34 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scripted import ScriptedTransport
+
+from kalm_integrations import KalmClient, retry
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith("KALM_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.001)
+
+
+@pytest.fixture
+def over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., KalmClient]:
+    """A client (or adapter) whose requests go to a scripted transport."""
+
+    def over(
+        transport: ScriptedTransport, kind: type[KalmClient] = KalmClient, **settings: Any
+    ) -> KalmClient:
+        monkeypatch.setattr("kalm_integrations.client.open_transport", lambda _: transport)
+        return kind(backend="local", **settings)
+
+    return over
