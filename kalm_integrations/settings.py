@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -52,8 +51,6 @@ class ClientSettings(BaseModel):
         frozen=True,
         hide_input_in_errors=True,
         protected_namespaces=(),
-        use_attribute_docstrings=True,
-        ignored_types=(cached_property,),
     )
 
     backend: Literal["auto", "local"] = "auto"

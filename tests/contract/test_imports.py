@@ -26,7 +26,10 @@ def run(code: str, *, without: str = "") -> str:
     """Run `code` in a new interpreter, in which the package `without` cannot be imported."""
     block = f"import sys; sys.modules[{without!r}] = None\n" if without else ""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block + code], capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", block + code],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     return done.stdout + done.stderr
 

@@ -24,6 +24,7 @@ def embed(text):
 def run(code: str, *, timeout: float = 60) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PREAMBLE + code],
+        check=False,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -59,7 +60,9 @@ def test_worker_processes(method: str, tmp_path) -> None:  # type: ignore[no-unt
         "        there = pool.map(embed, ['text 0', 'text 1', 'text 2'], chunksize=1)\n"
         "    print(there[1] == here, len(there))\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script], check=False, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "True 3\n", done.stderr
 
 
