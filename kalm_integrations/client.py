@@ -14,13 +14,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import islice
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import PrivateAttr
 
 from kalm_integrations import inputs
 from kalm_integrations.assembly import Assembly
 from kalm_integrations.batching import Batch, plan
+from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.flight import Flight
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.io_thread import io_thread
@@ -106,6 +107,7 @@ class KalmClient(ClientSettings):
         Raises:
             InvalidInputError: Texts that cannot be embedded, by index; nothing was sent, unless
                 only the model's own length limit could tell.
+            ConfigurationError: `role` is neither.
             DeadlineExceededError: `timeout` ran out.
             IdentityMismatchError: The vectors are of another space than expected.
             KalmError: Base class of all of them; `partial` has what was finished.
@@ -215,6 +217,10 @@ class KalmClient(ClientSettings):
         return copied
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
+        # Taken for another, a misspelt word would cost the instruction, or the error.
+        for name, value, known in (("role", role, Role), ("on_error", on_error, OnError)):
+            if value not in get_args(known):
+                raise ConfigurationError(f"{name}={value!r}: it is one of {get_args(known)}.")
         deadline = None if each_request else time.monotonic() + self.timeout
         return Call(role=role, deadline=deadline, skip_invalid=on_error == "skip")
 

@@ -31,6 +31,7 @@ from scripted import (
 
 from kalm_integrations import KalmClient, KalmError
 from kalm_integrations.errors import (
+    ConfigurationError,
     DeadlineExceededError,
     IdentityMismatchError,
     InputTooLongError,
@@ -125,6 +126,15 @@ class TestPlanning:
         task = "Given a web search query, retrieve relevant passages that answer the query"
         assert transport.sent == [f"Instruct: {task}\nQuery:x\n", "D: x\n"]
         assert [request.role for request in transport.requests] == ["query", "document"]
+
+    @every_way
+    def test_a_role_that_is_none_is_refused(self, over: Over, way: Way) -> None:
+        transport = ScriptedTransport()
+        with pytest.raises(ConfigurationError, match=r"role='passage': it is one of \('query', "):
+            way(over(transport), ["a"], role="passage")
+        with pytest.raises(ConfigurationError, match="on_error='ignore'"):
+            over(transport).iter_embed(["a", ""], on_error="ignore")  # type: ignore[arg-type]
+        assert transport.requests == []
 
     @every_way
     def test_no_texts_need_no_service(self, over: Over, way: Way) -> None:
