@@ -1,7 +1,8 @@
 """Every error of this package: what happened, its class, what to do next.
 
-`KalmError.remedy` is appended to each message, so that the person who reads a log line
-needs no second look-up. `retryable` is read by one place only, `session.py`.
+One table, used on both sides of the wire: a service answers with an error's `status` and `code`,
+a client makes the same error of them again. `remedy` is appended to each message, so that the
+person who reads a log line needs no second look-up. Only `retry.py` reads `retryable`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ class KalmError(Exception):
             None where the call embeds nothing.
         retryable: Whether the same request may succeed later. The client has retried already.
         remedy: What to do next.
+        status: The HTTP status that a service answers with.
+        code: The stable name in that answer's body.
     """
 
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
     remedy: ClassVar[str] = ""
     partial: PartialResult | None = None
@@ -35,9 +40,14 @@ class KalmError(Exception):
 class ConfigurationError(KalmError, ValueError):
     """An argument or a KALM_* variable that cannot work, found before anything was sent."""
 
+    status = 400
+    code = "invalid_request"
+
 
 class EngineLoadError(KalmError):
     """The engine's files are missing or are not the ones that were tested."""
+
+    code = "engine_not_loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,8 @@ class InvalidInputError(KalmError, ValueError):
             Empty where the argument as a whole is wrong (a bare string, for instance).
     """
 
+    status = 400
+    code = "invalid_input"
     SHOWN: ClassVar[int] = 5
     remedy = (
         'Mend or leave out these texts, or take the others with iter_embed(texts, on_error="skip").'
@@ -76,12 +88,16 @@ class InvalidInputError(KalmError, ValueError):
 class InvalidArgumentError(InvalidInputError):
     """The argument as a whole is not a list of texts, so that no index can be named."""
 
+    status = 400
+    code = "invalid_argument"
     remedy = 'Pass a list of strings, for instance ["first text", "second text"].'
 
 
 class InputTooLongError(InvalidInputError):
     """Texts over the model's length, with truncate="error"."""
 
+    status = 400
+    code = "input_too_long"
     remedy = (
         'Split these texts, or pass truncate="end" to embed their beginnings, or take the '
         'others with iter_embed(texts, on_error="skip").'
@@ -91,12 +107,16 @@ class InputTooLongError(InvalidInputError):
 class RequestTooLargeError(KalmError):
     """The service takes no request of this size. The client splits it and goes on."""
 
+    status = 413
+    code = "request_too_large"
     remedy = "Lower batch_size."
 
 
 class DeadlineExceededError(KalmError, TimeoutError):
     """The call's total time, `timeout`, ran out, retries and cold start included."""
 
+    status = 504
+    code = "deadline_exceeded"
     remedy = "Raise timeout=, or call warm_up() before; finished vectors are in .partial."
 
 
@@ -107,6 +127,8 @@ class ServiceUnavailableError(KalmError):
         retry_after: Seconds that the service asked to wait, or None.
     """
 
+    status = 503
+    code = "service_unavailable"
     retryable = True
     remedy = "The client has retried; look at the service's logs, then call again."
 
@@ -115,9 +137,49 @@ class ServiceUnavailableError(KalmError):
         self.retry_after = retry_after
 
 
+class RateLimitError(ServiceUnavailableError):
+    """Too many requests at a time, or in a minute."""
+
+    status = 429
+    code = "rate_limited"
+    remedy = "The client has retried; lower max_concurrency, or ask for a higher limit."
+
+
+class ConnectionFailedError(ServiceUnavailableError):
+    """The service was not reached, or the connection broke before the whole answer was there."""
+
+    code = "connection_failed"
+    remedy = "The client has retried; check base_url, the network and whether the service runs."
+
+
+class AuthenticationError(KalmError):
+    """No credential, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+    remedy = "Pass api_key=, or set KALM_API_KEY, as the service was started with."
+
+
+class PermissionDeniedError(KalmError):
+    """The credential is known but does not allow this."""
+
+    status = 403
+    code = "permission_denied"
+    remedy = "Use a credential that may call this service."
+
+
+class NotFoundError(KalmError):
+    """Nothing is served at this address, or not this model."""
+
+    status = 404
+    code = "not_found"
+    remedy = "Check base_url= and model=; GET /v1/models lists what a service has."
+
+
 class TransportError(KalmError):
     """A transport or engine failed in a way that it has no name for; the cause is chained."""
 
+    code = "unexpected"
     remedy = "This is a bug: please report it with the traceback."
 
 
@@ -125,12 +187,14 @@ class InvalidResponseError(KalmError):
     """The service's answer is not the vectors that were asked for: wrong count, dimensions,
     type, values that are not finite, or no unit length. Nothing of that request is returned."""
 
+    code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is mended."
 
 
 class IdentityMismatchError(KalmError):
     """The service's vectors are of another space than the client expects."""
 
+    code = "identity_mismatch"
     remedy = (
         "Vectors of two spaces must not meet in one index. Point the client at the right "
         "service, or, for a new index, pass the service's identity as expected_identity=."

@@ -1,13 +1,18 @@
-"""What travels between a client and a service, whichever door it takes."""
+"""What travels between a client and a service, whichever door it takes.
+
+Vectors travel as safetensors: a standard of the field, compact, nothing executable in it.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kalm_integrations.errors import InvalidResponseError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
@@ -49,3 +54,45 @@ class EmbedAnswer:
     vectors: Vectors
     identity: SpaceIdentity | None
     usage: Usage
+
+
+MEDIA_TYPE: Final = "application/vnd.safetensors"
+IDENTITY_HEADER: Final = "X-Kalm-Identity"
+"""Fingerprint of the served space, on every HTTP answer."""
+TIMEOUT_HEADER: Final = "X-Kalm-Timeout"
+"""Seconds that an HTTP caller still waits."""
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+
+
+def pack(answer: EmbedAnswer) -> bytes:
+    """`answer` as safetensors: tensor "vectors", identity and usage in the metadata."""
+    from safetensors.numpy import save
+
+    metadata = {"usage.tokens": str(answer.usage.tokens)}
+    if answer.identity is not None:
+        metadata["identity"] = json.dumps(answer.identity.to_dict())
+    return save({"vectors": answer.vectors}, metadata=metadata)
+
+
+def unpack(body: bytes) -> EmbedAnswer:
+    """The inverse of `pack`.
+
+    Raises:
+        InvalidResponseError: `body` is not what `pack` makes: cut off, of another type, not
+            safetensors at all. Nothing in it is ever executed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        vectors = load(body)["vectors"]  # checks sizes and offsets
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        metadata = header["__metadata__"]
+        identity = metadata.get("identity")
+        return EmbedAnswer(
+            vectors=vectors,
+            identity=None if identity is None else SpaceIdentity.from_dict(json.loads(identity)),
+            usage=Usage(tokens=int(metadata["usage.tokens"]), requests=1),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InvalidResponseError(f"the answer is not packed vectors ({error!r}).") from error

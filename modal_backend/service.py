@@ -14,8 +14,10 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
 )
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from modal_backend.admission import Admission
 from modal_backend.engines import Engine
 
 MAX_TEXTS: Final = 2048
@@ -25,13 +27,34 @@ MAX_TEXTS: Final = 2048
 class EmbeddingService:
     """Requests in, answers out, over one loaded engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self._engine = engine
+        self._admission = admission or Admission()
 
     @property
     def identity(self) -> SpaceIdentity:
         """The loaded engine's own."""
         return self._engine.identity
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """What can be asked for, the native number first."""
+        return self._engine.dimensions
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text."""
+        return self._engine.max_tokens
+
+    @property
+    def query_template(self) -> str:
+        """What the model wants a query to be set into."""
+        return self._engine.query_template
+
+    @property
+    def inside(self) -> dict[Role, int]:
+        """Texts waiting or computed, by role."""
+        return self._admission.inside
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Answer one request.
@@ -41,6 +64,7 @@ class EmbeddingService:
             ConfigurationError: Dimensions that the engine does not have.
             RequestTooLargeError: Over `MAX_TEXTS` texts.
             DeadlineExceededError: `request.timeout` passed.
+            ServiceUnavailableError: Too much is waiting already.
         """
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         if len(request.texts) > MAX_TEXTS:
@@ -53,9 +77,10 @@ class EmbeddingService:
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
         texts = inputs.check(request.texts, request.truncate)
-        output = await self._engine.embed(
-            texts, role=request.role, truncate=request.truncate, deadline=deadline
-        )
+        with self._admission.admit(request.role, len(texts)):
+            output = await self._engine.embed(
+                texts, role=request.role, truncate=request.truncate, deadline=deadline
+            )
         if output.vectors.shape != (len(texts), self._engine.dimensions[0]):
             raise InvalidResponseError(
                 f"the engine gave {output.vectors.shape} for {len(texts)} texts."

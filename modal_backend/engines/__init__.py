@@ -30,6 +30,7 @@ class Engine(Protocol):
         identity: Read off what was loaded, never off settings.
         dimensions: Numbers of dimensions that its vectors can be cut to, the native one first.
         max_tokens: Longest text.
+        query_template: What the model wants a query to be set into.
     """
 
     @property
@@ -40,6 +41,9 @@ class Engine(Protocol):
 
     @property
     def max_tokens(self) -> int: ...
+
+    @property
+    def query_template(self) -> str: ...
 
     async def embed(
         self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None

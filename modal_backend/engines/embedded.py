@@ -29,7 +29,7 @@ from kalm_integrations.errors import (
     InvalidText,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.prompts import Role
+from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
 from modal_backend.engines import EngineOutput
 from modal_backend.engines.turns import Turns
@@ -61,6 +61,7 @@ class EmbeddedEngine:
 
     max_tokens = MAX_TOKENS
     dimensions = (DIMENSIONS,)
+    query_template = AS_IS  # it is not instruction-tuned
 
     def __init__(self, tokenizer: Any, backend: Any, identity: SpaceIdentity) -> None:
         self._tokenizer = tokenizer

@@ -1,0 +1,231 @@
+"""The HTTP door: an OpenAI-compatible ASGI app over the one service.
+
+| route | credential | |
+|---|---|---|
+| POST /v1/embeddings | key | OpenAI's, with our extensions (`openai_schema`) |
+| GET /v1/models, /v1/models/{id} | key | the model, with its identity |
+| GET /ready | key | 200 when it can embed, else 503 |
+| GET /metrics | key | Prometheus |
+| GET /health | none | 200 while the process runs |
+
+Polling any of them keeps a scale-to-zero container up, and paid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Sequence
+from functools import partial
+from typing import Final, TypeVar
+
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kalm_integrations.errors import (
+    ConfigurationError,
+    KalmError,
+    NotFoundError,
+    RequestTooLargeError,
+    ServiceUnavailableError,
+    TransportError,
+)
+from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, pack
+from modal_backend.http_guard import HttpGuard
+from modal_backend.metrics import CONTENT_TYPE, Metrics
+from modal_backend.openai_schema import EmbeddingsBody, render, render_error
+from modal_backend.service import EmbeddingService
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_BODY_BYTES: Final = 16 * 2**20
+# What is larger is parsed, or rendered, on a thread: the event loop must not stand still.
+_INLINE_BYTES: Final = 65_536
+_INLINE_NUMBERS: Final = 65_536
+
+
+def create_app(
+    service: EmbeddingService,
+    *,
+    api_keys: Sequence[SecretStr],
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> Starlette:
+    """The ASGI app.
+
+    Args:
+        service: What answers.
+        api_keys: Any of them opens the door; several let keys be rotated. None at all leaves it
+            open: for loopback only.
+        max_body_bytes: Larger bodies are refused with 413, without being read whole.
+    """
+    door = _Door(service, max_body_bytes)
+    return Starlette(
+        routes=[
+            Route("/v1/embeddings", door.embeddings, methods=["POST"]),
+            Route("/v1/models", door.models),
+            Route("/v1/models/{name:path}", door.model),
+            Route("/ready", door.ready),
+            Route("/metrics", door.metrics_page),
+            Route("/health", door.health),
+        ],
+        middleware=[
+            Middleware(HttpGuard, api_keys=api_keys, identity=service.identity.fingerprint)
+        ],
+        exception_handlers={
+            KalmError: door.failed,
+            HTTPException: _no_such_route,
+            Exception: door.broke,
+        },
+    )
+
+
+class _Door:
+    """The routes' handlers."""
+
+    def __init__(self, service: EmbeddingService, max_body_bytes: int) -> None:
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+        self._metrics = Metrics()
+        for role in service.inside:
+            self._metrics.inside.labels(role).set_function(
+                partial(service.inside.__getitem__, role)
+            )
+
+    async def embeddings(self, request: Request) -> Response:
+        start = time.perf_counter()
+        body = await self._read(request)
+        packed = MEDIA_TYPE in request.headers.get("accept", "")
+        if len(body) <= _INLINE_BYTES:
+            fields = EmbeddingsBody.parse(body)
+        else:
+            fields = await asyncio.to_thread(EmbeddingsBody.parse, body)
+        self._check_model(fields.model)
+        asked = fields.request(
+            self._service.query_template, packed=packed, timeout=_timeout(request)
+        )
+        answer = await _unless_disconnected(request, self._service.embed(asked))
+
+        def written() -> bytes:
+            return pack(answer) if packed else render(answer, fields.encoding_format)
+
+        inline = packed or answer.vectors.size <= _INLINE_NUMBERS
+        content = written() if inline else await asyncio.to_thread(written)
+        self._metrics.requests.labels("ok").inc()
+        self._metrics.texts.labels(asked.role).inc(len(asked.texts))
+        self._metrics.tokens.labels(asked.role).inc(answer.usage.tokens)
+        self._metrics.seconds.labels(asked.role).observe(time.perf_counter() - start)
+        return Response(content, media_type=MEDIA_TYPE if packed else "application/json")
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._description()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._description())
+
+    async def ready(self, _: Request) -> Response:
+        return JSONResponse({"status": "ready"})
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def metrics_page(self, _: Request) -> Response:
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, KalmError)
+        self._metrics.requests.labels(error.code).inc()
+        if error.status >= 500:
+            log.warning("request %s: %s", request.state.request_id, error)
+        headers = {}
+        if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
+            headers["Retry-After"] = str(math.ceil(error.retry_after))
+        return _json_error(error, headers)
+
+    async def broke(self, request: Request, error: Exception) -> Response:
+        """What nobody foresaw: told to the log with its traceback, to the caller by its id."""
+        request_id = request.state.request_id
+        log.error("request %s broke", request_id, exc_info=error)
+        self._metrics.requests.labels("unexpected").inc()
+        return _json_error(TransportError(f"the service broke; its log has request {request_id}."))
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._service.identity.model
+        if name not in (None, served):
+            raise NotFoundError(f"model {name!r} is not served here; {served!r} is.")
+
+    def _description(self) -> dict[str, object]:
+        service = self._service
+        return {
+            "id": service.identity.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "kalm-integrations",
+            "identity": service.identity.to_dict(),
+            "fingerprint": service.identity.fingerprint,
+            "dimensions": list(service.dimensions),
+            "max_tokens": service.max_tokens,
+        }
+
+    async def _read(self, request: Request) -> bytes:
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise ConfigurationError("a compressed body: send it as it is.")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._max_body_bytes:
+                raise RequestTooLargeError(f"a body over {self._max_body_bytes:,} bytes.")
+        return bytes(body)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the caller goes away first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _timeout(request: Request) -> float | None:
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigurationError(f"{TIMEOUT_HEADER}: {value!r} is no number of seconds.")
+    return seconds
+
+
+def _json_error(error: KalmError, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        render_error(error), error.status, headers=headers, media_type="application/json"
+    )
+
+
+async def _no_such_route(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = _json_error(NotFoundError(f"{error.detail}."), dict(error.headers or {}))
+    response.status_code = error.status_code
+    return response

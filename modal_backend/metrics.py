@@ -1,0 +1,33 @@
+"""What a service counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """One registry a service, so that two in one process do not mix."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "kalm_requests", "Requests by their end", ["code"], registry=self._registry
+        )
+        self.texts = Counter("kalm_texts", "Texts embedded", ["role"], registry=self._registry)
+        self.tokens = Counter("kalm_tokens", "Tokens read", ["role"], registry=self._registry)
+        self.seconds = Histogram(
+            "kalm_request_seconds",
+            "From the whole request to the answer",
+            ["role"],
+            buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120),
+            registry=self._registry,
+        )
+        self.inside = Gauge(
+            "kalm_texts_inside", "Texts waiting or computed", ["role"], registry=self._registry
+        )
+
+    def render(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return generate_latest(self._registry)
