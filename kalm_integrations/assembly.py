@@ -19,12 +19,15 @@ class Assembly:
     """The vectors of one call, filled in as its parts arrive, in any order."""
 
     def __init__(self, total: int, dimensions: int, dtype: VectorDtype) -> None:
+        # Without dimensions, the first part tells them.
         self._vectors: NDArray[np.floating[Any]] = np.empty((total, dimensions), dtype=dtype)
         self._filled = np.zeros(total, dtype=np.bool_)
         self.usage = Usage()
 
     def add(self, part: EmbeddedBatch) -> None:
         """Put `part`'s rows where they belong."""
+        if not self._vectors.shape[1]:
+            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), part.packed.dtype)
         self._vectors[part.indices] = part.packed
         self._filled[part.indices] = True
         self.usage += part.usage

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+_UNDECLARED = "undeclared"
+
 
 def fingerprint(value: Mapping[str, Any]) -> str:
     """16 hex digits of the SHA-256 of `value` as canonical JSON: short, and safe in a file name."""
@@ -40,6 +42,24 @@ class SpaceIdentity:
     attention: str
     quantization: str
     profile: int
+
+    @classmethod
+    def undeclared(cls, model: str) -> Self:
+        """All that a client knows of a model that it has no profile of: its name."""
+        return cls(
+            model=model,
+            revision=_UNDECLARED,
+            pooling=_UNDECLARED,
+            normalized=True,
+            attention=_UNDECLARED,
+            quantization=_UNDECLARED,
+            profile=0,
+        )
+
+    @property
+    def declared(self) -> bool:
+        """Whether this is more than a name."""
+        return self.revision != _UNDECLARED
 
     @property
     def fingerprint(self) -> str:
@@ -75,9 +95,10 @@ class SpaceIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorIdentity:
-    """What every vector of one index must share: the space, the dimensions, and the template
-    that documents were embedded with. Queries may be instructed anew at any time, so their
-    template is not part of it; nor is the type in which vectors travel."""
+    """What every vector of one index must share: the space, the dimensions (0: the native number
+    of a model without profile), and the template that documents were embedded with. Queries may
+    be instructed anew at any time, so their template is not part of it; nor is the type in which
+    vectors travel."""
 
     space: SpaceIdentity
     dimensions: int

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.prompts import AS_IS
+from kalm_integrations.prompts import AS_IS, RETRIEVAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,7 @@ class ModelProfile:
 
     Attributes:
         space: The expected space.
-        dimensions: What can be asked for, the native number first.
+        dimensions: What can be asked for, the native number first; empty if unknown.
         max_tokens: Length that longer texts are cut to with truncate="end".
         query_template: Default for queries.
     """
@@ -47,3 +47,24 @@ EMBEDDED: Final = ModelProfile(
     query_template=AS_IS,
 )
 """The embedded engine: for learning, tests and CI; never a stand-in for KaLM."""
+
+KALM: Final = ModelProfile(
+    space=SpaceIdentity.undeclared("tencent/KaLM-Embedding-Gemma3-12B-2511"),
+    dimensions=(3840, 2048, 1024, 512, 256, 128, 64),
+    max_tokens=8192,
+    query_template=RETRIEVAL,
+)
+"""The model card's. Its space is declared in full as soon as our engine runs it; until then the
+first answer of a session sets what all others must have."""
+
+_KNOWN: Final = {profile.space.model: profile for profile in (EMBEDDED, KALM)}
+
+
+def profile_of(model: str) -> ModelProfile:
+    """The profile of a model by its name; of any other, nothing is known but that."""
+    return _KNOWN.get(model) or ModelProfile(
+        space=SpaceIdentity.undeclared(model),
+        dimensions=(),
+        max_tokens=KALM.max_tokens,
+        query_template=AS_IS,
+    )

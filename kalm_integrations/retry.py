@@ -10,6 +10,28 @@ FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
 
 
+class RetryBudget:
+    """Bounds the retries of a session: a full pot at first, a fifth of a retry for each success.
+
+    Every request in flight may use all its retries once; a service that fails for hours is not
+    hit with a multiple of the load that it cannot take.
+    """
+
+    def __init__(self, full: float) -> None:
+        self._full = self._left = full
+
+    def spend(self) -> bool:
+        """Take one retry, if there is one."""
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def earn(self) -> None:
+        """A request succeeded."""
+        self._left = min(self._full, self._left + 0.2)
+
+
 def delay_before(retry: int, error: KalmError, max_retries: int) -> float | None:
     """Seconds to wait before retry number `retry` (0 is the first), or None: do not retry.
 

@@ -24,10 +24,10 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, Usage
-from kalm_integrations.retry import delay_before
+from kalm_integrations.retry import RetryBudget, delay_before
 from kalm_integrations.settings import ClientSettings
 from kalm_integrations.transports import Transport
-from kalm_integrations.verify import check_identity, verify
+from kalm_integrations.verify import Verifier
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Session:
     def __init__(self, settings: ClientSettings, transport: Transport) -> None:
         self._settings = settings
         self._transport = transport
+        self._verifier = Verifier(settings)
+        self._budget = RetryBudget(settings.max_retries * settings.max_concurrency)
         self._slots: dict[Role, asyncio.Semaphore] = {
             "query": asyncio.Semaphore(settings.max_concurrency),
             "document": asyncio.Semaphore(settings.max_concurrency),
@@ -75,13 +77,13 @@ class Session:
 
         return await self._in_time(in_slot, call)
 
-    async def wake(self, call: Call) -> SpaceIdentity:
+    async def wake(self, call: Call) -> None:
         """Have the service ready, and its identity checked."""
 
         async def wake(deadline: float) -> SpaceIdentity | None:
             return await self._retrying(self._transport.wake, deadline)
 
-        return check_identity(await self._in_time(wake, call), self._settings.expected_space)
+        self._verifier.check_identity(await self._in_time(wake, call))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -139,23 +141,21 @@ class Session:
             return self._transport.embed(request)
 
         answer = await self._retrying(attempt, deadline)
-        verify(
-            answer,
-            batch,
-            dimensions=settings.vector_dimensions,
-            dtype=settings.vector_dtype,
-            expected=settings.expected_space,
-        )
+        self._verifier.check(answer, batch)
         indices, rows = batch.scatter(answer.vectors)
         return EmbeddedBatch(indices, rows, answer.usage)
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
         for retry in itertools.count():
             try:
-                return await attempt()
+                result = await attempt()
+                self._budget.earn()
+                return result
             except KalmError as error:
                 delay = delay_before(retry, error, self._settings.max_retries)
                 if delay is None or time.monotonic() + delay >= deadline:
+                    raise
+                if not self._budget.spend():
                     raise
                 log.warning("retry %d in %.1f s: %s", retry + 1, delay, error)
             except Exception as error:
@@ -170,9 +170,11 @@ class Session:
 
 
 def _joined(first: EmbeddedBatch, second: EmbeddedBatch) -> EmbeddedBatch:
+    # What has no rows may not know the dimensions either.
+    rows = [part.packed for part in (first, second) if len(part)] or [first.packed]
     return EmbeddedBatch(
         np.concatenate([first.indices, second.indices]),
-        np.concatenate([first.packed, second.packed]),
+        np.concatenate(rows),
         first.usage + second.usage,
         first.rejected + second.rejected,
     )

@@ -10,22 +10,24 @@ import json
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
-from kalm_integrations.profiles import EMBEDDED, ModelProfile
+from kalm_integrations.profiles import EMBEDDED, KALM, ModelProfile, profile_of
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import Truncate, VectorDtype
 
 ENVIRONMENT_PREFIX = "KALM_"
 
 NO_BACKEND = (
-    'backend="auto" found no service to talk to. For the embedded engine (a small model in this '
-    'process, for learning, tests and CI) pass backend="local" or set KALM_BACKEND=local. '
-    "The doors to a deployed KaLM service, HTTP and Modal RPC, are not in this version yet."
+    'backend="auto" found no service to talk to. For an HTTP service pass base_url= or set '
+    "KALM_BASE_URL. For the embedded engine (a small model in this process, for learning, tests "
+    'and CI) pass backend="local" or set KALM_BACKEND=local. The door to a service on Modal, RPC, '
+    "is not in this version yet."
 )
 
 
@@ -53,12 +55,25 @@ class ClientSettings(BaseModel):
         protected_namespaces=(),
     )
 
-    backend: Literal["auto", "local"] = "auto"
-    """Where vectors come from. "local": the embedded engine, in this process. "auto" takes the
-    service that is configured, and raises if none is; it never falls back to "local"."""
+    backend: Literal["auto", "http", "local"] = "auto"
+    """Where vectors come from. "http": the service at `base_url`. "local": the embedded engine,
+    in this process. "auto" takes the service that is configured, and raises if none is; it never
+    falls back to "local"."""
+
+    base_url: str | None = None
+    """Where the service is, with or without `/v1`: our server, or any with OpenAI's API."""
+
+    api_key: SecretStr | None = Field(default=None, exclude=True)
+    """Bearer key of the service."""
+
+    modal_key: SecretStr | None = Field(default=None, exclude=True)
+    """Token id of a Modal proxy token, for a service on Modal that asks for one."""
+
+    modal_secret: SecretStr | None = Field(default=None, exclude=True)
+    """Its secret; both or neither."""
 
     model: str | None = None
-    """The model's name, checked against the backend's; None takes the backend's."""
+    """The model's name. None is the backend's own: KaLM over HTTP, the embedded engine's else."""
 
     dimensions: int | None = None
     """Dimensions of the vectors; None is the model's native number."""
@@ -85,6 +100,9 @@ class ClientSettings(BaseModel):
     timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds for a whole call, retries and cold start included; for each request of
     `iter_embed`, whose caller sets the pace."""
+
+    connect_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """Seconds to reach the service; how long its answer may take is `timeout`'s matter."""
 
     max_retries: int = Field(6, ge=0, le=100)
     """Most retries of one request, for failures that may pass."""
@@ -114,14 +132,16 @@ class ClientSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ClientSettings:
-        if self.backend == "auto":
-            raise ValueError(NO_BACKEND)
-        profile = self.profile
-        if self.model not in (None, profile.space.model):
-            raise ValueError(
-                f"model={self.model!r}: backend={self.backend!r} runs {profile.space.model!r}"
-            )
-        if self.dimensions not in (None, *profile.dimensions):
+        backend, profile = self.resolved_backend, self.profile
+        if backend == "http":
+            self._check_url()
+        elif backend == "local" and self.model not in (None, EMBEDDED.space.model):
+            raise ValueError(f'model={self.model!r}: backend="local" runs {EMBEDDED.space.model!r}')
+        if (self.modal_key is None) != (self.modal_secret is None):
+            raise ValueError("modal_key and modal_secret go together: pass both or neither")
+        if self.dimensions is not None and self.dimensions < 1:
+            raise ValueError(f"dimensions={self.dimensions}: a positive number")
+        if profile.dimensions and self.dimensions not in (None, *profile.dimensions):
             offered = ", ".join(map(str, profile.dimensions))
             raise ValueError(
                 f"dimensions={self.dimensions}: {profile.space.model} has {offered}; "
@@ -130,10 +150,38 @@ class ClientSettings(BaseModel):
         _ = self.query_template, self.document_template  # raise for an instruction that is wrong
         return self
 
+    def _check_url(self) -> None:
+        if self.base_url is None:
+            raise ValueError('backend="http" needs base_url= or KALM_BASE_URL')
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+            raise ValueError("base_url is not like https://host or http://host:8000/v1")
+        if url.username is not None or url.password is not None:
+            raise ValueError("base_url holds a credential, which logs would show: use api_key=")
+
+    @property
+    def resolved_backend(self) -> Literal["http", "local"]:
+        """The backend, "auto" resolved.
+
+        Raises:
+            ValueError: It is "auto", and no service is configured.
+        """
+        if self.backend != "auto":
+            return self.backend
+        if self.base_url is None:
+            raise ValueError(NO_BACKEND)
+        return "http"
+
+    @property
+    def served_model(self) -> str:
+        """The model that is asked for."""
+        default = EMBEDDED if self.resolved_backend == "local" else KALM
+        return self.model or default.space.model
+
     @property
     def profile(self) -> ModelProfile:
         """What this client declares of the model behind its backend."""
-        return EMBEDDED
+        return profile_of(self.served_model)
 
     @property
     def expected_space(self) -> SpaceIdentity:
@@ -142,8 +190,8 @@ class ClientSettings(BaseModel):
 
     @property
     def vector_dimensions(self) -> int:
-        """Dimensions that every answer must have."""
-        return self.dimensions or self.profile.dimensions[0]
+        """Dimensions that every answer must have; 0 for what the model has, if that is unknown."""
+        return self.dimensions or (*self.profile.dimensions, 0)[0]
 
     @property
     def query_template(self) -> str:

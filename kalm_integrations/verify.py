@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 import numpy as np
@@ -9,61 +10,93 @@ import numpy as np
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import IdentityMismatchError, InvalidResponseError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.wire import EmbedAnswer, VectorDtype
+from kalm_integrations.settings import ClientSettings
+from kalm_integrations.wire import EmbedAnswer
+
+log = logging.getLogger(__name__)
 
 NORM_TOLERANCE: Final = 2e-3
 """How far a length may be from 1: float16 rounds by up to 5e-4, an unnormalized vector is off by
 far more."""
 
 
-def verify(
-    answer: EmbedAnswer,
-    batch: Batch,
-    *,
-    dimensions: int,
-    dtype: VectorDtype,
-    expected: SpaceIdentity,
-) -> None:
-    """Check that `answer` is what was asked for `batch`.
+class Verifier:
+    """What the answers of one session must be. What the client does not know beforehand, the
+    first answer sets for all others."""
 
-    Raises:
-        IdentityMismatchError: The vectors are of another space, or of an unknown one.
-        InvalidResponseError: Wrong count, dimensions or type; a value that is not finite; a
-            vector without unit length. The message names the caller's index.
-    """
-    check_identity(answer.identity, expected)
-    vectors = answer.vectors
-    if vectors.shape != (len(batch), dimensions) or vectors.dtype != dtype:
-        raise InvalidResponseError(
-            f"asked for {len(batch)} {dtype} vectors of {dimensions} dimensions, got "
-            f"{vectors.dtype} of shape {vectors.shape}."
-        )
-    wide = vectors.astype(np.float32, copy=False)
-    lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-    # "not close" rather than "far": a comparison with NaN is false.
-    wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
-    if wrong.size:
-        row = int(wrong[0])
-        what = (
-            f"a vector of length {lengths[row]:.4f} instead of 1"
-            if np.isfinite(wide[row]).all()
-            else "values that are not finite"
-        )
-        more = f", and {wrong.size - 1} more texts wrong ones" if wrong.size > 1 else ""
-        raise InvalidResponseError(f"texts[{batch.positions[row][0]}] got {what}{more}.")
+    def __init__(self, settings: ClientSettings) -> None:
+        self._settings = settings
+        self._dimensions = settings.vector_dimensions
+        self._seen: tuple[SpaceIdentity | None] | None = None
+
+    def check(self, answer: EmbedAnswer, batch: Batch) -> None:
+        """Check that `answer` is what was asked for `batch`.
+
+        Raises:
+            IdentityMismatchError: The vectors are of another space, or of an unknown one.
+            InvalidResponseError: Wrong count, dimensions or type; a value that is not finite; a
+                vector without unit length. The message names the caller's index.
+        """
+        self.check_identity(answer.identity)
+        vectors, dtype = answer.vectors, self._settings.vector_dtype
+        if not self._dimensions and vectors.ndim == 2:
+            self._dimensions = vectors.shape[1]
+        if vectors.shape != (len(batch), self._dimensions) or vectors.dtype != dtype:
+            raise InvalidResponseError(
+                f"asked for {len(batch)} {dtype} vectors of {self._dimensions} dimensions, got "
+                f"{vectors.dtype} of shape {vectors.shape}."
+            )
+        wide = vectors.astype(np.float32, copy=False)
+        lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        # "not close" rather than "far": a comparison with NaN is false.
+        wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
+        if wrong.size:
+            row = int(wrong[0])
+            what = (
+                f"a vector of length {lengths[row]:.4f} instead of 1"
+                if np.isfinite(wide[row]).all()
+                else "values that are not finite"
+            )
+            more = f", and {wrong.size - 1} more texts wrong ones" if wrong.size > 1 else ""
+            raise InvalidResponseError(f"texts[{batch.positions[row][0]}] got {what}{more}.")
+
+    def check_identity(self, served: SpaceIdentity | None) -> None:
+        """Check what the service reports, None if it reports nothing.
+
+        Raises:
+            IdentityMismatchError: It is not what is expected, or not what it was before.
+        """
+        if self._seen is None:
+            self._check_first(served)
+            self._seen = (served,)
+        elif self._seen != (served,):
+            (before,) = self._seen
+            differences = before.differences(served) if before and served else ""
+            raise IdentityMismatchError(
+                f"the service changed from {_name(before)} to {_name(served)}: {differences}."
+            )
+
+    def _check_first(self, served: SpaceIdentity | None) -> None:
+        expected = self._settings.expected_space
+        if served is None:
+            if self._settings.expected_identity is not None:
+                raise IdentityMismatchError(
+                    f"expected {_name(expected)}, but the service reports no identity."
+                )
+            log.warning(
+                "unverified: the service reports no identity; only the model's name, the "
+                "dimensions and the vectors' length are checked"
+            )
+        elif expected.declared and served != expected:
+            raise IdentityMismatchError(
+                f"expected {_name(expected)}, but the service has {_name(served)}: "
+                f"{expected.differences(served)}."
+            )
+        elif served.model != expected.model:
+            raise IdentityMismatchError(
+                f"asked for {expected.model}, but the service has {_name(served)}."
+            )
 
 
-def check_identity(served: SpaceIdentity | None, expected: SpaceIdentity) -> SpaceIdentity:
-    """`served`, if it is the expected space.
-
-    Raises:
-        IdentityMismatchError: It is another one, or none.
-    """
-    if served is None:
-        raise IdentityMismatchError("the service reports no identity.")
-    if served != expected:
-        raise IdentityMismatchError(
-            f"expected {expected.model} ({expected.fingerprint}), but the service has "
-            f"{served.model} ({served.fingerprint}): {expected.differences(served)}."
-        )
-    return served
+def _name(space: SpaceIdentity | None) -> str:
+    return "no identity" if space is None else f"{space.model} ({space.fingerprint})"

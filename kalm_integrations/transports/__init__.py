@@ -31,6 +31,10 @@ class Transport(Protocol):
 
 def open_transport(settings: ClientSettings) -> Transport:
     """The transport that `settings.backend` names."""
+    if settings.resolved_backend == "http":
+        from kalm_integrations.transports.http import HttpTransport
+
+        return HttpTransport(settings)
     from kalm_integrations.transports.in_process import InProcessTransport
 
     return InProcessTransport()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from scripted import ScriptedTransport, vectors_of
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings
 from kalm_integrations.errors import IdentityMismatchError, InvalidInputError
+from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.prompts import RETRIEVAL
 
 FACTS = [
@@ -119,7 +121,11 @@ class TestStores:
         assert store.store == {}
 
     def test_a_wrong_service_leaves_the_store_as_it_was(self, over: Any) -> None:
-        store = InMemoryVectorStore(over(ScriptedTransport(space=None), KalmModalEmbeddings))
+        store = InMemoryVectorStore(
+            over(
+                ScriptedTransport(space=replace(EMBEDDED.space, revision="x")), KalmModalEmbeddings
+            )
+        )
         with pytest.raises(IdentityMismatchError):
             store.add_texts(FACTS)
         assert store.store == {}

@@ -1,0 +1,175 @@
+"""What an OpenAI-compatible server says, in our terms: vectors, or one of our errors."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+
+import numpy as np
+
+from kalm_integrations import errors
+from kalm_integrations.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    IdentityMismatchError,
+    InvalidInputError,
+    InvalidResponseError,
+    InvalidText,
+    KalmError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
+    ServiceUnavailableError,
+)
+from kalm_integrations.result import Usage
+from kalm_integrations.wire import EmbedAnswer, VectorDtype
+
+_BY_STATUS: Final[dict[int, type[KalmError]]] = {
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    405: NotFoundError,
+    408: ServiceUnavailableError,
+    409: ServiceUnavailableError,
+    413: RequestTooLargeError,
+    425: ServiceUnavailableError,
+    429: RateLimitError,
+}
+_SHOWN = 200  # characters of a body in an error message
+
+
+def decode(
+    headers: Mapping[str, str], body: bytes, *, model: str, dtype: VectorDtype
+) -> EmbedAnswer:
+    """The vectors of an embeddings answer, in the order of their indices.
+
+    Args:
+        headers: Of the answer.
+        body: OpenAI's JSON; each embedding is base64 of float32, or a list of numbers.
+        model: That was asked for.
+        dtype: To convert to.
+
+    Raises:
+        IdentityMismatchError: Another model answered.
+        InvalidResponseError: Not such an answer; a missing, doubled or unknown index.
+    """
+    try:
+        answer = json.loads(body)
+        served, items = answer["model"], answer["data"]
+        rows = {item["index"]: _vector(item["embedding"]) for item in items}
+        tokens = int(answer["usage"]["prompt_tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise wrong_type(headers, body) from error
+    if served != model:
+        raise IdentityMismatchError(f"asked model {model!r}, but {served!r} answered.")
+    if len(rows) != len(items) or set(rows) != set(range(len(rows))):
+        raise InvalidResponseError(
+            f"the answer's indices are not 0 to {len(items) - 1}, each once: "
+            f"{_short(str([item['index'] for item in items]))}."
+        )
+    if len({row.shape for row in rows.values()}) > 1:
+        raise InvalidResponseError("the answer's vectors have different dimensions.")
+    vectors = np.array([rows[index] for index in range(len(rows))], dtype=dtype)
+    return EmbedAnswer(vectors=vectors, identity=None, usage=Usage(tokens=tokens, requests=1))
+
+
+def error(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    secrets: Sequence[str],
+    request_id: str,
+) -> KalmError:
+    """What an answer that is not 200 stands for, by its code, else by its status.
+
+    `secrets` are blotted out of what the server says: some servers repeat a wrong key.
+    """
+    said, code, invalid = _read_error(body)
+    for secret in secrets:
+        said = said.replace(secret, "***")
+    kind = _BY_CODE.get(code or "")
+    if kind is None or kind.status != status:
+        default = ServiceUnavailableError if status >= 500 else ConfigurationError
+        kind = _BY_STATUS.get(status, default)
+    said = said.removesuffix(kind.remedy).strip()
+    if issubclass(kind, InvalidInputError):
+        return kind.of(invalid) if invalid else kind(said)
+    message = f"HTTP {status}, request {request_id}: {said or 'no explanation.'}"
+    if issubclass(kind, ServiceUnavailableError):
+        return kind(message, retry_after(headers))
+    return kind(message)
+
+
+def wrong_type(headers: Mapping[str, str], body: bytes) -> InvalidResponseError:
+    """For an answer that is 200 and yet no embeddings: a login page, a cut-off document."""
+    kind = headers.get("Content-Type", "no type")
+    return InvalidResponseError(f"the answer is not embeddings but {kind}: {_snippet(body)}.")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After header, given as seconds or as a date; None without one."""
+    value = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _vector(embedding: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if isinstance(embedding, str):
+        try:
+            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
+        except binascii.Error as error:
+            raise ValueError("not base64") from error
+    return np.array(embedding, dtype=np.float32)
+
+
+def _read_error(body: bytes) -> tuple[str, str | None, list[InvalidText]]:
+    """Message, code and texts of an error body; what it is not is shown as it is."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return _snippet(body), None, []
+    detail = content.get("error", content) if isinstance(content, dict) else content
+    if not isinstance(detail, dict) or not isinstance(detail.get("message"), str):
+        return _snippet(body), None, []
+    try:
+        invalid = [InvalidText(bad["index"], bad["reason"]) for bad in detail.get("invalid", [])]
+    except (KeyError, TypeError):
+        invalid = []
+    code = detail.get("code")
+    return detail["message"], code if isinstance(code, str) else None, invalid
+
+
+def _snippet(body: bytes) -> str:
+    text = body[:4096].decode(errors="replace")
+    if title := re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL):
+        text = f"the page {title[1].strip()!r}"
+    return _short(re.sub(r"\s+", " ", text).strip()) or "an empty body"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _subclasses(kind: type[KalmError]) -> list[type[KalmError]]:
+    return [kind, *(leaf for child in kind.__subclasses__() for leaf in _subclasses(child))]
+
+
+# The table of errors.py, read backwards. A code that only clients use is never believed.
+_BY_CODE: Final[dict[str, type[KalmError]]] = {
+    kind.code: kind
+    for kind in _subclasses(KalmError)
+    if kind.__module__ == errors.__name__ and kind.status != KalmError.status
+}
