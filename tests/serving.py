@@ -1,0 +1,237 @@
+"""Real HTTP servers on loopback: ours under uvicorn, and one that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from scripted import vector_of, vectors_of
+
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.result import Usage
+from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, pack
+
+
+@contextmanager
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """Serve an ASGI app on a free port of loopback; yields its base URL."""
+    config = uvicorn.Config(app, port=0, log_level="warning", **options)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    scheme = "https" if config.is_ssl else "http"
+    try:
+        yield f"{scheme}://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclass
+class Received:
+    """One request as it came in."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def texts(self) -> list[str]:
+        return list(json.loads(self.body)["input"])
+
+
+Step = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
+"""Answers one request, or does not."""
+
+
+@dataclass
+class FaultyServer:
+    """A server that does to `/v1/embeddings` what its steps say, and then answers as it should.
+
+    Args:
+        steps: For the first, second, ... request to `/v1/embeddings`.
+        ours: Whether it speaks as our server, or as any that has OpenAI's API.
+    """
+
+    steps: Iterable[Step | None] = ()
+    ours: bool = True
+    received: list[Received] = field(default_factory=list)
+    url: str = ""
+
+    @property
+    def posted(self) -> list[Received]:
+        return [request for request in self.received if request.method == "POST"]
+
+    def __enter__(self) -> FaultyServer:
+        self._steps = iter(self.steps)
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        started = threading.Event()
+
+        async def start() -> None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+            started.set()
+
+        def run() -> None:
+            self._loop.run_until_complete(start())
+            self._loop.run_forever()
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+        started.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def stop() -> None:
+            self._server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while request := await _read_request(reader):
+                self.received.append(request)
+                await self._respond(request, writer)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
+        if request.path.endswith("/models"):
+            described = {"id": EMBEDDED.space.model, "object": "model"}
+            if self.ours:
+                described["identity"] = EMBEDDED.space.to_dict()  # type: ignore[assignment]
+            await reply(200, json.dumps({"data": [described]}))(request, writer)
+            return
+        step = next(self._steps, None) if request.method == "POST" else None
+        await (step or (packed() if self.ours else plain()))(request, writer)
+
+
+async def _read_request(reader: asyncio.StreamReader) -> Received | None:
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    first, *lines = head.decode().strip().split("\r\n")
+    method, path, _ = first.split(" ")
+    headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Received(method, path, headers, body)
+
+
+def reply(
+    status: int, body: str | bytes = "", content_type: str = "application/json", **headers: str
+) -> Step:
+    """Any answer."""
+    content = body.encode() if isinstance(body, str) else body
+    fields = {"Content-Type": content_type, "Content-Length": str(len(content))}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    head = f"HTTP/1.1 {status} -\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items())
+
+    async def step(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(head.encode() + b"\r\n" + content)
+        await writer.drain()
+
+    return step
+
+
+def packed(change: Callable[[EmbedAnswer], EmbedAnswer] = lambda answer: answer) -> Step:
+    """Our server's answer, changed."""
+
+    async def step(request: Received, writer: asyncio.StreamWriter) -> None:
+        dtype = json.loads(request.body)["embed_dtype"]
+        vectors = vectors_of(request.texts, dtype).astype(dtype)
+        answer = EmbedAnswer(
+            vectors=vectors, identity=EMBEDDED.space, usage=Usage(len(request.texts), 1)
+        )
+        await reply(200, pack(change(answer)), MEDIA_TYPE)(request, writer)
+
+    return step
+
+
+def plain(change: Callable[[dict[str, Any]], Any] = lambda content: content) -> Step:
+    """An OpenAI-compatible server's answer, changed."""
+
+    async def step(request: Received, writer: asyncio.StreamWriter) -> None:
+        content = {
+            "object": "list",
+            "model": json.loads(request.body)["model"],
+            "data": [
+                {"index": i, "embedding": base64.b64encode(vector_of(text, "<f4")).decode()}
+                for i, text in enumerate(request.texts)
+            ],
+            "usage": {"prompt_tokens": len(request.texts)},
+        }
+        changed = change(content)
+        await reply(200, json.dumps(content if changed is None else changed))(request, writer)
+
+    return step
+
+
+async def reset(_: Received, writer: asyncio.StreamWriter) -> None:
+    """Break the connection without an answer."""
+    writer.transport.abort()
+
+
+def cut_off(after: int) -> Step:
+    """Break the connection after `after` bytes of the right answer."""
+
+    async def step(request: Received, writer: asyncio.StreamWriter) -> None:
+        whole = _Recorder()
+        await packed()(request, whole)  # type: ignore[arg-type]
+        writer.write(whole.content[:after])
+        await writer.drain()
+        writer.transport.abort() if after == 0 else writer.close()
+
+    return step
+
+
+async def stall(_: Received, writer: asyncio.StreamWriter) -> None:
+    """Never answer."""
+    await asyncio.sleep(60)
+
+
+async def drip(request: Received, writer: asyncio.StreamWriter) -> None:
+    """The right answer, ten bytes at a time, for ever."""
+    whole = _Recorder()
+    await packed()(request, whole)  # type: ignore[arg-type]
+    for start in range(0, len(whole.content), 10):
+        writer.write(whole.content[start : start + 10])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+class _Recorder:
+    """A writer that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def write(self, data: bytes) -> None:
+        self.content += data
+
+    async def drain(self) -> None: ...
