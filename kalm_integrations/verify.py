@@ -49,7 +49,7 @@ def verify(
             if np.isfinite(wide[row]).all()
             else "values that are not finite"
         )
-        more = f", and {wrong.size - 1} more texts wrong ones" if wrong.size > 1 else ""
+        more = f", and {wrong.size - 1} more texts got wrong vectors" if wrong.size > 1 else ""
         raise InvalidResponseError(f"texts[{batch.positions[row][0]}] got {what}{more}.")
 
 
