@@ -250,9 +250,10 @@ class KalmClient(ClientSettings):
         try:
             for batch in flight.read(batches):
                 flight.launch(io_thread().submit(self._send(batch, call)))
-                if flight.full:
+                while flight.full:
                     landed.wait()
-                landed.clear()
+                    landed.clear()
+                    yield from self._reported(flight.take())
                 yield from self._reported(flight.take())
             while flight.flying:
                 landed.wait()
@@ -268,9 +269,11 @@ class KalmClient(ClientSettings):
         try:
             for batch in flight.read(batches):
                 flight.launch(io_thread().submit(self._send(batch, call)))
-                if flight.full:
+                while flight.full:
                     await landed.wait()
-                landed.clear()
+                    landed.clear()
+                    for part in self._reported(flight.take()):
+                        yield part
                 for part in self._reported(flight.take()):
                     yield part
             while flight.flying:

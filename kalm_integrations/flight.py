@@ -65,10 +65,8 @@ class Flight:
             error = CancelledError() if future.cancelled() else future.exception()
             if error is None:
                 yield future.result()
-            elif self._failure is None:
-                self._failure = error
-                if not isinstance(error, InvalidInputError):
-                    self.cancel()
+            else:
+                self._fail(error)
 
     def finish(self) -> None:
         """Raise what failed, if something did."""
@@ -79,6 +77,14 @@ class Flight:
         """Cancel what is still in flight."""
         for future in list(self._flying):
             future.cancel()
+
+    def _fail(self, error: BaseException) -> None:
+        concerns_all = not isinstance(error, InvalidInputError)
+        graver = concerns_all and isinstance(self._failure, InvalidInputError)
+        if self._failure is None or graver:
+            self._failure = error
+        if concerns_all:
+            self.cancel()
 
     def _land(self, future: Future[EmbeddedBatch]) -> None:
         self._landed.append(future)

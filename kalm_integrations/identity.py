@@ -80,7 +80,8 @@ class SpaceIdentity:
         types = {"normalized": bool, "profile": int}
         names = {field.name for field in fields(cls)}
         if set(value) != names:
-            missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
+            missing = sorted(names - set(value))
+            unknown = sorted(map(str, set(value) - names))
             raise ValueError(f"not a space identity: missing {missing}, unknown {unknown}")
         for name in names:
             if type(value[name]) is not types.get(name, str):
@@ -88,7 +89,7 @@ class SpaceIdentity:
         return cls(**value)
 
     def differences(self, other: SpaceIdentity) -> str:
-        """Each field in which `other` differs, as "name: mine != theirs" lines."""
+        """Each field in which `other` differs, as "name: mine != theirs; ..."."""
         mine, theirs = self.to_dict(), other.to_dict()
         return "; ".join(f"{k}: {mine[k]!r} != {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
 

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from kalm_integrations.errors import (
@@ -38,11 +38,12 @@ def iterate(texts: object) -> Iterable[object]:
     """
     if isinstance(texts, str | bytes | bytearray):
         raise InvalidArgumentError(f"texts is one {type(texts).__name__}, not a list of texts.")
-    if isinstance(texts, Set | Mapping):
+    if isinstance(texts, set | frozenset | Mapping):
         raise InvalidArgumentError(
             f"texts is a {type(texts).__name__}, whose order is not that of the vectors."
         )
-    if not isinstance(texts, Iterable):
+    # A table iterates over its columns' names, a matrix over its rows.
+    if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
         raise InvalidArgumentError(f"texts is {_describe(texts)}, not a list of texts.")
     return texts
 
@@ -73,9 +74,13 @@ def sort_out(
     valid: list[tuple[int, str]] = []
     invalid: list[InvalidText] = []
     for index, text in texts:
+        if type(text) is not str and isinstance(text, str):
+            # A subclass may measure, compare or pickle itself in its own way.
+            text = str.__str__(text)  # noqa: PLW2901
         reason = why_invalid(text, truncate)
         if reason is None:
-            valid.append((index, _plain(text)))
+            assert isinstance(text, str)
+            valid.append((index, text))
         else:
             invalid.append(InvalidText(index, reason))
     return valid, invalid
@@ -97,12 +102,6 @@ def refusal(invalid: list[InvalidText]) -> InvalidInputError:
     """The error that names `invalid`."""
     too_long = all(bad.reason.startswith(_TOO_LONG) for bad in invalid)
     return (InputTooLongError if too_long else InvalidInputError).of(invalid)
-
-
-def _plain(text: object) -> str:
-    """A `str` of exactly that type: a subclass may hash, compare or pickle in its own way."""
-    assert isinstance(text, str)
-    return text if type(text) is str else str.__str__(text)
 
 
 def _why_not_text(text: object) -> str:

@@ -35,12 +35,17 @@ class IOThread:
         Cancelling the future cancels the coroutine.
 
         Raises:
-            RuntimeError: The caller is the thread itself, which would wait for itself.
+            RuntimeError: The caller is the thread itself, which would wait for itself, or the
+                interpreter is ending.
         """
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a blocking call on kalm's own I/O thread would never return")
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        except RuntimeError:
+            coroutine.close()
+            raise RuntimeError("the interpreter is ending: nothing can be embedded now") from None
 
     def stop(self) -> None:
         """Cancel what runs, end the loop, join the thread."""

@@ -19,9 +19,8 @@ PLACEHOLDER: Final = "{text}"
 AS_IS: Final = PLACEHOLDER
 """The template that adds nothing."""
 
-RETRIEVAL: Final = (
-    "Instruct: Given a query, retrieve documents that answer the query \nQuery: {text}"
-)
+_RETRIEVAL_TASK: Final = "Given a query, retrieve documents that answer the query"
+RETRIEVAL: Final = f"Instruct: {_RETRIEVAL_TASK} \nQuery: {PLACEHOLDER}"
 """The model card's default (`encode_query`). Both spaces, before the newline and after the
 colon, are the card's; its form for custom tasks has neither."""
 
@@ -103,31 +102,36 @@ def resolve(instruction: str) -> str:
         ValueError: The instruction is empty, an unknown name, or a template with another
             placeholder, or with more than one.
     """
-    if not instruction.strip():
+    name = instruction.strip()
+    if not name:
         raise ValueError('an instruction is empty; for the text alone pass "none"')
-    for placeholder in re.findall(r"\{\w+\}", instruction):
-        if placeholder != PLACEHOLDER:
-            raise ValueError(f"unknown placeholder {placeholder}; the text goes where {{text}} is")
-    if count := instruction.count(PLACEHOLDER):
-        if count > 1:
-            raise ValueError("a template takes {text} exactly once")
+    count = instruction.count(PLACEHOLDER)
+    if count > 1:
+        raise ValueError("a template takes {text} exactly once")
+    if set("{}") & set(instruction.replace(PLACEHOLDER, "", 1)):
+        raise ValueError(f"{instruction!r}: {{text}}, where the text goes, is the only placeholder")
+    if count and name.startswith(MTEB_PREFIX):
+        raise ValueError(f"after {MTEB_PREFIX!r} goes a preset's name or a task sentence")
+    if count:
         return instruction
-    if instruction == "retrieval":
+    if name == "retrieval":
         return RETRIEVAL
-    if instruction == "none":
+    if name == "none":
         return AS_IS
-    if instruction.startswith(MTEB_PREFIX):
-        return mteb_template(_task(instruction.removeprefix(MTEB_PREFIX).strip()))
-    return task_template(_task(instruction))
+    if name.startswith(MTEB_PREFIX):
+        return mteb_template(_task(name.removeprefix(MTEB_PREFIX).strip()))
+    return task_template(_task(name))
 
 
 def is_symmetric(instruction: str) -> bool:
     """Whether a query instruction names a preset whose documents carry the instruction too."""
-    preset = PRESETS.get(instruction.removeprefix(MTEB_PREFIX).strip())
+    preset = PRESETS.get(instruction.strip().removeprefix(MTEB_PREFIX).strip())
     return preset is not None and preset.symmetric
 
 
 def _task(name_or_sentence: str) -> str:
+    if name_or_sentence == "retrieval":
+        return _RETRIEVAL_TASK
     if preset := PRESETS.get(name_or_sentence):
         return preset.task
     # One plain word is a misspelt name, not a task: taken as a sentence it would go unnoticed.

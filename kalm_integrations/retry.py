@@ -41,5 +41,6 @@ def delay_before(retry: int, error: KalmError, max_retries: int) -> float | None
     if not error.retryable or retry >= max_retries:
         return None
     asked = (error.retry_after if isinstance(error, ServiceUnavailableError) else None) or 0.0
+    asked = asked if asked > 0 else 0.0  # a service may say anything, even NaN
     jitter = random.uniform(0, min(LONGEST_DELAY, FIRST_DELAY * 2.0**retry))  # noqa: S311
     return asked + jitter

@@ -36,7 +36,11 @@ def _read_identity(value: Any) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise ValueError("expected_identity is not the JSON of a space identity") from None
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(  # noqa: TRY004 (pydantic reports it)
+                "expected_identity is not the JSON of a space identity"
+            )
     return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
 
 
@@ -241,5 +245,10 @@ class ClientSettings(BaseModel):
     def _cache_namespace(self, role: prompts.Role, template: str) -> str:
         # Truncation moves the vectors of long texts only, and never the space: cache keys only.
         cut = self.profile.max_tokens if self.truncate == "end" else None
-        key = {"vectors": self.vector_identity.to_dict(), "template": template, "cut_at": cut}
+        key = {
+            "space": self.expected_space.to_dict(),
+            "dimensions": self.vector_dimensions,
+            "template": template,
+            "cut_at": cut,
+        }
         return f"kalm-{role}-{fingerprint(key)}"

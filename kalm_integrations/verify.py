@@ -57,7 +57,7 @@ class Verifier:
                 if np.isfinite(wide[row]).all()
                 else "values that are not finite"
             )
-            more = f", and {wrong.size - 1} more texts wrong ones" if wrong.size > 1 else ""
+            more = f", and {wrong.size - 1} more texts got wrong vectors" if wrong.size > 1 else ""
             raise InvalidResponseError(f"texts[{batch.positions[row][0]}] got {what}{more}.")
 
     def check_identity(self, served: SpaceIdentity | None) -> None:

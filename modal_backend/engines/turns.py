@@ -20,14 +20,11 @@ class Turns:
 
     def __init__(self) -> None:
         self._taken = False
-        self._waiting: list[tuple[Place, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Place, int, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
     def place(self, priority: int) -> Place:
-        """A place in the queue: before every larger `priority`, after every earlier arrival.
-
-        It can wait for one turn at a time.
-        """
+        """A place in the queue: before every larger `priority`, after every earlier arrival."""
         return priority, next(self._arrivals)
 
     @asynccontextmanager
@@ -37,14 +34,15 @@ class Turns:
         try:
             yield
         finally:
-            self._pass_on()
+            # Not at once: a call that comes back for its next turn must be in the queue by then.
+            asyncio.get_running_loop().call_soon(self._pass_on)
 
     async def _take(self, place: Place) -> None:
         if not self._taken:
             self._taken = True
             return
         mine = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (place, mine))
+        heapq.heappush(self._waiting, (place, next(self._arrivals), mine))
         try:
             await mine
         except asyncio.CancelledError:
@@ -54,7 +52,7 @@ class Turns:
 
     def _pass_on(self) -> None:
         while self._waiting:
-            _, waiter = heapq.heappop(self._waiting)
+            _, _, waiter = heapq.heappop(self._waiting)
             if not waiter.done():  # a cancelled one gave up
                 waiter.set_result(None)
                 return

@@ -1,0 +1,107 @@
+"""Rows into their places: whatever order parts come in, and when some never come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalm_integrations.assembly import Assembly
+from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
+from kalm_integrations.identity import VectorIdentity
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.result import EmbeddedBatch, Usage
+
+IDENTITY = VectorIdentity(space=EMBEDDED.space, dimensions=4, document_template="{text}")
+
+
+def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
+    """Rows that say which text they are of."""
+    rows = np.repeat(np.array(indices, dtype=dtype)[:, None], 4, axis=1)
+    return EmbeddedBatch(np.array(indices, dtype=np.int64), rows, Usage(len(indices), 1))
+
+
+def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> Assembly:
+    assembly = Assembly(total, 4, dtype)
+    for each in parts:
+        assembly.add(each)
+    return assembly
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), st.lists(st.integers(0, 40))
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_parts_in_any_order_give_each_text_its_vector(dtype, order, cuts):
+    rows = np.split(np.array(order, dtype=np.int64), sorted(cuts))
+    parts = [part(*row, dtype=dtype) for row in rows]
+    result = filled(len(order), *parts, dtype=dtype).result(IDENTITY)
+    assert result.packed.dtype == dtype
+    assert result.packed.tolist() == [[index] * 4 for index in range(len(order))]
+    assert result.identity is IDENTITY
+    assert result.usage == Usage(len(order), len(parts))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+def test_a_text_without_a_vector_is_an_error_never_memory_that_happened_to_be_there(case):
+    total, indices = case
+    missing = sorted(set(range(total)) - indices)
+    assembly = filled(total, part(*indices))
+    if missing:
+        with pytest.raises(InvalidResponseError, match=rf"texts\[{missing[0]}\] got no vector"):
+            assembly.result(IDENTITY)
+    else:
+        assert len(assembly.result(IDENTITY)) == total
+
+
+def test_a_call_without_texts_has_a_result_of_the_right_width():
+    assert filled(0).result(IDENTITY).packed.shape == (0, 4)
+
+
+def test_a_part_of_another_call_does_not_fit():
+    with pytest.raises(IndexError):
+        filled(2, part(2))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_error_takes_along_what_was_finished_by_the_callers_index(dtype):
+    assembly = filled(6, part(4, 1, dtype=dtype), part(3, dtype=dtype), dtype=dtype)
+    with pytest.raises(ServiceUnavailableError) as caught, assembly.kept_on_error():
+        raise ServiceUnavailableError("The service is busy.")
+    partial = caught.value.partial
+    assert partial.indices.tolist() == [1, 3, 4]
+    assert partial.vectors.tolist() == [[1] * 4, [3] * 4, [4] * 4]
+    assert partial.vectors.dtype == np.float32
+    assert partial.missing.tolist() == [0, 2, 5]
+
+
+def test_what_failed_at_once_has_an_empty_partial():
+    with pytest.raises(KalmError) as caught, filled(2).kept_on_error():
+        raise KalmError("It happened.")
+    assert caught.value.partial.vectors.shape == (0, 4)
+    assert caught.value.partial.missing.tolist() == [0, 1]
+
+
+def test_a_missing_vector_itself_takes_along_the_others():
+    assembly = filled(3, part(0, 2))
+    with pytest.raises(InvalidResponseError) as caught, assembly.kept_on_error():
+        assembly.result(IDENTITY)
+    assert caught.value.partial.missing.tolist() == [1]
+
+
+def test_what_a_partial_holds_does_not_change_afterwards():
+    assembly = filled(2, part(0, dtype="float32"), dtype="float32")
+    with pytest.raises(KalmError) as caught, assembly.kept_on_error():
+        raise KalmError("It happened.")
+    assembly._vectors[:] = 9
+    assert caught.value.partial.vectors.tolist() == [[0] * 4]
+
+
+@pytest.mark.parametrize("error", [ValueError("theirs"), KeyboardInterrupt()])
+def test_errors_that_are_not_ours_pass_untouched(error):
+    with pytest.raises(type(error)) as caught, filled(1).kept_on_error():
+        raise error
+    assert not hasattr(caught.value, "partial")

@@ -1,0 +1,168 @@
+"""What a caller holds: arrays that numpy understands, lists that cost little."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalm_integrations.errors import InvalidText
+from kalm_integrations.identity import SpaceIdentity, VectorIdentity
+from kalm_integrations.result import (
+    EmbeddedBatch,
+    EmbeddingResult,
+    PartialResult,
+    Usage,
+    to_lists,
+)
+
+SPACE = SpaceIdentity(
+    model="m",
+    revision="r",
+    pooling="last",
+    normalized=True,
+    attention="causal",
+    quantization="bf16",
+    profile=1,
+)
+IDENTITY = VectorIdentity(space=SPACE, dimensions=4, document_template="{text}")
+EVERY_FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16)
+FINITE = EVERY_FLOAT16[np.isfinite(EVERY_FLOAT16)]
+
+
+def result(dtype: str) -> EmbeddingResult:
+    return EmbeddingResult(np.eye(3, 4, dtype=dtype), IDENTITY, Usage(9, 1))
+
+
+def batch(*indices: int) -> EmbeddedBatch:
+    return EmbeddedBatch(np.array(indices), np.eye(len(indices), 4, dtype=np.float16), Usage())
+
+
+@pytest.mark.parametrize("columns", [1, 64, FINITE.size])
+def test_lists_of_float16_have_the_exact_value_of_every_bit_pattern(columns):
+    vectors = FINITE.reshape(-1, columns)
+    lists = to_lists(vectors)
+    # Compared as bytes: 0.0 == -0.0, and the sign is part of the value.
+    assert np.array(lists).tobytes() == vectors.astype(np.float64).tobytes()
+    assert {type(number) for row in lists for number in row} == {float}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", ">f2"])
+def test_lists_of_other_types_have_the_exact_values_too(dtype):
+    vectors = np.array([[0.1, -0.0, 1e-7], [3e4, 2 / 3, 1.0]], dtype=dtype)
+    assert to_lists(vectors) == vectors.astype(np.float64).tolist()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, 700])
+def test_no_row_is_lost_at_the_seams_of_the_conversion(rows):
+    vectors = np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)
+    assert to_lists(vectors) == vectors.tolist()
+
+
+def test_a_view_with_gaps_converts_like_its_copy():
+    vectors = FINITE[:4000].reshape(40, 100)[::3, ::-7]
+    assert to_lists(vectors) == vectors.tolist()
+
+
+def test_lists_of_float16_share_their_floats_and_take_about_8_bytes_a_number():
+    vectors = np.random.default_rng(0).normal(size=(500, 512)).astype(np.float16)
+    to_lists(vectors)  # the shared floats themselves are made once a process
+    tracemalloc.start()
+    lists = to_lists(vectors)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 8.5 * vectors.size
+    assert len({id(number) for row in lists for number in row}) == len(np.unique(vectors))
+
+
+def test_rows_are_lists_of_the_callers_own():
+    vectors = np.ones((2, 2), dtype=np.float16)
+    to_lists(vectors)[0][0] = 7.0
+    assert to_lists(vectors) == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_result_is_an_array_of_float32_to_numpy_whatever_travelled(dtype):
+    res = result(dtype)
+    assert np.asarray(res).dtype == res.vectors.dtype == np.float32
+    assert np.array_equal(res, np.eye(3, 4))
+    assert np.dot(res, [1, 2, 3, 4]).tolist() == [1, 2, 3]
+    assert len(res) == 3
+    assert res.to_lists() == np.eye(3, 4).tolist()
+
+
+def test_asarray_of_a_result_shares_its_memory_and_array_copies():
+    res = result("float16")
+    assert np.shares_memory(np.asarray(res), res.vectors)
+    assert not np.shares_memory(np.array(res), res.vectors)
+    assert np.shares_memory(res.__array__(copy=False), res.vectors)
+
+
+def test_asarray_converts_to_the_type_asked_for():
+    assert np.asarray(result("float16"), dtype=np.float64).dtype == np.float64
+    assert result("float16").__array__(np.float64).dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "make", [result, lambda dtype: EmbeddedBatch(np.arange(3), np.eye(3, dtype=dtype), Usage())]
+)
+def test_vectors_are_converted_once_and_float32_not_at_all(make):
+    narrow, wide = make("float16"), make("float32")
+    assert narrow.vectors is narrow.vectors
+    assert narrow.vectors.dtype == np.float32
+    assert wide.vectors is wide.packed
+
+
+def test_printing_an_answer_prints_no_vectors():
+    vectors = np.full((2, 4), 0.625, dtype=np.float32)
+    answers = (
+        EmbeddingResult(vectors, IDENTITY, Usage()),
+        EmbeddedBatch(np.arange(2), vectors, Usage()),
+        PartialResult(3, np.arange(2), vectors),
+    )
+    assert "0.625" in repr(vectors)
+    assert all("0.625" not in repr(answer) for answer in answers)
+
+
+def test_a_part_gives_index_and_vector_pairs():
+    pairs = list(batch(7, 2))
+    assert [(index, vector.tolist()) for index, vector in pairs] == [
+        (7, [1, 0, 0, 0]),
+        (2, [0, 1, 0, 0]),
+    ]
+    assert all(type(index) is int and vector.dtype == np.float32 for index, vector in pairs)
+
+
+def test_a_part_whose_indices_and_rows_differ_in_number_is_not_read_short():
+    part = EmbeddedBatch(np.arange(3), np.eye(2, dtype=np.float16), Usage())
+    with pytest.raises(ValueError, match="shorter"):
+        list(part)
+
+
+def test_the_length_of_a_part_counts_vectors_not_rejected_texts():
+    part = EmbeddedBatch(np.arange(0), np.empty((0, 4)), Usage(), (InvalidText(3, "is empty"),))
+    assert len(batch(4, 5)) == 2
+    assert len(part) == 0
+    assert list(part) == []
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 30).flatmap(
+        lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)) if n else st.just(set()))
+    )
+)
+def test_what_is_missing_is_exactly_what_was_not_finished(case):
+    total, finished = case
+    indices = np.array(sorted(finished), dtype=np.int64)
+    partial = PartialResult(total, indices, np.zeros((len(indices), 4), dtype=np.float32))
+    assert sorted([*partial.missing.tolist(), *finished]) == list(range(total))
+    assert len(partial) == len(finished)
+    assert np.issubdtype(partial.missing.dtype, np.integer)
+
+
+def test_usage_adds_up():
+    assert sum([Usage(10, 1), Usage(5, 2)], Usage()) == Usage(tokens=15, requests=3)

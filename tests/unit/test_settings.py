@@ -1,0 +1,285 @@
+"""The client's arguments: where each is read from, what is refused, what a cache is named after."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kalm_integrations import prompts
+from kalm_integrations.batching import RequestLimits
+from kalm_integrations.identity import VectorIdentity
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.settings import ClientSettings
+
+SPACE = EMBEDDED.space
+OTHER = replace(SPACE, revision="another")
+STS = "Instruct: Retrieve semantically similar text\nQuery:{text}"
+MTEB_STS = "Instruct: Retrieve semantically similar text \n Query: {text}"
+
+# name: (default, the KALM_* variable, what the variable gives, an argument that differs from it)
+FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
+    "backend": ("auto", "local", "local", "local"),
+    "model": (None, SPACE.model, SPACE.model, None),
+    "dimensions": (None, "512", 512, None),
+    "query_instruction": (None, "web_search", "web_search", "none"),
+    "document_instruction": (None, "passage: {text}", "passage: {text}", "none"),
+    "truncate": ("error", "end", "end", "error"),
+    "batch_size": (128, "32", 32, 64),
+    "max_concurrency": (16, "2", 2, 3),
+    "timeout": (600.0, "2.5", 2.5, 30.0),
+    "max_retries": (6, "0", 0, 1),
+    "vector_dtype": ("float16", "float32", "float32", "float16"),
+    "show_progress": (False, "1", True, False),
+    "expected_identity": (None, json.dumps(OTHER.to_dict()), OTHER, SPACE),
+}
+BY_FIELD = pytest.mark.parametrize("name", FIELDS)
+
+
+def local(**arguments: Any) -> ClientSettings:
+    return ClientSettings(**({"backend": "local"} | arguments))
+
+
+def test_every_argument_is_in_the_table_above_except_the_callback():
+    assert FIELDS.keys() | {"on_usage"} == ClientSettings.model_fields.keys()
+
+
+@BY_FIELD
+def test_without_argument_and_variable_the_default_holds(name):
+    default, *_ = FIELDS[name]
+    assert ClientSettings.model_fields[name].default == default
+    assert name == "backend" or getattr(local(), name) == default
+
+
+@BY_FIELD
+def test_a_variable_goes_before_the_default(name, monkeypatch):
+    monkeypatch.setenv("KALM_BACKEND", "local")
+    _, variable, value, _ = FIELDS[name]
+    monkeypatch.setenv(f"KALM_{name.upper()}", variable)
+    assert getattr(ClientSettings(), name) == value
+
+
+@BY_FIELD
+def test_an_argument_goes_before_a_variable_even_one_that_is_wrong(name, monkeypatch):
+    _, variable, _, argument = FIELDS[name]
+    for content in (variable, "not a {valid} value"):
+        monkeypatch.setenv(f"KALM_{name.upper()}", content)
+        assert getattr(local(**{name: argument}), name) == argument
+
+
+@pytest.mark.parametrize("name", FIELDS.keys() - {"backend"})
+def test_an_empty_variable_is_an_unset_one(name, monkeypatch):
+    monkeypatch.setenv(f"KALM_{name.upper()}", "")
+    assert getattr(local(), name) == FIELDS[name][0]
+
+
+@BY_FIELD
+def test_settings_are_fixed_once_they_were_checked(name):
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(local(), name, FIELDS[name][3])
+
+
+def test_the_callback_is_an_argument_only(monkeypatch):
+    monkeypatch.setenv("KALM_ON_USAGE", "print")
+    assert local().on_usage is None
+    assert local(on_usage=print).on_usage is print
+    assert "on_usage" not in local(on_usage=print).model_dump()
+
+
+@pytest.mark.parametrize(("variable", "shown"), [("true", True), ("0", False), ("false", False)])
+def test_a_switch_is_read_from_its_variable_as_it_is_usually_written(variable, shown, monkeypatch):
+    monkeypatch.setenv("KALM_SHOW_PROGRESS", variable)
+    assert local().show_progress is shown
+
+
+def test_variables_are_read_when_the_settings_are_made_and_not_later(monkeypatch):
+    made = local()
+    monkeypatch.setenv("KALM_BATCH_SIZE", "7")
+    assert (made.batch_size, local().batch_size) == (128, 7)
+
+
+@pytest.mark.parametrize("variable", ["", "auto"])
+def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
+    variable, monkeypatch
+):
+    monkeypatch.setenv("KALM_BACKEND", variable)
+    with pytest.raises(ValueError, match='backend="local" or set KALM_BACKEND=local'):
+        ClientSettings()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"batchsize": 3}, "batchsize\n  Extra inputs are not permitted"),
+        ({"model_kwargs": {}}, "model_kwargs\n  Extra inputs are not permitted"),
+        ({"backend": "remote"}, "Input should be 'auto' or 'local'"),
+        ({"model": "bge-m3"}, "model='bge-m3': backend='local' runs 'universal-sentence-encoder-"),
+        (
+            {"dimensions": 256},
+            "dimensions=256: universal-sentence-encoder-multilingual-3 has 512; leave",
+        ),
+        ({"dimensions": 0}, "dimensions=0"),
+        ({"query_instruction": "web_serch"}, "did you mean 'web_search'?"),
+        ({"document_instruction": "web_serch"}, "did you mean 'web_search'?"),
+        ({"query_instruction": ""}, 'for the text alone pass "none"'),
+        ({"document_instruction": "{title} {text}"}, "is the only placeholder"),
+        ({"truncate": "start"}, "Input should be 'error' or 'end'"),
+        ({"batch_size": 0}, "batch_size\n  Input should be greater than or equal to 1"),
+        ({"batch_size": 2049}, "batch_size\n  Input should be less than or equal to 2048"),
+        ({"max_concurrency": 0}, "max_concurrency\n  Input should be greater than or equal to 1"),
+        ({"max_concurrency": 257}, "max_concurrency\n  Input should be less than or equal to 256"),
+        ({"timeout": 0}, "timeout\n  Input should be greater than 0"),
+        ({"timeout": float("inf")}, "timeout\n  Input should be a finite number"),
+        ({"timeout": float("nan")}, "timeout\n  Input should be a finite number"),
+        ({"max_retries": -1}, "max_retries\n  Input should be greater than or equal to 0"),
+        ({"max_retries": 101}, "max_retries\n  Input should be less than or equal to 100"),
+        ({"vector_dtype": "bfloat16"}, "Input should be 'float16' or 'float32'"),
+        ({"on_usage": "print"}, "Input should be callable"),
+        ({"expected_identity": "{"}, "expected_identity is not the JSON of a space identity"),
+        ({"expected_identity": '{"model": "m"}'}, "not a space identity: missing ['attention',"),
+        ({"expected_identity": SPACE.to_dict() | {"profile": "1"}}, "profile is '1'"),
+        ({"expected_identity": 7}, "an instance of SpaceIdentity"),
+        ({"expected_identity": "[]"}, "expected_identity is not the JSON of a space identity"),
+    ],
+)
+def test_an_argument_that_cannot_work_is_refused_by_name_before_anything_is_opened(
+    arguments, complaint
+):
+    with pytest.raises(ValidationError, match=re.escape(complaint)) as caught:
+        local(**arguments)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "timeout", "expected_identity", "show_progress"])
+def test_a_variable_that_cannot_work_is_refused_by_name(name, monkeypatch):
+    monkeypatch.setenv(f"KALM_{name.upper()}", "many")
+    with pytest.raises(ValidationError, match=name):
+        local()
+
+
+def test_an_error_does_not_show_what_was_passed_for_it_may_be_a_secret():
+    with pytest.raises(ValidationError) as caught:
+        local(batch_size="hunter2", api_key="hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [OTHER, OTHER.to_dict(), json.dumps(OTHER.to_dict())])
+def test_the_expected_identity_comes_as_an_object_a_dict_or_json(form):
+    assert local(expected_identity=form).expected_space == OTHER
+
+
+def test_by_default_the_backends_own_space_is_expected():
+    assert local().expected_space == SPACE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "query", "document"),
+    [
+        ({}, "{text}", "{text}"),
+        ({"query_instruction": "find: {text}"}, "find: {text}", "{text}"),
+        ({"document_instruction": "doc: {text}"}, "{text}", "doc: {text}"),
+        ({"query_instruction": "sts"}, STS, STS),
+        ({"query_instruction": "mteb:sts"}, MTEB_STS, MTEB_STS),
+        ({"query_instruction": "sts", "document_instruction": "none"}, STS, "{text}"),
+    ],
+)
+def test_documents_carry_no_instruction_unless_one_is_given_or_the_task_is_symmetric(
+    arguments, query, document
+):
+    made = local(**arguments)
+    assert (made.query_template, made.document_template) == (query, document)
+    assert (made.template("query"), made.template("document")) == (query, document)
+
+
+def test_what_an_index_holds_is_declared_without_asking_a_service():
+    made = local(document_instruction="doc: {text}", query_instruction="q: {text}")
+    assert made.vector_identity == VectorIdentity(
+        space=SPACE, dimensions=512, document_template="doc: {text}"
+    )
+
+
+def test_request_limits_follow_the_batch_size_and_the_models_length():
+    assert local(batch_size=9).request_limits == RequestLimits(texts=9, text_tokens=8192)
+
+
+# Other document vectors: each needs a cache of its own.
+MOVES_DOCUMENTS: list[dict[str, Any]] = [
+    {},
+    {"document_instruction": "doc: {text}"},
+    {"document_instruction": "web_search"},
+    {"query_instruction": "sts"},
+    {"query_instruction": "mteb:sts"},
+    {"truncate": "end"},
+    {"expected_identity": OTHER},
+]
+# The same document vectors, said or fetched in another way.
+KEEPS_DOCUMENTS: list[dict[str, Any]] = [
+    {"model": SPACE.model},
+    {"dimensions": 512},
+    {"expected_identity": SPACE},
+    {"document_instruction": "none"},
+    {"query_instruction": "web_search"},
+    {"query_instruction": "sts", "document_instruction": "none"},
+    {"batch_size": 1},
+    {"max_concurrency": 1},
+    {"timeout": 1},
+    {"max_retries": 0},
+    {"vector_dtype": "float32"},
+    {"show_progress": True},
+    {"on_usage": print},
+]
+
+
+def test_every_argument_is_known_to_move_document_vectors_or_not():
+    known = {name for arguments in MOVES_DOCUMENTS + KEEPS_DOCUMENTS for name in arguments}
+    assert known | {"backend"} == ClientSettings.model_fields.keys()
+
+
+def test_the_cache_namespace_changes_with_whatever_may_move_document_vectors():
+    names = {local(**arguments).cache_namespace for arguments in MOVES_DOCUMENTS}
+    assert len(names) == len(MOVES_DOCUMENTS)
+
+
+@pytest.mark.parametrize("arguments", KEEPS_DOCUMENTS)
+def test_the_cache_namespace_stays_where_document_vectors_do(arguments):
+    assert local(**arguments).cache_namespace == local().cache_namespace
+
+
+def test_two_ways_to_say_one_instruction_share_a_cache():
+    sentence = prompts.PRESETS["web_search"].task
+    by_name, by_sentence = (
+        local(document_instruction="web_search"),
+        local(document_instruction=sentence),
+    )
+    assert by_name.cache_namespace == by_sentence.cache_namespace
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"query_instruction": "web_search"}, {"truncate": "end"}, {"expected_identity": OTHER}],
+)
+def test_the_query_cache_namespace_changes_with_whatever_may_move_query_vectors(arguments):
+    assert local(**arguments).query_cache_namespace != local().query_cache_namespace
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"query_instruction": "none"}, {"batch_size": 1}, {"vector_dtype": "float32"}, {"timeout": 1}],
+)
+def test_the_query_cache_namespace_stays_where_query_vectors_do(arguments):
+    assert local(**arguments).query_cache_namespace == local().query_cache_namespace
+
+
+@pytest.mark.parametrize("instruction", ["none", "语言 {text}", "a/../b:\n{text}", "mteb:sts"])
+def test_cache_namespaces_are_safe_as_file_names_and_differ_between_roles(instruction):
+    made = local(query_instruction=instruction, document_instruction=instruction)
+    for role, name in (("document", made.cache_namespace), ("query", made.query_cache_namespace)):
+        assert re.fullmatch(rf"kalm-{role}-[A-Za-z0-9-]+", name)
+
+
+def test_the_cache_namespace_outlives_releases():
+    assert local().cache_namespace == "kalm-document-628a8298b84359f4"

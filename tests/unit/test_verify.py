@@ -1,0 +1,136 @@
+"""No vector reaches a caller unchecked: each way for an answer to be wrong, and its message."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalm_integrations.batching import Batch
+from kalm_integrations.errors import IdentityMismatchError, InvalidResponseError
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.result import Usage
+from kalm_integrations.verify import check_identity, verify
+from kalm_integrations.wire import EmbedAnswer
+
+SPACE = EMBEDDED.space
+BATCH = Batch(["a", "b", "c"], [[40, 50], [41], [42, 60]])
+
+
+def check(vectors, identity=SPACE, batch=BATCH, dimensions=4, dtype="float32"):
+    answer = EmbedAnswer(vectors=vectors, identity=identity, usage=Usage())
+    verify(answer, batch, dimensions=dimensions, dtype=dtype, expected=SPACE)
+
+
+def unit(rows=3, columns=4, dtype="float32"):
+    return np.eye(rows, columns, dtype=dtype)
+
+
+def with_row(row, values, dtype="float32"):
+    vectors = unit(dtype=dtype)
+    vectors[row] = values
+    return vectors
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_unit_vectors_of_the_right_number_and_type_pass(dtype):
+    check(unit(dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "got"),
+    [
+        (unit(rows=2), "float32 of shape (2, 4)"),
+        (unit(rows=4), "float32 of shape (4, 4)"),
+        (unit(rows=0), "float32 of shape (0, 4)"),
+        (unit(columns=5), "float32 of shape (3, 5)"),
+        (unit().ravel(), "float32 of shape (12,)"),
+        (unit()[None], "float32 of shape (1, 3, 4)"),
+        (unit(dtype="float16"), "float16 of shape (3, 4)"),
+        (unit(dtype="float64"), "float64 of shape (3, 4)"),
+        (unit(dtype="int8"), "int8 of shape (3, 4)"),
+        (unit(dtype=">f4"), ">f4 of shape (3, 4)"),
+    ],
+)
+def test_a_wrong_count_width_or_type_is_refused(vectors, got):
+    with pytest.raises(InvalidResponseError) as caught:
+        check(vectors)
+    expected = f"asked for 3 float32 vectors of 4 dimensions, got {got}."
+    assert caught.value.args == (expected,)
+
+
+@pytest.mark.parametrize(("row", "index"), [(0, 40), (1, 41), (2, 42)])
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ([np.nan, 1, 0, 0], "values that are not finite"),
+        ([np.inf, 0, 0, 0], "values that are not finite"),
+        ([-np.inf, np.nan, 0, 0], "values that are not finite"),
+        ([0, 0, 0, 0], "a vector of length 0.0000 instead of 1"),
+        ([300, 400, 0, 0], "a vector of length 500.0000 instead of 1"),
+        ([0.5, 0, 0, 0], "a vector of length 0.5000 instead of 1"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_vector_that_is_none_is_refused_by_the_callers_first_index(
+    row, index, values, what, dtype
+):
+    with pytest.raises(InvalidResponseError) as caught:
+        check(with_row(row, values, dtype), dtype=dtype)
+    assert caught.value.args == (f"texts[{index}] got {what}.",)
+
+
+def test_values_whose_square_overflows_are_refused_without_a_warning():
+    with pytest.raises(InvalidResponseError, match=r"texts\[41\] got a vector of length inf"):
+        check(with_row(1, [3e38, 0, 0, 0]))
+
+
+def test_of_several_wrong_vectors_the_first_is_named_and_the_others_are_counted():
+    with pytest.raises(InvalidResponseError, match=r"texts\[40\] got .* 1, and 2 more texts"):
+        check(unit() * 2)
+
+
+@pytest.mark.parametrize("length", [0.9985, 1.0015])
+def test_rounding_moves_a_length_a_little_and_is_allowed_to(length):
+    check(unit() * np.float32(length))
+
+
+@pytest.mark.parametrize("length", [0.9975, 1.0025])
+def test_a_length_that_no_rounding_explains_is_refused(length):
+    with pytest.raises(InvalidResponseError, match="instead of 1"):
+        check(unit() * np.float32(length))
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), columns=st.integers(1, 4096), tail=st.sampled_from([1, 3, 9]))
+def test_every_unit_vector_passes_after_rounding_to_float16(seed, columns, tail):
+    wide = np.random.default_rng(seed).normal(size=(1, columns)) ** tail
+    vectors = (wide / np.linalg.norm(wide)).astype(np.float16)
+    check(vectors, batch=Batch(["a"], [[0]]), dimensions=columns, dtype="float16")
+
+
+@pytest.mark.parametrize("field", ["model", "revision", "pooling", "attention", "quantization"])
+def test_vectors_of_another_space_are_refused_whichever_way_it_differs(field):
+    other = replace(SPACE, **{field: "another"})
+    with pytest.raises(IdentityMismatchError, match=f"{field}: .* != 'another'") as caught:
+        check(unit(), identity=other)
+    assert SPACE.fingerprint in str(caught.value)
+    assert other.fingerprint in str(caught.value)
+
+
+def test_vectors_of_an_unknown_space_are_refused():
+    with pytest.raises(IdentityMismatchError, match="the service reports no identity"):
+        check(unit(), identity=None)
+
+
+def test_the_space_is_looked_at_first_since_it_explains_the_rest():
+    with pytest.raises(IdentityMismatchError):
+        check(unit(columns=9), identity=replace(SPACE, profile=2))
+
+
+def test_the_expected_space_is_handed_back():
+    served = replace(SPACE)
+    assert check_identity(served, SPACE) is served
