@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import islice
@@ -24,12 +25,12 @@ from kalm_integrations.batching import Batch, plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.flight import Flight
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.io_thread import io_thread
+from kalm_integrations.io_thread import IOThread, io_thread
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 from kalm_integrations.session import Call, Session
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.transports import Transport, open_transport
+from kalm_integrations.transports import open_transport
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
@@ -47,18 +48,24 @@ class _SessionHolder:
     """
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: IOThread | None = None
         self._session: Session | None = None
 
-    def open(self, settings: ClientSettings, transport: Callable[[], Transport]) -> Session:
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._loop is not loop:
-            self._loop, self._session = loop, Session(settings, transport())
+    def open(self, client: ClientSettings) -> Session:
+        thread = io_thread()
+        if self._session is None or self._thread is not thread:
+            # The thread keeps the session until it is closed; so the session must not keep the
+            # client, and with it this holder, whose end closes the session.
+            settings = client.without_client()
+            self._thread, self._session = thread, Session(settings, open_transport(settings))
+            thread.resources.add(self._session)
+            weakref.finalize(self, _close_later, thread, self._session).atexit = False
         return self._session
 
     async def close(self) -> None:
         session, self._session = self._session, None
-        if session is not None and self._loop is asyncio.get_running_loop():
+        if session is not None and self._thread is io_thread():
+            self._thread.resources.discard(session)
             await session.close()
 
     def __eq__(self, other: object) -> bool:
@@ -68,6 +75,11 @@ class _SessionHolder:
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
         return type(self), ()
+
+
+def _close_later(thread: IOThread, session: Session) -> None:
+    if thread is io_thread():
+        thread.discard(session)
 
 
 class KalmClient(ClientSettings):
@@ -292,10 +304,7 @@ class KalmClient(ClientSettings):
         await self._session().wake(self._call("query"))
 
     def _session(self) -> Session:
-        return self._sessions.open(self, self._open_transport)
-
-    def _open_transport(self) -> Transport:
-        return open_transport(self)
+        return self._sessions.open(self)
 
     def _reported(self, parts: Iterable[EmbeddedBatch]) -> Iterator[EmbeddedBatch]:
         for part in parts:

@@ -14,11 +14,19 @@ import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 _STOP_TIMEOUT = 5.0  # seconds that the interpreter's exit waits for calls to unwind
+
+
+class Closable(Protocol):
+    """Something that is open on the loop."""
+
+    async def close(self) -> None:
+        """Close it; once it is closed, do nothing."""
+        ...
 
 
 class IOThread:
@@ -26,6 +34,8 @@ class IOThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.resources: set[Closable] = set()
+        """What is open on the loop, to be closed when it ends."""
         self._thread = threading.Thread(target=self._run, name="kalm-io", daemon=True)
         self._thread.start()
 
@@ -47,8 +57,20 @@ class IOThread:
             coroutine.close()
             raise RuntimeError("the interpreter is ending: nothing can be embedded now") from None
 
+    def discard(self, resource: Closable) -> None:
+        """Close `resource` some time soon. May be called from anywhere, a finalizer included."""
+
+        async def close() -> None:
+            self.resources.discard(resource)
+            await resource.close()
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and closed it
+            asyncio.run_coroutine_threadsafe(closing := close(), self.loop)
+            return
+        closing.close()
+
     def stop(self) -> None:
-        """Cancel what runs, end the loop, join the thread."""
+        """Cancel what runs, close what is open, end the loop, join the thread."""
         if not self.loop.is_closed():
             with contextlib.suppress(RuntimeError):  # the loop closed in between
                 self.loop.call_soon_threadsafe(self.loop.stop)
@@ -60,7 +82,8 @@ class IOThread:
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        closing = [resource.close() for resource in self.resources]
+        self.loop.run_until_complete(asyncio.gather(*tasks, *closing, return_exceptions=True))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 

@@ -238,6 +238,11 @@ class ClientSettings(BaseModel):
         """How much goes into one request."""
         return RequestLimits(texts=self.batch_size, text_tokens=self.profile.max_tokens)
 
+    def without_client(self) -> ClientSettings:
+        """These settings and nothing else: no framework, no connections."""
+        fields = {name: getattr(self, name) for name in ClientSettings.model_fields}
+        return ClientSettings.model_construct(**fields)
+
     def template(self, role: prompts.Role) -> str:
         """What texts of `role` are set into."""
         return self.query_template if role == "query" else self.document_template

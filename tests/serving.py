@@ -68,6 +68,7 @@ class FaultyServer:
     steps: Iterable[Step | None] = ()
     ours: bool = True
     received: list[Received] = field(default_factory=list)
+    """Answers to a GET, where a redirect led, are those to the POST before it."""
     url: str = ""
 
     @property
@@ -127,7 +128,9 @@ class FaultyServer:
                 described["identity"] = EMBEDDED.space.to_dict()  # type: ignore[assignment]
             await reply(200, json.dumps({"data": [described]}))(request, writer)
             return
-        step = next(self._steps, None) if request.method == "POST" else None
+        step = next(self._steps, None)
+        if request.method == "GET":
+            request = self.posted[-1]
         await (step or (packed() if self.ours else plain()))(request, writer)
 
 
