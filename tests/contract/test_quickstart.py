@@ -3,7 +3,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,11 +78,9 @@ class TestDocstrings:
 
 
 def test_as_a_user_runs_it() -> None:
-    started = time.monotonic()
     command = [sys.executable, "-W", "error", "-m", "kalm_integrations.cli", "quickstart"]
     done = run(*command, environment=os.environ | {"PYTHONIOENCODING": "utf-8"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - started < 60
     shown = done.stdout
     assert "universal-sentence-encoder-multilingual-3" in shown
     assert "512 dimensions, vector identity" in shown
