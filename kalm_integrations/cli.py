@@ -1,0 +1,97 @@
+"""The command `kalm`. Exit status: 0 fine, 1 failed, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pydantic import ValidationError
+
+import kalm_integrations
+from kalm_integrations.errors import ConfigurationError, KalmError
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: Of argparse: wrong usage (2), `--help` or `--version` (0).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every character
+            stream.reconfigure(errors="replace")
+    arguments = _parser().parse_args(argv)
+    try:
+        return 0 if arguments.run(arguments) else 1
+    except (ConfigurationError, ValidationError) as error:
+        return _fail(arguments, str(error), status=2)
+    except KalmError as error:
+        return _fail(arguments, str(error), status=1)
+    except ImportError as error:
+        install = f"pip install 'kalm-integrations[{arguments.extra}]'"
+        return _fail(arguments, f"{error}. This command needs more: {install}", status=1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(arguments: argparse.Namespace, message: str, *, status: int) -> int:
+    sys.stderr.write(f"kalm {arguments.verb}: {message}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kalm", description="KaLM embeddings for LangChain, LlamaIndex and numpy."
+    )
+    version = f"kalm-integrations {kalm_integrations.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    verbs = parser.add_subparsers(dest="verb", metavar="command", required=True)
+    for add in VERBS:
+        add(verbs)
+    return parser
+
+
+def _add_quickstart(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "quickstart",
+        help="index real text through LangChain and LlamaIndex, and ask it a few questions",
+        description="Index real text in a vector store through LangChain and through LlamaIndex, "
+        "with the embedded engine, and ask it a few questions.",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="PATH",
+        help="a folder of Markdown, reStructuredText and text files; "
+        "without it, the docstrings of Python's standard library",
+    )
+    parser.add_argument("--question", metavar="TEXT", help="your own question")
+    parser.set_defaults(run=_quickstart, extra="quickstart")
+
+
+def _quickstart(arguments: argparse.Namespace) -> bool:
+    from kalm_integrations.quickstart import run
+
+    return run(arguments.docs, arguments.question)
+
+
+VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (_add_quickstart,)
+"""Each adds a command with its defaults: what to `run`, which says whether all went well, and
+the `extra` that it needs."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The user's own corpus: the Markdown and text files of a folder, in pieces."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Final
+
+from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.quickstart.corpus import Corpus, Question, Text
+
+SUFFIXES: Final = (".md", ".markdown", ".txt", ".rst")
+CHUNK: Final = 1000  # characters
+OVERLAP: Final = 100
+MOST_CHUNKS: Final = 20_000
+"""Qdrant in memory is not made for more, and they take the embedded engine many minutes."""
+
+_QUESTIONS: Final = 3
+_LONGEST: Final = 100  # characters of a heading
+_SHOWN: Final = 5  # files that could not be read
+_NOT_DOCUMENTS: Final = frozenset({"node_modules", "site-packages", "venv", "__pycache__"})
+_FENCED = re.compile(r"^(```|~~~).*?(^\1|\Z)", re.MULTILINE | re.DOTALL)
+_HASHES = re.compile(r"#{1,6}[ \t]")
+_UNDERLINE = re.compile(r"([=~^\"*+#-])\1{2,}")
+_MARKUP = re.compile(r"`|\*\*|__")
+_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+
+
+def read(folder: Path) -> Corpus:
+    """The pieces of all documents in `folder`, with their own headings as questions.
+
+    Raises:
+        ConfigurationError: It is no folder, or has nothing to index, or too much.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise ConfigurationError(f"there is no folder {folder}")
+    documents, unread = _documents(folder)
+    left_out = _listed(unread)
+    texts = _split(documents)
+    if not texts:
+        raise ConfigurationError(
+            f"{folder} has no text in files named {', '.join('*' + end for end in SUFFIXES)}"
+            + left_out
+        )
+    if len(texts) > MOST_CHUNKS:
+        raise ConfigurationError(
+            f"{folder} has {len(texts):,} pieces of text, and more than {MOST_CHUNKS:,} take too "
+            "long for a quickstart: name a smaller folder"
+        )
+    return Corpus(
+        texts,
+        f"{len(texts):,} pieces of {len(documents):,} files in {folder}{left_out}",
+        [Question(text) for text in _spread(documents) or [texts[0].content[:_LONGEST]]],
+        "headings of these files, to show something; ask your own",
+    )
+
+
+def _listed(unread: list[str]) -> str:
+    if not unread:
+        return ""
+    more = len(unread) - _SHOWN
+    shown = [*unread[:_SHOWN], f"{more} more"] if more > 0 else unread
+    return f"; left out: {', '.join(shown)}"
+
+
+def _documents(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Texts by file name, and for each file that could not be read, which and why."""
+    documents: dict[str, str] = {}
+    unread: list[str] = []
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        try:
+            documents[name] = path.read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            unread.append(f"{name} (not UTF-8)")
+        except OSError as error:
+            unread.append(f"{name} ({error.strerror})")
+    return documents, unread
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and name not in _NOT_DOCUMENTS
+        )
+        for name in sorted(files):
+            path = Path(parent, name)
+            # a named pipe would be waited for
+            if name.lower().endswith(SUFFIXES) and name[0] != "." and path.is_file():
+                yield path
+
+
+def _split(documents: dict[str, str]) -> list[Text]:
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    splitter = RecursiveCharacterTextSplitter(chunk_size=CHUNK, chunk_overlap=OVERLAP)
+    return [
+        Text(name, chunk)
+        for name, document in documents.items()
+        for chunk in splitter.split_text(document)
+    ]
+
+
+def _spread(documents: dict[str, str]) -> list[str]:
+    """Up to three headings from all over the folder: of different files, if there are enough."""
+    by_file = [found for found in map(_headings, documents.values()) if found]
+    headings = list(dict.fromkeys(found[0] for found in by_file))
+    if len(headings) < _QUESTIONS:
+        headings = list(dict.fromkeys(heading for found in by_file for heading in found))
+    count = min(_QUESTIONS, len(headings))
+    return [headings[place * len(headings) // count] for place in range(count)]
+
+
+def _headings(document: str) -> list[str]:
+    """The document's headings in plain words, or else its first line in words."""
+    lines = _FENCED.sub("", document).splitlines()
+    hashed = filter(_HASHES.match, lines)
+    underlined = (above for above, line in pairwise(lines) if _UNDERLINE.fullmatch(line.rstrip()))
+    first = islice(filter(_plain, document.splitlines()), 1)
+    found = (
+        [plain for plain in map(_plain, kind) if plain] for kind in (hashed, underlined, first)
+    )
+    return next(filter(None, found), [])
+
+
+def _plain(line: str) -> str:
+    """The beginning of `line` without markup; nothing of a line without words."""
+    plain = _MARKUP.sub("", _LINK.sub(r"\1", line[:_LONGEST])).strip(" \t#")
+    return plain if re.search(r"\w", plain) else ""

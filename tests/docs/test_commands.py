@@ -1,0 +1,60 @@
+"""Every command of the README runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+QUICKSTARTS = [command for command in COMMANDS if command.startswith("make quickstart")]
+INSTALLS = [command for command in COMMANDS if command.startswith("pip install")]
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """The running environment, as make finds it after an installation."""
+    (tmp_path / "bin").symlink_to(Path(sys.executable).parent)
+    for stamp in (".made", ".quickstart"):
+        (tmp_path / stamp).touch()
+    return tmp_path
+
+
+def run(command: str, *, quiet: bool = True) -> str:
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(
+        shlex.split(command), check=False, capture_output=True, text=True, cwd=ROOT, env=outside
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (quiet and done.stderr)
+    return done.stdout
+
+
+def test_no_command_is_forgotten() -> None:
+    assert {*QUICKSTARTS, *INSTALLS, "make test"} == set(COMMANDS)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()  # which is what runs this
+
+
+# The plain one takes half a minute, and is test_quickstart's.
+@pytest.mark.parametrize("command", QUICKSTARTS[1:])
+def test_make_quickstart(command: str, venv: Path) -> None:
+    shown = run(f"{command} VENV={venv}")
+    assert "LangChain, QdrantVectorStore" in shown
+    assert "LlamaIndex, VectorStoreIndex" in shown
+    assert 'make quickstart Q="' in shown
+
+
+@pytest.mark.parametrize("command", INSTALLS)
+def test_pip_install(command: str) -> None:
+    pip = command.replace("pip", f"{shlex.quote(sys.executable)} -m pip", 1)
+    assert "Would install kalm-integrations-" in run(f"{pip} --dry-run", quiet=False)
