@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 import kalm_integrations
 from kalm_integrations.errors import ConfigurationError, KalmError
@@ -88,7 +89,37 @@ def _quickstart(arguments: argparse.Namespace) -> bool:
     return run(arguments.docs, arguments.question)
 
 
-VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (_add_quickstart,)
+def _add_serve(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "serve",
+        help="serve an engine over HTTP, with OpenAI's embeddings API",
+        description="Serve an engine over HTTP, with OpenAI's embeddings API. Callers present the "
+        "key that KALM_API_KEY holds.",
+    )
+    parser.add_argument("--engine", choices=["embedded"], default="embedded")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument(
+        "--insecure-no-auth", action="store_true", help="no key; on a loopback address only"
+    )
+    parser.set_defaults(run=_serve, extra="server,local")
+
+
+def _serve(arguments: argparse.Namespace) -> bool:
+    from modal_backend.serve import serve
+
+    key = os.environ.get("KALM_API_KEY")
+    serve(
+        arguments.engine,
+        arguments.host,
+        arguments.port,
+        SecretStr(key) if key else None,
+        insecure=arguments.insecure_no_auth,
+    )
+    return True
+
+
+VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (_add_quickstart, _add_serve)
 """Each adds a command with its defaults: what to `run`, which says whether all went well, and
 the `extra` that it needs."""
 

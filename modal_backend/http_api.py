@@ -82,7 +82,7 @@ def create_app(
         exception_handlers={
             KalmError: door.failed,
             HTTPException: _no_such_route,
-            Exception: door.broke,
+            ClientDisconnect: _nobody_listens,
         },
     )
 
@@ -111,7 +111,16 @@ class _Door:
         asked = fields.request(
             self._service.query_template, packed=packed, timeout=_timeout(request)
         )
-        answer = await _unless_disconnected(request, self._service.embed(asked))
+        try:
+            answer = await _unless_disconnected(request, self._service.embed(asked))
+        except (KalmError, ClientDisconnect):
+            raise
+        except Exception as error:
+            # To the log with its traceback, to the caller by its id.
+            log.exception("request %s broke", request.state.request_id)
+            raise TransportError(
+                f"the service broke; its log has request {request.state.request_id}."
+            ) from error
 
         def written() -> bytes:
             return pack(answer) if packed else render(answer, fields.encoding_format)
@@ -149,13 +158,6 @@ class _Door:
         if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
             headers["Retry-After"] = str(math.ceil(error.retry_after))
         return _json_error(error, headers)
-
-    async def broke(self, request: Request, error: Exception) -> Response:
-        """What nobody foresaw: told to the log with its traceback, to the caller by its id."""
-        request_id = request.state.request_id
-        log.error("request %s broke", request_id, exc_info=error)
-        self._metrics.requests.labels("unexpected").inc()
-        return _json_error(TransportError(f"the service broke; its log has request {request_id}."))
 
     def _check_model(self, name: str | None) -> None:
         served = self._service.identity.model
@@ -229,3 +231,7 @@ async def _no_such_route(_: Request, error: Exception) -> Response:
     response = _json_error(NotFoundError(f"{error.detail}."), dict(error.headers or {}))
     response.status_code = error.status_code
     return response
+
+
+async def _nobody_listens(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nginx's; only the access log sees it

@@ -1,0 +1,350 @@
+"""The HTTP door, served by uvicorn over the real embedded engine, asked by a plain HTTP client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+from serving import serving
+
+from kalm_integrations import KalmClient
+from kalm_integrations.errors import KalmError, ServiceUnavailableError
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.wire import IDENTITY_HEADER, MEDIA_TYPE, TIMEOUT_HEADER, unpack
+from modal_backend.admission import Admission
+from modal_backend.engines import EngineOutput
+from modal_backend.engines.embedded import EmbeddedEngine
+from modal_backend.http_api import create_app
+from modal_backend.service import EmbeddingService
+
+KEY, OTHER_KEY = "correct-horse", "battery-staple"
+MODEL = EMBEDDED.space.model
+local = KalmClient(backend="local", vector_dtype="float32")
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        return self.json["error"]
+
+
+def ask(
+    url: str, body: Any = None, *, key: str | None = KEY, method: str | None = None, **headers: str
+) -> Answer:
+    """A request with nothing of ours in it. A body that is not bytes is sent as JSON."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    if key is not None:
+        fields["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data, fields, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return Answer(response.status, response.headers, response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers, error.read())
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    service = EmbeddingService(EmbeddedEngine.load())
+    keys = [SecretStr(KEY), SecretStr(OTHER_KEY)]
+    with serving(create_app(service, api_keys=keys, max_body_bytes=100_000)) as url:
+        yield url
+
+
+class TestEmbeddings:
+    @pytest.mark.parametrize("encoding", [None, "float", "base64"])
+    @pytest.mark.parametrize("texts", ["one text", ["a", "b", "a"]])
+    def test_openais_answer(self, url: str, texts: str | list[str], encoding: str | None) -> None:
+        body: dict[str, Any] = {"input": texts, "model": MODEL, "user": "somebody"}
+        if encoding:
+            body["encoding_format"] = encoding
+        answer = ask(f"{url}/v1/embeddings", body)
+        assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+        content = answer.json
+        assert (content["object"], content["model"]) == ("list", MODEL)
+        expected = local.embed([texts] if isinstance(texts, str) else texts).vectors
+        assert [item["index"] for item in content["data"]] == list(range(len(expected)))
+        rows = [item["embedding"] for item in content["data"]]
+        if encoding == "base64":
+            rows = [np.frombuffer(base64.b64decode(row), dtype="<f4") for row in rows]
+        assert np.allclose(rows, expected, atol=1e-6)
+
+    def test_usage_is_exact(self, url: str) -> None:
+        usage = ask(f"{url}/v1/embeddings", {"input": ["How tall is K2?", "x"]}).json["usage"]
+        tokens = local.embed(["How tall is K2?"]).usage.tokens + local.embed(["x"]).usage.tokens
+        assert usage == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    def test_packed_vectors_by_accept(self, url: str, dtype: str) -> None:
+        body = {"input": ["a", "b"], "embed_dtype": dtype}
+        answer = ask(f"{url}/v1/embeddings", body, Accept=MEDIA_TYPE)
+        assert answer.headers["Content-Type"] == MEDIA_TYPE
+        packed = unpack(answer.body)
+        assert packed.vectors.dtype == dtype
+        assert packed.identity == EMBEDDED.space
+        assert np.allclose(packed.vectors, local.embed(["a", "b"]).vectors, atol=1e-3)
+
+    def test_instructions(self, url: str) -> None:
+        def vector(**fields: Any) -> Any:
+            answer = ask(f"{url}/v1/embeddings", {"input": "K2", **fields})
+            return np.array(answer.json["data"][0]["embedding"])
+
+        plain = local.embed(["K2"]).vectors[0]
+        instructed = local.embed(["Search: K2"]).vectors[0]
+        for fields in ({}, {"input_type": "document"}, {"input_type": "query"}):
+            assert np.allclose(vector(**fields), plain, atol=1e-6)  # this model has no prompt
+        assert np.allclose(vector(instruction="Search: {text}"), instructed, atol=1e-6)
+
+    def test_truncate(self, url: str) -> None:
+        body = {"input": ["x", "word " * 15_000]}
+        refused = ask(f"{url}/v1/embeddings", body)
+        assert (refused.status, refused.error["code"]) == (400, "input_too_long")
+        assert [bad["index"] for bad in refused.error["invalid"]] == [1]
+        assert ask(f"{url}/v1/embeddings", body | {"truncate": "end"}).status == 200
+
+
+REFUSED: dict[str, tuple[Any, int, str, str]] = {
+    "no JSON": (b"{", 400, "invalid_request", "the body is not JSON"),
+    "no object": ([1], 400, "invalid_request", "the body: "),
+    "no input": ({}, 400, "invalid_request", "input: Field required"),
+    "token ids": ({"input": [1, 2]}, 400, "invalid_argument", "token ids"),
+    "lists of token ids": ({"input": [[1], [2]]}, 400, "invalid_argument", "token ids"),
+    "an empty list": ({"input": []}, 400, "invalid_argument", "neither a string nor a list"),
+    "a number": ({"input": 7}, 400, "invalid_argument", "neither a string nor a list"),
+    "an empty text": ({"input": ["a", ""]}, 400, "invalid_input", r"texts\[1\] is empty"),
+    "null": ({"input": ["a", None]}, 400, "invalid_input", r"texts\[1\] is None"),
+    "surrogate": (b'{"input": ["\\ud800"]}', 400, "invalid_input", r"texts\[0\] has a lone surr"),
+    "unknown field": ({"input": "a", "prompt_name": "q"}, 400, "invalid_request", "prompt_name: "),
+    "vllm's field": ({"input": "a", "add_special_tokens": False}, 400, "invalid_request", "add_sp"),
+    "wrong dimensions": ({"input": "a", "dimensions": 256}, 400, "invalid_request", "has 512"),
+    "text as dimensions": ({"input": "a", "dimensions": "512"}, 400, "invalid_request", "dimensi"),
+    "wrong encoding": ({"input": "a", "encoding_format": "hex"}, 400, "invalid_request", "base64"),
+    "another model": ({"input": "a", "model": "ada-002"}, 404, "not_found", "'ada-002' is not ser"),
+    "misspelt preset": (
+        {"input": "a", "instruction": "web_serch"},
+        400,
+        "invalid_request",
+        "did y",
+    ),
+    "float16 in JSON": ({"input": "a", "embed_dtype": "float16"}, 400, "invalid_request", "Accept"),
+    "too many texts": ({"input": ["a"] * 2049}, 413, "request_too_large", "2049 texts"),
+    "too large": ({"input": "a" * 100_000}, 413, "request_too_large", "100,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(url: str, name: str) -> None:
+    body, status, code, message = REFUSED[name]
+    answer = ask(f"{url}/v1/embeddings", body)
+    assert (answer.status, answer.error["code"]) == (status, code)
+    import re
+
+    assert re.search(message, answer.error["message"])
+    assert answer.error["type"] == "invalid_request_error"
+
+
+class TestHeaders:
+    def test_timeouts(self, url: str) -> None:
+        answer = ask(f"{url}/v1/embeddings", {"input": "a"}, **{TIMEOUT_HEADER: "soon"})
+        assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+        assert ask(f"{url}/v1/embeddings", {"input": "a"}, **{TIMEOUT_HEADER: "5"}).status == 200
+        late = ask(f"{url}/v1/embeddings", {"input": "a"}, **{TIMEOUT_HEADER: "1e-9"})
+        assert (late.status, late.error["code"]) == (504, "deadline_exceeded")
+
+    def test_a_compressed_body_is_refused(self, url: str) -> None:
+        answer = ask(f"{url}/v1/embeddings", b"\x1f\x8b", Content_Encoding="gzip")
+        assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+
+    def test_every_answer_names_the_space_and_the_request(self, url: str) -> None:
+        for path in ("/health", "/ready", "/v1/models", "/v1/embeddings", "/nowhere", "/metrics"):
+            for key in (KEY, None):
+                answer = ask(url + path, key=key, X_Request_Id="mine-1")
+                assert answer.headers[IDENTITY_HEADER] == EMBEDDED.space.fingerprint
+                assert answer.headers["X-Request-Id"] == "mine-1"
+        forged = ask(f"{url}/health", X_Request_Id="a b;c")
+        assert len(forged.headers["X-Request-Id"]) == 32
+
+
+class TestKeys:
+    @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/models", "/ready", "/metrics", "/no"])
+    @pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1], KEY + "x", KEY.upper()])
+    def test_no_route_but_health_opens_without_a_key(
+        self, url: str, path: str, key: str | None
+    ) -> None:
+        answer = ask(url + path, key=key)
+        assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert KEY not in answer.body.decode()
+
+    def test_another_scheme_is_no_key(self, url: str) -> None:
+        assert ask(f"{url}/ready", key=None, Authorization=f"Basic {KEY}").status == 401
+
+    @pytest.mark.parametrize("key", [KEY, OTHER_KEY])
+    def test_each_key_opens_so_that_they_can_be_rotated(self, url: str, key: str) -> None:
+        assert ask(f"{url}/ready", key=key).status == 200
+
+    def test_health_needs_none(self, url: str) -> None:
+        assert ask(f"{url}/health", key=None).json == {"status": "alive"}
+
+
+class TestOtherRoutes:
+    def test_models_tell_the_identity(self, url: str) -> None:
+        (model,) = ask(f"{url}/v1/models").json["data"]
+        assert model["id"] == MODEL
+        assert model["identity"] == EMBEDDED.space.to_dict()
+        assert model["fingerprint"] == EMBEDDED.space.fingerprint
+        assert (model["dimensions"], model["max_tokens"]) == ([512], 8192)
+        assert ask(f"{url}/v1/models/{MODEL}").json == model
+        assert ask(f"{url}/v1/models/other").status == 404
+
+    def test_what_is_not_there(self, url: str) -> None:
+        for answer, status in ((ask(f"{url}/no"), 404), (ask(f"{url}/v1/embeddings"), 405)):
+            assert (answer.status, answer.error["code"]) == (status, "not_found")
+
+    def test_metrics_count(self, url: str) -> None:
+        def count(name: str) -> float:
+            page = ask(f"{url}/metrics").body.decode()
+            return sum(float(row.split()[-1]) for row in page.splitlines() if row.startswith(name))
+
+        before = [count(name) for name in ("kalm_texts_total", 'kalm_requests_total{code="ok"}')]
+        ask(f"{url}/v1/embeddings", {"input": ["a", "b", "c"]})
+        after = [count(name) for name in ("kalm_texts_total", 'kalm_requests_total{code="ok"}')]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1]
+        assert count('kalm_request_seconds_count{role="document"}') >= 1
+        assert count("kalm_texts_inside") == 0
+
+
+class SlowEngine:
+    """The embedded engine's protocol over a clock: counts the texts that reach it."""
+
+    identity = EMBEDDED.space
+    dimensions = (512,)
+    max_tokens = 8192
+    query_template = "{text}"
+
+    def __init__(self, seconds: float, error: Exception | None = None) -> None:
+        self._real = EmbeddedEngine.load()
+        self._seconds = seconds
+        self._error = error
+        self.started: list[str] = []
+        self.cancelled = threading.Event()
+
+    async def embed(self, texts: Sequence[str], **options: Any) -> EngineOutput:
+        self.started += texts
+        if self._error is not None:
+            raise self._error
+        try:
+            await asyncio.sleep(self._seconds)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return await self._real.embed(texts, **options)
+
+
+class TestLoad:
+    def test_a_caller_who_leaves_stops_the_work(self) -> None:
+        engine = SlowEngine(30)
+        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+            client = KalmClient(base_url=url, model=MODEL, timeout=0.5)
+            with pytest.raises(KalmError):
+                client.embed(["a"])
+            assert engine.cancelled.wait(5)
+            client.close()
+
+    def test_what_has_not_started_by_the_deadline_never_does(self) -> None:
+        engine = EmbeddedEngine.load()
+        computed: list[int] = []
+        encode = engine._backend.encode
+        engine._backend.encode = lambda ids: (computed.append(len(ids)), encode(ids))[1]
+        texts = [f"{i} " * 400 for i in range(1_000)]
+        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+            body = {"input": texts}
+            answer = ask(f"{url}/v1/embeddings", body, key=None, **{TIMEOUT_HEADER: "0.5"})
+            assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
+            reached = sum(computed)
+            time.sleep(0.3)
+            assert reached == sum(computed) < 1_000
+
+    def test_overload_is_an_answer_and_queries_have_room_of_their_own(self) -> None:
+        engine = SlowEngine(1)
+        admission = Admission({"document": 4, "query": 2})
+        service = EmbeddingService(engine, admission)
+        answers: list[Answer] = []
+        with serving(create_app(service, api_keys=[])) as url:
+
+            def post(texts: list[str]) -> None:
+                answers.append(ask(f"{url}/v1/embeddings", {"input": texts}, key=None))
+
+            threads = [threading.Thread(target=post, args=(["a", "b"],)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+                time.sleep(0.1)
+            query = ask(f"{url}/v1/embeddings", {"input": "q"}, key=None)
+            for thread in threads:
+                thread.join()
+        assert query.status == 200
+        refused = [answer for answer in answers if answer.status == 503]
+        assert len(refused) == 1
+        assert refused[0].headers["Retry-After"] == "2"
+        assert "4 document texts are waiting already" in refused[0].error["message"]
+        assert service.inside == {"query": 0, "document": 0}
+
+    def test_our_client_waits_out_an_overload(self, quick_retries: None) -> None:
+        service = EmbeddingService(SlowEngine(0.05), Admission({"document": 3, "query": 2}))
+        with (
+            serving(create_app(service, api_keys=[])) as url,
+            KalmClient(
+                base_url=url, model=MODEL, batch_size=2, max_retries=50, max_concurrency=3
+            ) as client,
+        ):
+            import modal_backend.admission as module
+
+            module_after, module.RETRY_AFTER = module.RETRY_AFTER, 0.01  # type: ignore[misc]
+            try:
+                assert len(client.embed([f"text {i}" for i in range(12)])) == 12
+            finally:
+                module.RETRY_AFTER = module_after  # type: ignore[misc]
+
+    def test_an_engine_that_breaks(self, caplog: pytest.LogCaptureFixture) -> None:
+        with (
+            serving(
+                create_app(EmbeddingService(SlowEngine(0, KeyError("internals"))), api_keys=[])
+            ) as url,
+            caplog.at_level(logging.ERROR),
+        ):
+            answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None)
+        assert (answer.status, answer.error["code"]) == (500, "unexpected")
+        assert "internals" not in answer.body.decode()
+        assert answer.headers["X-Request-Id"] in answer.error["message"]
+        assert answer.headers["X-Request-Id"] in caplog.text
+        assert "KeyError: 'internals'" in caplog.text
+
+    def test_an_engine_that_is_not_available(self) -> None:
+        engine = SlowEngine(0, ServiceUnavailableError("the engine restarts.", retry_after=7.2))
+        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+            answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None)
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "8")
+        assert answer.error["type"] == "server_error"
