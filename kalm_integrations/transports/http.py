@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,11 @@ class HttpTransport:
     def _pool(self) -> aiohttp.ClientSession:
         if self._http is None:
             self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the session's slots are the limit
+                connector=aiohttp.TCPConnector(
+                    limit=0,  # the session's slots are the limit
+                    # aiohttp's own was made on import, and SSL_CERT_FILE may be newer.
+                    ssl=ssl.create_default_context() if self._base.scheme == "https" else True,
+                ),
                 # One deadline, the call's, governs all the rest.
                 timeout=aiohttp.ClientTimeout(
                     total=None, sock_connect=self._settings.connect_timeout
