@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError, Future
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import InvalidInputError
+from kalm_integrations.io_thread import is_ending
 from kalm_integrations.result import EmbeddedBatch
 
 
@@ -87,5 +88,7 @@ class Flight:
             self.cancel()
 
     def _land(self, future: Future[EmbeddedBatch]) -> None:
+        if future.cancelled() and is_ending():
+            return  # who still waits is a daemon thread: woken, it would only print a traceback
         self._landed.append(future)
         self._wake()

@@ -91,6 +91,7 @@ class IOThread:
 _lock = threading.Lock()
 _current: IOThread | None = None
 _abandoned: list[IOThread] = []
+_ending = False
 
 
 def io_thread() -> IOThread:
@@ -112,8 +113,15 @@ def _forget_in_child() -> None:
     _current = None
 
 
+def is_ending() -> bool:
+    """Whether the process is ending, and with it all calls: only daemon threads still wait."""
+    return _ending
+
+
 @atexit.register
 def _stop_at_exit() -> None:
+    global _ending
+    _ending = True
     if _current is not None:
         _current.stop()
 

@@ -90,3 +90,7 @@ class EmbeddingService:
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
         )
+
+    async def close(self) -> None:
+        """Close the engine."""
+        await self._engine.close()

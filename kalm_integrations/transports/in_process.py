@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.io_thread import io_thread
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ async def _service() -> EmbeddingService:
 
 async def _load() -> EmbeddingService:
     from modal_backend.engines.embedded import EmbeddedEngine
+    from modal_backend.engines.worker import Worker
     from modal_backend.service import EmbeddingService
 
-    return EmbeddingService(await asyncio.to_thread(EmbeddedEngine.load))
+    loader = Worker("kalm-loader")
+    try:
+        service = EmbeddingService(await loader.run(EmbeddedEngine.load))
+    finally:
+        loader.stop()
+    io_thread().resources.add(service)
+    return service

