@@ -42,12 +42,14 @@ class ConfigurationError(KalmError, ValueError):
 
     status = 400
     code = "invalid_request"
+    remedy = "Correct what is named here; docs and docstrings list what each argument takes."
 
 
 class EngineLoadError(KalmError):
     """The engine's files are missing or are not the ones that were tested."""
 
     code = "engine_not_loaded"
+    remedy = "Nothing is embedded with files that were not tested."
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,3 +201,9 @@ class IdentityMismatchError(KalmError):
         "Vectors of two spaces must not meet in one index. Point the client at the right "
         "service, or, for a new index, pass the service's identity as expected_identity=."
     )
+
+
+def subclasses(kind: type[KalmError]) -> list[type[KalmError]]:
+    """`kind` and everything below it in this module: the table, as a list."""
+    below = [leaf for child in kind.__subclasses__() for leaf in subclasses(child)]
+    return list(dict.fromkeys([kind, *below])) if kind.__module__ == __name__ else []

@@ -13,13 +13,15 @@ except ImportError as error:
     ) from error
 
 from kalm_integrations.client import KalmClient
+from kalm_integrations.langchain_errors import raised_as_langchains
 
 
 class KalmModalEmbeddings(KalmClient, Embeddings):
     """KaLM, or the embedded engine, as a LangChain embedding model.
 
     Takes the arguments of `ClientSettings`, and is a `KalmClient` too: `iter_embed`, `warm_up`,
-    `cache_namespace` and the rest are there.
+    `cache_namespace` and the rest are there. The errors of the four methods below are LangChain's
+    `ModelError`s too (`langchain_errors`).
 
     Example:
         >>> embeddings = KalmModalEmbeddings(backend="local")
@@ -29,19 +31,23 @@ class KalmModalEmbeddings(KalmClient, Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed texts to be found, with the document instruction; see `KalmClient.embed`."""
-        return self.embed(texts, role="document").to_lists()
+        with raised_as_langchains():
+            return self.embed(texts, role="document").to_lists()
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a question, with the query instruction; see `KalmClient.embed`."""
-        return self.embed([text], role="query").to_lists()[0]
+        with raised_as_langchains():
+            return self.embed([text], role="query").to_lists()[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents`, without blocking the running event loop or its thread pool."""
-        return (await self.aembed(texts, role="document")).to_lists()
+        with raised_as_langchains():
+            return (await self.aembed(texts, role="document")).to_lists()
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query`, without blocking the running event loop or its thread pool."""
-        return (await self.aembed([text], role="query")).to_lists()[0]
+        with raised_as_langchains():
+            return (await self.aembed([text], role="query")).to_lists()[0]
 
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares what it is given with "default". Left

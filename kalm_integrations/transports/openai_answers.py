@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from kalm_integrations import errors
 from kalm_integrations.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -27,6 +26,7 @@ from kalm_integrations.errors import (
     RateLimitError,
     RequestTooLargeError,
     ServiceUnavailableError,
+    subclasses,
 )
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import EmbedAnswer, VectorDtype
@@ -163,13 +163,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
-def _subclasses(kind: type[KalmError]) -> list[type[KalmError]]:
-    return [kind, *(leaf for child in kind.__subclasses__() for leaf in _subclasses(child))]
-
-
 # The table of errors.py, read backwards. A code that only clients use is never believed.
 _BY_CODE: Final[dict[str, type[KalmError]]] = {
-    kind.code: kind
-    for kind in _subclasses(KalmError)
-    if kind.__module__ == errors.__name__ and kind.status != KalmError.status
+    kind.code: kind for kind in subclasses(KalmError) if kind.status != KalmError.status
 }

@@ -6,10 +6,11 @@ import asyncio
 import copy
 import pickle
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from langchain_core import exceptions
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -19,8 +20,8 @@ from langchain_tests.unit_tests import EmbeddingsUnitTests
 from pydantic import ValidationError
 from scripted import ScriptedTransport, vectors_of
 
-from kalm_integrations import KalmClient, KalmModalEmbeddings
-from kalm_integrations.errors import IdentityMismatchError, InvalidInputError
+from kalm_integrations import KalmClient, KalmModalEmbeddings, errors, langchain_errors
+from kalm_integrations.errors import IdentityMismatchError, InvalidInputError, InvalidText
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.prompts import RETRIEVAL
 
@@ -129,6 +130,54 @@ class TestStores:
         with pytest.raises(IdentityMismatchError):
             store.add_texts(FACTS)
         assert store.store == {}
+
+
+class TestErrors:
+    """Ours are LangChain's provider-neutral ones too, and carry all that they carried."""
+
+    CASES: ClassVar = {
+        errors.InputTooLongError.of([InvalidText(0, "is too long")]): "ContextOverflowError",
+        errors.InvalidInputError.of([InvalidText(0, "is bad")]): "ModelInvalidRequestError",
+        errors.ConfigurationError("no"): "ModelInvalidRequestError",
+        errors.AuthenticationError("no"): "ModelAuthenticationError",
+        errors.PermissionDeniedError("no"): "ModelPermissionDeniedError",
+        errors.NotFoundError("no"): "ModelNotFoundError",
+        errors.RateLimitError("no", 3.0): "ModelRateLimitError",
+        errors.ConnectionFailedError("no"): "ModelConnectionError",
+        errors.ServiceUnavailableError("no"): "ModelAPIError",
+        errors.DeadlineExceededError("no"): "ModelTimeoutError",
+        errors.IdentityMismatchError("no"): "ModelError",
+    }
+
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    @pytest.mark.parametrize("raised", CASES, ids=lambda error: type(error).__name__)
+    def test_both(self, over: Any, raised: errors.KalmError, asynchronous: bool) -> None:
+        transport = ScriptedTransport([None, raised])
+        embeddings = over(
+            transport, KalmModalEmbeddings, batch_size=1, max_concurrency=1, max_retries=0
+        )
+        with pytest.raises(type(raised)) as caught:
+            if asynchronous:
+                asyncio.run(embeddings.aembed_documents(["first", "second"]))
+            else:
+                embeddings.embed_documents(["first", "second"])
+        error = caught.value
+        theirs = getattr(exceptions, self.CASES[raised])
+        assert isinstance(error, theirs)
+        assert type(error).__name__ == type(raised).__name__
+        assert error.is_retryable == theirs.is_retryable
+        assert error.partial.indices.tolist() == [0]
+        twin = pickle.loads(pickle.dumps(error))
+        assert (type(twin), str(twin)) == (type(error), str(error))
+        if isinstance(error, errors.InvalidInputError):
+            assert [bad.index for bad in error.invalid] == [1]
+        if isinstance(error, errors.RateLimitError):
+            assert error.retry_after == 3.0
+
+    def test_every_class_of_ours_has_one_of_theirs(self) -> None:
+        for ours, both in langchain_errors._BOTH.items():
+            assert issubclass(both, ours)
+            assert issubclass(both, exceptions.ModelError)
 
 
 class TestObject:

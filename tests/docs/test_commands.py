@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.partition("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
 QUICKSTARTS = [command for command in COMMANDS if command.startswith("make quickstart")]
+SERVES = [command for command in COMMANDS if "kalm serve" in command]
 INSTALLS = [command for command in COMMANDS if command.startswith("pip install")]
 
 
@@ -41,7 +44,7 @@ def run(command: str, *, quiet: bool = True) -> str:
 
 
 def test_no_command_is_forgotten() -> None:
-    assert {*QUICKSTARTS, *INSTALLS, "make test"} == set(COMMANDS)
+    assert {*QUICKSTARTS, *INSTALLS, *SERVES, "make test"} == set(COMMANDS)
     assert "make test" in (ROOT / ".ci" / "run").read_text()  # which is what runs this
 
 
@@ -58,3 +61,37 @@ def test_make_quickstart(command: str, venv: Path) -> None:
 def test_pip_install(command: str) -> None:
     pip = command.replace("pip", f"{shlex.quote(sys.executable)} -m pip", 1)
     assert "Would install kalm-integrations-" in run(f"{pip} --dry-run", quiet=False)
+
+
+@pytest.mark.parametrize("command", SERVES)
+def test_kalm_serve_and_the_variables_that_lead_there(command: str, venv: Path) -> None:
+    variable, kalm, *arguments = shlex.split(command)
+    block = re.search(r"```text\n(KALM_BASE_URL.*?) python your_app.py", README, re.DOTALL)
+    assert block is not None
+    settings = dict(pair.split("=", 1) for pair in shlex.split(block[1].replace("\\\n", " ")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings["KALM_BASE_URL"] = settings["KALM_BASE_URL"].replace("8000", str(port))
+    arguments = [argument.replace("8000", str(port)) for argument in arguments]
+    server = subprocess.Popen(
+        [str(venv / kalm.removeprefix(".venv/")), *arguments],
+        env=os.environ | dict([variable.split("=", 1)]),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        assert server.stderr is not None
+        for line in server.stderr:
+            if "Uvicorn running" in line:
+                break
+        app = "from kalm_integrations import *; print(KalmClient().embed(['x']).vectors.shape)"
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", app.replace("*", "KalmClient")],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=os.environ | settings,
+        )
+        server.terminate()
+        assert (done.stdout, done.stderr) == ("(1, 512)\n", "")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations import prompts
+from kalm_integrations import inputs, langchain_errors, prompts
+from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.settings import ClientSettings
+from modal_backend import admission, http_api, service
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -75,3 +77,37 @@ def test_every_argument_is_in_the_readme_with_its_default() -> None:
         value = fields[name].default
         shown = f"{value:g}" if isinstance(value, float) else repr(value).replace("'", '"')
         assert default == f"`{shown}`", name
+
+
+def test_every_error_is_documented_as_it_is() -> None:
+    documented = rows("docs/errors.md", "Classes")
+    assert [row[0] for row in documented] == [f"`{k.__name__}`" for k in subclasses(KalmError)[1:]]
+    for kind, (_, happened, code, status, retried, remedy) in zip(
+        subclasses(KalmError)[1:], documented, strict=True
+    ):
+        assert happened == " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+        assert code == f"`{kind.code}`"
+        assert status == ("" if kind.status == KalmError.status else str(kind.status))
+        assert retried == ("yes" if kind.retryable else "")
+        assert remedy == kind.remedy
+
+
+def test_langchains_errors_are_documented_as_they_are() -> None:
+    documented = {
+        ours.strip("`"): theirs.strip("`")
+        for ours, theirs in rows("docs/errors.md", "In LangChain")
+    }
+    assert documented == {
+        "any other `KalmError" if ours is KalmError else ours.__name__: theirs
+        for ours, theirs in langchain_errors.FAMILY.items()
+    }
+
+
+def test_the_limits_of_the_http_door() -> None:
+    documented = rows("docs/http.md", "A request")
+    shown = {row[0]: row[1] for row in documented if len(row) == 3}
+    assert shown["body"] == f"{http_api.MAX_BODY_BYTES // 2**20} MiB"
+    assert shown["texts in a request"] == f"{service.MAX_TEXTS:,}"
+    assert shown["characters in a text"] == f"{inputs.MAX_CHARACTERS:,}"
+    assert shown["texts waiting, documents"] == f"{admission.MAX_WAITING['document']:,}"
+    assert shown["texts waiting, queries"].startswith(f"{admission.MAX_WAITING['query']:,}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
@@ -28,6 +28,9 @@ FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
     "dimensions": (None, "512", 512, None),
     "query_instruction": (None, "web_search", "web_search", "none"),
     "document_instruction": (None, "passage: {text}", "passage: {text}", "none"),
+    "base_url": (None, "http://there:8000", "http://there:8000", "https://here/v1"),
+    "api_key": (None, "k1", SecretStr("k1"), SecretStr("k2")),
+    "connect_timeout": (10.0, "2.5", 2.5, 3.0),
     "truncate": ("error", "end", "end", "error"),
     "batch_size": (128, "32", 32, 64),
     "max_concurrency": (16, "2", 2, 3),
@@ -44,8 +47,70 @@ def local(**arguments: Any) -> ClientSettings:
     return ClientSettings(**({"backend": "local"} | arguments))
 
 
-def test_every_argument_is_in_the_table_above_except_the_callback():
-    assert FIELDS.keys() | {"on_usage"} == ClientSettings.model_fields.keys()
+def test_every_argument_is_in_the_table_above_except_the_callback_and_a_pair():
+    others = {"on_usage", "modal_key", "modal_secret"}
+    assert FIELDS.keys() | others == ClientSettings.model_fields.keys()
+
+
+def test_a_proxy_token_is_a_pair(monkeypatch):
+    with pytest.raises(ValidationError, match="modal_key and modal_secret go together"):
+        local(modal_key="id")
+    monkeypatch.setenv("KALM_MODAL_KEY", "id")
+    monkeypatch.setenv("KALM_MODAL_SECRET", "secret")
+    assert (local().modal_key, local().modal_secret) == (SecretStr("id"), SecretStr("secret"))
+
+
+@pytest.mark.parametrize("name", ["api_key", "modal_key", "modal_secret"])
+def test_a_credential_shows_nowhere(name):
+    pair = {"modal_key": "id-1234", "modal_secret": "secret-1234"}
+    made = local(**(pair | {name: "hunter2"}))
+    assert "hunter2" not in f"{made!r} {made} {made.model_dump()} {made.model_dump_json()}"
+    with pytest.raises(ValidationError) as caught:
+        local(**(pair | {name: "hunter2", "timeout": -1}))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_auto_takes_the_service_that_is_configured(monkeypatch):
+    assert ClientSettings(base_url="http://there").resolved_backend == "http"
+    monkeypatch.setenv("KALM_BASE_URL", "http://there")
+    assert ClientSettings().resolved_backend == "http"
+    assert local().resolved_backend == "local"
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        (None, "needs base_url= or KALM_BASE_URL"),
+        ("there:8000", "base_url is not like"),
+        ("ftp://there", "base_url is not like"),
+        ("http://", "base_url is not like"),
+        ("http://there/v1?key=1", "base_url is not like"),
+        ("http://me:hunter2@there", "base_url holds a credential"),
+    ],
+)
+def test_a_base_url_that_cannot_work_is_refused(url, complaint):
+    with pytest.raises(ValidationError, match=complaint) as caught:
+        ClientSettings(backend="http", base_url=url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_over_http_the_model_chooses_what_is_expected():
+    kalm = ClientSettings(base_url="http://there")
+    assert kalm.served_model == "tencent/KaLM-Embedding-Gemma3-12B-2511"
+    assert (kalm.query_template, kalm.vector_dimensions) == (prompts.RETRIEVAL, 3840)
+    assert ClientSettings(base_url="http://there", dimensions=256).vector_dimensions == 256
+    embedded = ClientSettings(base_url="http://there", model=SPACE.model)
+    assert (embedded.expected_space, embedded.vector_dimensions) == (SPACE, 512)
+    unknown = ClientSettings(base_url="http://there", model="some/model", dimensions=77)
+    assert not unknown.expected_space.declared
+    assert (unknown.query_template, unknown.vector_dimensions) == ("{text}", 77)
+    namespaces = {made.cache_namespace for made in (kalm, embedded, unknown)}
+    assert len(namespaces) == 3
+
+
+def test_the_same_vectors_have_the_same_namespace_through_any_door():
+    door = ClientSettings(base_url="http://there", model=SPACE.model)
+    assert door.cache_namespace == local().cache_namespace
 
 
 @BY_FIELD
@@ -116,8 +181,11 @@ def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
     [
         ({"batchsize": 3}, "batchsize\n  Extra inputs are not permitted"),
         ({"model_kwargs": {}}, "model_kwargs\n  Extra inputs are not permitted"),
-        ({"backend": "remote"}, "Input should be 'auto' or 'local'"),
-        ({"model": "bge-m3"}, "model='bge-m3': backend='local' runs 'universal-sentence-encoder-"),
+        ({"backend": "remote"}, "Input should be 'auto', 'http' or 'local'"),
+        (
+            {"model": "bge-m3"},
+            "model='bge-m3': backend=\"local\" runs 'universal-",
+        ),
         (
             {"dimensions": 256},
             "dimensions=256: universal-sentence-encoder-multilingual-3 has 512; leave",
@@ -228,6 +296,10 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
     {"max_concurrency": 1},
     {"timeout": 1},
     {"max_retries": 0},
+    {"base_url": "http://there"},
+    {"api_key": "k"},
+    {"modal_key": "id", "modal_secret": "secret"},
+    {"connect_timeout": 1},
     {"vector_dtype": "float32"},
     {"show_progress": True},
     {"on_usage": print},

@@ -11,18 +11,25 @@ from hypothesis import strategies as st
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import IdentityMismatchError, InvalidResponseError
+from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.verify import check_identity, verify
+from kalm_integrations.settings import ClientSettings
+from kalm_integrations.verify import Verifier
 from kalm_integrations.wire import EmbedAnswer
 
 SPACE = EMBEDDED.space
 BATCH = Batch(["a", "b", "c"], [[40, 50], [41], [42, 60]])
 
 
+def verifier(**arguments):
+    settings = {"backend": "local", "model": None, "expected_identity": None, "dimensions": None}
+    return Verifier(ClientSettings.model_construct(**(settings | arguments)))
+
+
 def check(vectors, identity=SPACE, batch=BATCH, dimensions=4, dtype="float32"):
     answer = EmbedAnswer(vectors=vectors, identity=identity, usage=Usage())
-    verify(answer, batch, dimensions=dimensions, dtype=dtype, expected=SPACE)
+    verifier(dimensions=dimensions, vector_dtype=dtype).check(answer, batch)
 
 
 def unit(rows=3, columns=4, dtype="float32"):
@@ -121,16 +128,38 @@ def test_vectors_of_another_space_are_refused_whichever_way_it_differs(field):
     assert other.fingerprint in str(caught.value)
 
 
-def test_vectors_of_an_unknown_space_are_refused():
+def test_a_service_without_identity_is_used_with_one_warning(caplog):
+    plain = verifier()
+    for _ in range(3):
+        plain.check_identity(None)
+    assert caplog.text.count("unverified") == 1
+
+
+def test_a_service_without_identity_cannot_be_the_one_that_is_asked_for():
     with pytest.raises(IdentityMismatchError, match="the service reports no identity"):
-        check(unit(), identity=None)
+        verifier(expected_identity=SPACE).check_identity(None)
+
+
+@pytest.mark.parametrize("later", [None, replace(SPACE, revision="another")])
+def test_a_service_must_stay_what_it_was(later):
+    session = verifier()
+    session.check_identity(SPACE)
+    session.check_identity(replace(SPACE))
+    with pytest.raises(IdentityMismatchError, match="the service changed from universal"):
+        session.check_identity(later)
+
+
+def test_of_a_model_that_nobody_knows_the_first_answer_sets_the_rest():
+    session = verifier(backend="http", model="some/model", vector_dtype="float32")
+    space = SpaceIdentity.undeclared("some/model")
+    for served in (replace(space, revision="abc"), replace(space, revision="abc")):
+        session.check(EmbedAnswer(vectors=unit(), identity=served, usage=Usage()), BATCH)
+    with pytest.raises(InvalidResponseError, match=r"of 4 dimensions, got .* \(3, 5\)"):
+        session.check(EmbedAnswer(vectors=unit(columns=5), identity=served, usage=Usage()), BATCH)
+    with pytest.raises(IdentityMismatchError, match="asked for some/model, but the service has"):
+        verifier(backend="http", model="some/model").check_identity(SPACE)
 
 
 def test_the_space_is_looked_at_first_since_it_explains_the_rest():
     with pytest.raises(IdentityMismatchError):
         check(unit(columns=9), identity=replace(SPACE, profile=2))
-
-
-def test_the_expected_space_is_handed_back():
-    served = replace(SPACE)
-    assert check_identity(served, SPACE) is served
