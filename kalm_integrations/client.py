@@ -11,7 +11,6 @@ import asyncio
 import logging
 import threading
 import time
-import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import islice
@@ -25,61 +24,17 @@ from kalm_integrations.batching import Batch, plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.flight import Flight
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.io_thread import IOThread, io_thread
+from kalm_integrations.io_thread import io_thread
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
-from kalm_integrations.session import Call, Session
+from kalm_integrations.session import Call, Session, SessionHolder
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.transports import open_transport
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], object]
-
-
-class _SessionHolder:
-    """Where a client keeps its session. Touched on the I/O thread only.
-
-    A session belongs to one loop and so to one process: after a fork there is a new loop, and a
-    new session with it. Copies and pickles of the holder are empty, and all holders are equal:
-    clients compare by their settings.
-    """
-
-    def __init__(self) -> None:
-        self._thread: IOThread | None = None
-        self._session: Session | None = None
-
-    def open(self, client: ClientSettings) -> Session:
-        thread = io_thread()
-        if self._session is None or self._thread is not thread:
-            # The thread keeps the session until it is closed; so the session must not keep the
-            # client, and with it this holder, whose end closes the session.
-            settings = client.without_client()
-            self._thread, self._session = thread, Session(settings, open_transport(settings))
-            thread.resources.add(self._session)
-            weakref.finalize(self, _close_later, thread, self._session).atexit = False
-        return self._session
-
-    async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None and self._thread is io_thread():
-            self._thread.resources.discard(session)
-            await session.close()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SessionHolder)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
-
-
-def _close_later(thread: IOThread, session: Session) -> None:
-    if thread is io_thread():
-        thread.discard(session)
 
 
 class KalmClient(ClientSettings):
@@ -95,7 +50,7 @@ class KalmClient(ClientSettings):
         (1, 512)
     """
 
-    _sessions: _SessionHolder = PrivateAttr(default_factory=_SessionHolder)
+    _sessions: SessionHolder = PrivateAttr(default_factory=SessionHolder)
 
     def embed(
         self,
@@ -225,7 +180,7 @@ class KalmClient(ClientSettings):
 
     def __copy__(self) -> Self:
         copied = super().__copy__()
-        copied._sessions = _SessionHolder()
+        copied._sessions = SessionHolder()
         return copied
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:

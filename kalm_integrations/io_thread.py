@@ -113,6 +113,11 @@ def _forget_in_child() -> None:
     _current = None
 
 
+def is_running(thread: IOThread) -> bool:
+    """Whether `thread` is this process's. Takes no lock: finalizers ask, at any moment."""
+    return thread is _current
+
+
 def is_ending() -> bool:
     """Whether the process is ending, and with it all calls: only daemon threads still wait."""
     return _ending

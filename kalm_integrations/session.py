@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -22,11 +23,12 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.io_thread import IOThread, io_thread, is_running
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryBudget, delay_before
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.transports import Transport
+from kalm_integrations.transports import Transport, open_transport
 from kalm_integrations.verify import Verifier
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
@@ -167,6 +169,49 @@ class Session:
         shape = (0, self._settings.vector_dimensions)
         vectors = np.empty(shape, dtype=self._settings.vector_dtype)
         return EmbeddedBatch(np.empty(0, dtype=np.int64), vectors, Usage(), rejected)
+
+
+class SessionHolder:
+    """Where a client keeps its session. Touched on the I/O thread only.
+
+    A session belongs to one loop and so to one process: after a fork there is a new loop, and a
+    new session with it. Copies and pickles of the holder are empty, and all holders are equal:
+    clients compare by their settings.
+    """
+
+    def __init__(self) -> None:
+        self._thread: IOThread | None = None
+        self._session: Session | None = None
+
+    def open(self, client: ClientSettings) -> Session:
+        thread = io_thread()
+        if self._session is None or self._thread is not thread:
+            # The thread keeps the session until it is closed; so the session must not keep the
+            # client, and with it this holder, whose end closes the session.
+            settings = client.without_client()
+            self._thread, self._session = thread, Session(settings, open_transport(settings))
+            thread.resources.add(self._session)
+            weakref.finalize(self, _close_later, thread, self._session).atexit = False
+        return self._session
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None and self._thread is io_thread():
+            self._thread.resources.discard(session)
+            await session.close()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SessionHolder)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+def _close_later(thread: IOThread, session: Session) -> None:
+    if is_running(thread):
+        thread.discard(session)
 
 
 def _joined(first: EmbeddedBatch, second: EmbeddedBatch) -> EmbeddedBatch:

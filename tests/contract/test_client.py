@@ -555,7 +555,7 @@ class TestLife:
         opened: list[object] = []
         transport = ScriptedTransport()
         monkeypatch.setattr(
-            "kalm_integrations.client.open_transport", lambda s: opened.append(s) or transport
+            "kalm_integrations.session.open_transport", lambda s: opened.append(s) or transport
         )
         for _ in range(3):
             asyncio.run(client.aembed(TEXTS))

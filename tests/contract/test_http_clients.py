@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import ssl
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +168,34 @@ class TestOurs:
             for i in range(5):
                 client.embed([f"text {i}"])
             assert len(server._tasks) == 1
+
+    def test_connections_close_with_their_client(self) -> None:
+        with FaultyServer() as server:
+            client = KalmClient(base_url=server.url, model=MODEL)
+            client.embed(["a"])
+            assert len(server._tasks) == 1
+            del client
+            gc.collect()
+            for _ in range(200):
+                if not server._tasks:
+                    break
+                time.sleep(0.01)
+            assert not server._tasks
+
+    def test_a_script_that_closes_nothing_ends_without_a_word(self) -> None:
+        with FaultyServer() as server:
+            code = (
+                "from kalm_integrations import KalmClient\n"
+                f"client = KalmClient(base_url={server.url!r}, model={MODEL!r})\n"
+                "print(client.embed(['a']).vectors.shape)"
+            )
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-X", "dev", "-c", code],
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+        assert (done.stdout, done.stderr) == ("(1, 512)\n", "")
 
     def test_a_text_that_only_the_engine_can_refuse_is_named(self, url: str) -> None:
         with KalmClient(base_url=url, api_key=KEY, model=MODEL, batch_size=2) as client:
