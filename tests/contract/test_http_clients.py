@@ -190,7 +190,7 @@ class TestOurs:
                 "print(client.embed(['a']).vectors.shape)"
             )
             done = subprocess.run(
-                [sys.executable, "-W", "error", "-X", "dev", "-c", code],
+                [sys.executable, "-W", "error", "-c", code],
                 check=False,
                 capture_output=True,
                 text=True,
