@@ -19,7 +19,7 @@ help:
 	@echo 'make quickstart DOCS=path    index a folder of Markdown and text files'
 	@echo 'make test                    ruff, mypy, pytest'
 	@echo 'make clean                   remove $(VENV) and all caches'
-	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with'
+	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with, once'
 
 quickstart: $(VENV)/.quickstart
 	@$(VENV)/bin/kalm quickstart $${QUICKSTART_DOCS:+"--docs=$$QUICKSTART_DOCS"} $${QUICKSTART_Q:+"--question=$$QUICKSTART_Q"}

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kalm_integrations.client import KalmClient as KalmClient
+    from kalm_integrations.errors import ConfigurationError as ConfigurationError
+    from kalm_integrations.errors import DeadlineExceededError as DeadlineExceededError
+    from kalm_integrations.errors import IdentityMismatchError as IdentityMismatchError
+    from kalm_integrations.errors import InvalidInputError as InvalidInputError
     from kalm_integrations.errors import KalmError as KalmError
+    from kalm_integrations.errors import ServiceUnavailableError as ServiceUnavailableError
     from kalm_integrations.identity import SpaceIdentity as SpaceIdentity
     from kalm_integrations.identity import VectorIdentity as VectorIdentity
     from kalm_integrations.langchain import KalmModalEmbeddings as KalmModalEmbeddings
@@ -25,7 +30,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "KalmClient": "client",
+    "ConfigurationError": "errors",
+    "DeadlineExceededError": "errors",
+    "IdentityMismatchError": "errors",
+    "InvalidInputError": "errors",
     "KalmError": "errors",
+    "ServiceUnavailableError": "errors",
     "SpaceIdentity": "identity",
     "VectorIdentity": "identity",
     "KalmModalEmbeddings": "langchain",

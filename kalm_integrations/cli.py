@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 import kalm_integrations
 from kalm_integrations.errors import ConfigurationError, KalmError
+from kalm_integrations.extras import install_command
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -37,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return 0 if arguments.run(arguments) else 1
-    except (ConfigurationError, ValidationError) as error:
+    except ConfigurationError as error:
         return _fail(arguments, str(error), status=2)
     except KalmError as error:
         return _fail(arguments, str(error), status=1)
     except ImportError as error:
-        install = f"pip install 'kalm-integrations[{arguments.extra}]'"
+        install = install_command(arguments.extra)
         return _fail(arguments, f"{error}. This command needs more: {install}", status=1)
     except KeyboardInterrupt:
         return 130

@@ -274,7 +274,7 @@ class KalmClient(ClientSettings):
     def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:
         if on_progress is not None:
             yield on_progress
-        elif self.show_progress and role == "document":
+        elif self.show_progress and role == "document" and total > 1:
             with progress_bar(total) as advance:
                 yield advance
         else:

@@ -38,7 +38,7 @@ class KalmError(Exception):
 
 
 class ConfigurationError(KalmError, ValueError):
-    """An argument or a KALM_* variable that cannot work, found before anything was sent."""
+    """An argument or a KALM_* variable that cannot work."""
 
     status = 400
     code = "invalid_request"

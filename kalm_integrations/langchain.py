@@ -5,9 +5,11 @@ from __future__ import annotations
 try:
     from langchain_core.embeddings import Embeddings
 except ImportError as error:
+    from kalm_integrations.extras import install_command
+
     raise ImportError(
         "kalm_integrations.KalmModalEmbeddings is the LangChain class and needs langchain-core: "
-        "pip install 'kalm-integrations[langchain]'. For LlamaIndex use "
+        f"{install_command('langchain')}. For LlamaIndex use "
         "`from kalm_integrations.llama_index import KalmModalEmbeddings`; without a framework, "
         "`from kalm_integrations import KalmClient`."
     ) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 except ImportError as error:
+    from kalm_integrations.extras import install_command
+
     raise ImportError(
         "kalm_integrations.llama_index needs llama-index-core: "
-        "pip install 'kalm-integrations[llama-index]'. For LangChain use "
+        f"{install_command('llama-index')}. For LangChain use "
         "`from kalm_integrations import KalmModalEmbeddings`; without a framework, "
         "`from kalm_integrations import KalmClient`."
     ) from error
@@ -15,12 +17,17 @@ except ImportError as error:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ConfigDict, Field, model_validator
 
 from kalm_integrations.client import KalmClient, Progress, progress_bar
 from kalm_integrations.settings import ClientSettings
+
+_WRONG_FRAMEWORK = (
+    "this is the LlamaIndex class; LangChain takes the other one: "
+    "`from kalm_integrations import KalmModalEmbeddings`, with the same arguments"
+)
 
 # The bar of the running get_text_embedding_batch, for the requests inside it.
 _advance: ContextVar[Progress] = ContextVar("kalm_advance", default=lambda _: None)
@@ -51,7 +58,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             raise ValueError(
                 f"model_name={self.model_name!r}: backend={self.backend!r} runs {served!r}"
             )
-        self.model_name = served
+        self.__dict__["model_name"] = served
         return self
 
     @classmethod
@@ -60,7 +67,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # LlamaIndex sets callback_manager and the like; ours were checked together, once.
-        if name in ClientSettings.model_fields:
+        if name in ClientSettings.model_fields or name == "model_name":
             raise AttributeError(f"{name} is fixed: construct another KalmModalEmbeddings")
         super().__setattr__(name, value)
 
@@ -81,6 +88,14 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return (await self.aembed(texts, on_progress=_advance.get())).to_lists()
+
+    def embed_documents(self, texts: list[str]) -> NoReturn:
+        """LangChain's method: says which class LangChain takes."""
+        raise TypeError(_WRONG_FRAMEWORK)
+
+    def embed_query(self, text: str) -> NoReturn:
+        """LangChain's method: says which class LangChain takes."""
+        raise TypeError(_WRONG_FRAMEWORK)
 
     def get_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any

@@ -134,9 +134,15 @@ def _task(name_or_sentence: str) -> str:
         return _RETRIEVAL_TASK
     if preset := PRESETS.get(name_or_sentence):
         return preset.task
-    # One plain word is a misspelt name, not a task: taken as a sentence it would go unnoticed.
-    if re.fullmatch(r"[\w:-]*", name_or_sentence, re.ASCII):
-        near = difflib.get_close_matches(name_or_sentence, _NAMES, n=1)
+    # A misspelt name is no task: taken for a sentence it would go unnoticed. So is one word in
+    # Latin letters; other scripts may put no spaces between words.
+    plain = re.sub(r"[\W_]+", "_", name_or_sentence.casefold()).strip("_")
+    one_word = (
+        not re.search(r"\s", name_or_sentence)
+        and max(map(ord, name_or_sentence), default=0) < 0x0250
+    )
+    if plain in _NAMES or one_word:
+        near = difflib.get_close_matches(plain, [*PRESETS, "retrieval"], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown preset {name_or_sentence!r}: {hint}The presets are {', '.join(_NAMES)}; "

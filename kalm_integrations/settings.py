@@ -6,16 +6,26 @@ all are checked on construction, which opens nothing. Unknown arguments are refu
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
+from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
 from kalm_integrations.profiles import EMBEDDED, KALM, ModelProfile, profile_of
 from kalm_integrations.result import Usage
@@ -31,7 +41,36 @@ NO_BACKEND = (
 )
 
 
+def _variables(names: Set[str]) -> dict[str, str]:
+    """What the environment says of `names`; an empty variable is an unset one."""
+    found = {name: os.environ.get(_variable(name), "") for name in names - {"on_usage"}}
+    return {name: value for name, value in found.items() if value}
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{name}: there is no such argument.{hint} There are {', '.join(known)}."
+
+
+def _explain(error: ValidationError, variables: Mapping[str, str]) -> str:
+    """What is wrong, argument by argument; values, which may be secret, are left out."""
+    wrong = []
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        name = str(item["loc"][0]) if item["loc"] else ""
+        source = f" (from {_variable(name)})" if name in variables else ""
+        message = item["msg"].removeprefix("Value error, ")
+        wrong.append(f"{name}{source}: {message}" if name else message)
+    return "; ".join(wrong) + "."
+
+
 def _read_identity(value: Any) -> Any:
+    if isinstance(value, VectorIdentity):
+        return value.space
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -44,12 +83,20 @@ def _read_identity(value: Any) -> Any:
     return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
 
 
+def _no_modal_yet(value: Any) -> Any:
+    if value == "modal":
+        raise ValueError(
+            'the door to Modal, RPC, is not in this version yet; there are "http" and "local"'
+        )
+    return value
+
+
 class ClientSettings(BaseModel):
     """The arguments that `KalmClient` and both `KalmModalEmbeddings` share.
 
     Raises:
-        pydantic.ValidationError: An argument is unknown, of a wrong type or value, or does not
-            go with another; the message says which and what would do. It is a `ValueError`.
+        ConfigurationError: An argument is unknown, of a wrong type or value, or does not go with
+            another; the message says which, where it is from, and what would do.
     """
 
     model_config = ConfigDict(
@@ -59,7 +106,7 @@ class ClientSettings(BaseModel):
         protected_namespaces=(),
     )
 
-    backend: Literal["auto", "http", "local"] = "auto"
+    backend: Annotated[Literal["auto", "http", "local"], BeforeValidator(_no_modal_yet)] = "auto"
     """Where vectors come from. "http": the service at `base_url`. "local": the embedded engine,
     in this process. "auto" takes the service that is configured, and raises if none is; it never
     falls back to "local"."""
@@ -119,20 +166,23 @@ class ClientSettings(BaseModel):
     """A progress bar on stderr while documents are embedded."""
 
     expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
-    """The space that the service must report, as a `SpaceIdentity`, its dict or its JSON; None
-    expects the backend's own model."""
+    """The space that the service must report: a `SpaceIdentity`, its dict or its JSON, or what
+    `warm_up` returned. None expects the backend's own model."""
 
     on_usage: Callable[[Usage], None] | None = Field(default=None, exclude=True, repr=False)
-    """Called with the `Usage` of each call, on the caller's thread or loop."""
+    """Called with the `Usage` of each request that was answered, on the caller's thread or loop.
+    What it raises is logged, and costs no vectors."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_environment(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        names = ClientSettings.model_fields.keys() - data.keys() - {"on_usage"}
-        found = {name: os.environ.get(ENVIRONMENT_PREFIX + name.upper(), "") for name in names}
-        return {name: value for name, value in found.items() if value} | data
+    if not TYPE_CHECKING:  # type checkers and signatures show the arguments themselves
+
+        def __init__(self, **arguments: Any) -> None:
+            for name in arguments.keys() - type(self).model_fields.keys():
+                raise ConfigurationError(_unknown(name, type(self).model_fields))
+            variables = _variables(ClientSettings.model_fields.keys() - arguments.keys())
+            try:
+                super().__init__(**variables, **arguments)
+            except ValidationError as error:
+                raise ConfigurationError(_explain(error, variables)) from None
 
     @model_validator(mode="after")
     def _check(self) -> ClientSettings:

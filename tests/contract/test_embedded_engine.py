@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +29,7 @@ from kalm_integrations.errors import (
     KalmError,
     RequestTooLargeError,
 )
+from kalm_integrations.extras import install_command
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.wire import EmbedRequest
 from modal_backend.engines import embedded
@@ -155,7 +158,7 @@ class TestLoading:
             raise importlib.metadata.PackageNotFoundError
 
         monkeypatch.setattr(embedded, "version", missing)
-        with pytest.raises(EngineLoadError, match=r"pip install 'kalm-integrations\[local\]'"):
+        with pytest.raises(EngineLoadError, match=re.escape(install_command("local"))):
             EmbeddedEngine.load()
 
     def test_a_failed_load_is_tried_again_by_the_next_call(
@@ -192,6 +195,18 @@ class TestLimits:
         assert cut.tokens == engine.max_tokens
         assert np.abs(cut.vectors - embed(engine, [fits]).vectors).max() < 1e-5
 
+    def test_a_huge_text_is_cut_before_it_is_tokenized(self, engine: EmbeddedEngine) -> None:
+        seen: list[int] = []
+        encode = engine._tokenizer.encode
+        engine._tokenizer.encode = lambda text, **o: (seen.append(len(text)), encode(text, **o))[1]
+        request = EmbedRequest(texts=["word " * 700_000], role="query", truncate="end")
+        try:
+            answer = asyncio.run(EmbeddingService(engine).embed(request))
+        finally:
+            engine._tokenizer.encode = encode
+        assert seen == [262_144]
+        assert answer.usage.tokens == engine.max_tokens
+
     def test_other_dimensions_are_refused(self, engine: EmbeddedEngine) -> None:
         request = EmbedRequest(texts=["a"], role="query", dimensions=256)
         with pytest.raises(ConfigurationError, match=r"dimensions=256: .* has 512"):
@@ -205,6 +220,20 @@ class TestLimits:
     def test_the_service_checks_texts_itself(self, engine: EmbeddedEngine) -> None:
         with pytest.raises(KalmError, match=r"texts\[1\] is empty"):
             asyncio.run(EmbeddingService(engine).embed(EmbedRequest(texts=["a", ""], role="query")))
+
+
+def test_long_texts_are_computed_in_small_pieces() -> None:
+    texts = ["short"] * 40 + ["word " * 2_000] * 5 + ["short"] * 3
+    pieces = list(embedded._pieces(texts))
+    assert [text for _, piece in pieces for text in piece] == texts
+    assert [start for start, _ in pieces] == list(
+        accumulate([0, *(len(piece) for _, piece in pieces[:-1])])
+    )
+    assert max(len(piece) for _, piece in pieces) == 16
+    assert all(
+        len(piece) == 1 for _, piece in pieces if len(piece[0]) > 9_000 and piece[-1] != "short"
+    )
+    assert sum(len(piece) for _, piece in pieces) == 48
 
 
 class TestScheduling:

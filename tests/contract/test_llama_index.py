@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
@@ -18,11 +19,10 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent
 from llama_index.core.schema import Document, TextNode
-from pydantic import ValidationError
 from scripted import ScriptedTransport
 
 from kalm_integrations import KalmClient
-from kalm_integrations.errors import InvalidInputError
+from kalm_integrations.errors import ConfigurationError, InvalidInputError
 from kalm_integrations.llama_index import KalmModalEmbeddings
 
 FACTS = [
@@ -198,7 +198,7 @@ class TestObject:
         name = "universal-sentence-encoder-multilingual-3"
         assert local.model_name == name
         assert KalmModalEmbeddings(backend="local", model=name, model_name=name) is not None
-        with pytest.raises(ValidationError, match=r"model_name='other': .* runs 'universal"):
+        with pytest.raises(ConfigurationError, match=r"model_name='other': .* runs 'universal"):
             KalmModalEmbeddings(backend="local", model_name="other")
 
     def test_our_settings_are_fixed_and_llama_indexs_are_not(
@@ -210,8 +210,14 @@ class TestObject:
         assert local.embed_batch_size == 7
 
     def test_unknown_arguments_are_refused(self) -> None:
-        with pytest.raises(ValidationError, match="batchsize"):
+        with pytest.raises(ConfigurationError, match="batchsize"):
             KalmModalEmbeddings(backend="local", batchsize=3)  # type: ignore[call-arg]
+
+    def test_langchain_is_told_which_class_it_takes(self, local: KalmModalEmbeddings) -> None:
+        store = InMemoryVectorStore(local)  # type: ignore[arg-type]
+        for use in (lambda: store.add_texts(["a"]), lambda: store.similarity_search("a")):
+            with pytest.raises(TypeError, match="from kalm_integrations import KalmModalEmbedd"):
+                use()
 
     def test_round_trips(self) -> None:
         model = KalmModalEmbeddings(backend="local", truncate="end", query_instruction="question")

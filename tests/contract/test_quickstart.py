@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kalm_integrations.cli import main
+from kalm_integrations.extras import install_command
 from kalm_integrations.quickstart import corpus, docstrings, folder, report
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,10 @@ class TestDocs:
         assert f"{tmp_path} has no text in files named *.md, *.markdown, *.txt, *.rst" in errors
         assert ("file.md (not UTF-8)" in errors) == (content == b"caf\xe9")
 
+    def test_a_file_is_no_folder(self, documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["quickstart", "--docs", str(documents / "notes.txt")]) == 2
+        assert "notes.txt is a file: name the folder that it is in" in capsys.readouterr().err
+
     def test_no_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["quickstart", "--docs", str(tmp_path / "missing")]) == 2
         assert "there is no folder" in capsys.readouterr().err
@@ -220,7 +225,7 @@ class TestCommand:
         )
         done = run(sys.executable, "-c", program)
         assert done.returncode == 1
-        assert "pip install 'kalm-integrations[quickstart]'" in done.stderr
+        assert install_command("quickstart") in done.stderr
         assert "Traceback" not in done.stderr
 
 

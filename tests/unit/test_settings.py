@@ -12,6 +12,7 @@ from pydantic import SecretStr, ValidationError
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
+from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.settings import ClientSettings
@@ -53,7 +54,7 @@ def test_every_argument_is_in_the_table_above_except_the_callback_and_a_pair():
 
 
 def test_a_proxy_token_is_a_pair(monkeypatch):
-    with pytest.raises(ValidationError, match="modal_key and modal_secret go together"):
+    with pytest.raises(ConfigurationError, match="modal_key and modal_secret go together"):
         local(modal_key="id")
     monkeypatch.setenv("KALM_MODAL_KEY", "id")
     monkeypatch.setenv("KALM_MODAL_SECRET", "secret")
@@ -65,9 +66,26 @@ def test_a_credential_shows_nowhere(name):
     pair = {"modal_key": "id-1234", "modal_secret": "secret-1234"}
     made = local(**(pair | {name: "hunter2"}))
     assert "hunter2" not in f"{made!r} {made} {made.model_dump()} {made.model_dump_json()}"
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         local(**(pair | {name: "hunter2", "timeout": -1}))
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_variable_that_cannot_work_is_named(monkeypatch):
+    monkeypatch.setenv("KALM_BATCH_SIZE", "many")
+    with pytest.raises(ConfigurationError, match=r"^batch_size \(from KALM_BATCH_SIZE\): Input "):
+        local()
+    assert local(batch_size=3).batch_size == 3
+
+
+def test_a_door_that_is_not_built_says_so():
+    with pytest.raises(ConfigurationError, match="the door to Modal, RPC, is not in this version"):
+        ClientSettings(backend="modal")
+
+
+def test_what_warm_up_returned_can_be_expected():
+    expected = VectorIdentity(space=OTHER, dimensions=512, document_template="{text}")
+    assert local(expected_identity=expected).expected_identity == OTHER
 
 
 def test_auto_takes_the_service_that_is_configured(monkeypatch):
@@ -89,7 +107,7 @@ def test_auto_takes_the_service_that_is_configured(monkeypatch):
     ],
 )
 def test_a_base_url_that_cannot_work_is_refused(url, complaint):
-    with pytest.raises(ValidationError, match=complaint) as caught:
+    with pytest.raises(ConfigurationError, match=complaint) as caught:
         ClientSettings(backend="http", base_url=url)
     assert "hunter2" not in str(caught.value)
 
@@ -179,8 +197,11 @@ def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"batchsize": 3}, "batchsize\n  Extra inputs are not permitted"),
-        ({"model_kwargs": {}}, "model_kwargs\n  Extra inputs are not permitted"),
+        (
+            {"batchsize": 3},
+            "batchsize: there is no such argument. Did you mean batch_size? There are backend, ",
+        ),
+        ({"model_kwargs": {}}, "model_kwargs: there is no such argument. There are backend, "),
         ({"backend": "remote"}, "Input should be 'auto', 'http' or 'local'"),
         (
             {"model": "bge-m3"},
@@ -196,15 +217,15 @@ def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
         ({"query_instruction": ""}, 'for the text alone pass "none"'),
         ({"document_instruction": "{title} {text}"}, "is the only placeholder"),
         ({"truncate": "start"}, "Input should be 'error' or 'end'"),
-        ({"batch_size": 0}, "batch_size\n  Input should be greater than or equal to 1"),
-        ({"batch_size": 2049}, "batch_size\n  Input should be less than or equal to 2048"),
-        ({"max_concurrency": 0}, "max_concurrency\n  Input should be greater than or equal to 1"),
-        ({"max_concurrency": 257}, "max_concurrency\n  Input should be less than or equal to 256"),
-        ({"timeout": 0}, "timeout\n  Input should be greater than 0"),
-        ({"timeout": float("inf")}, "timeout\n  Input should be a finite number"),
-        ({"timeout": float("nan")}, "timeout\n  Input should be a finite number"),
-        ({"max_retries": -1}, "max_retries\n  Input should be greater than or equal to 0"),
-        ({"max_retries": 101}, "max_retries\n  Input should be less than or equal to 100"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1"),
+        ({"batch_size": 2049}, "batch_size: Input should be less than or equal to 2048"),
+        ({"max_concurrency": 0}, "max_concurrency: Input should be greater than or equal to 1"),
+        ({"max_concurrency": 257}, "max_concurrency: Input should be less than or equal to 256"),
+        ({"timeout": 0}, "timeout: Input should be greater than 0"),
+        ({"timeout": float("inf")}, "timeout: Input should be a finite number"),
+        ({"timeout": float("nan")}, "timeout: Input should be a finite number"),
+        ({"max_retries": -1}, "max_retries: Input should be greater than or equal to 0"),
+        ({"max_retries": 101}, "max_retries: Input should be less than or equal to 100"),
         ({"vector_dtype": "bfloat16"}, "Input should be 'float16' or 'float32'"),
         ({"on_usage": "print"}, "Input should be callable"),
         ({"expected_identity": "{"}, "expected_identity is not the JSON of a space identity"),
@@ -217,7 +238,7 @@ def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
 def test_an_argument_that_cannot_work_is_refused_by_name_before_anything_is_opened(
     arguments, complaint
 ):
-    with pytest.raises(ValidationError, match=re.escape(complaint)) as caught:
+    with pytest.raises(ConfigurationError, match=re.escape(complaint)) as caught:
         local(**arguments)
     assert isinstance(caught.value, ValueError)
 
@@ -225,12 +246,12 @@ def test_an_argument_that_cannot_work_is_refused_by_name_before_anything_is_open
 @pytest.mark.parametrize("name", ["batch_size", "timeout", "expected_identity", "show_progress"])
 def test_a_variable_that_cannot_work_is_refused_by_name(name, monkeypatch):
     monkeypatch.setenv(f"KALM_{name.upper()}", "many")
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(ConfigurationError, match=name):
         local()
 
 
 def test_an_error_does_not_show_what_was_passed_for_it_may_be_a_secret():
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         local(batch_size="hunter2", api_key="hunter2")
     assert "hunter2" not in str(caught.value)
 
