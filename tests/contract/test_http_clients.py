@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -104,6 +105,7 @@ class TestForeignClients:
         texts = [TEXTS[i] for i in plain]
         assert np.allclose(model.get_text_embedding_batch(texts), expected[plain], atol=1e-6)
 
+    @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
     def test_curl(self, url: str, expected: Any) -> None:
         import json
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import socket
 import threading
 import time
 import urllib.error
@@ -289,6 +290,24 @@ class TestLoad:
             assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
             reached = sum(computed)
             time.sleep(0.3)
+            assert reached == sum(computed) < 1_000
+
+    def test_what_has_not_started_when_the_caller_leaves_never_does(self) -> None:
+        engine = EmbeddedEngine.load()
+        computed: list[int] = []
+        encode = engine._backend.encode
+        engine._backend.encode = lambda ids: (computed.append(len(ids)), encode(ids))[1]
+        body = json.dumps({"input": [f"{i} " * 400 for i in range(1_000)]}).encode()
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+            port = int(url.rpartition(":")[2])
+            with socket.create_connection(("127.0.0.1", port)) as caller:
+                caller.sendall(head.encode() + body)
+                while not computed:
+                    time.sleep(0.01)
+            time.sleep(0.5)
+            reached = sum(computed)
+            time.sleep(0.5)
             assert reached == sum(computed) < 1_000
 
     def test_overload_is_an_answer_and_queries_have_room_of_their_own(self) -> None:
