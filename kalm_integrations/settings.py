@@ -184,6 +184,17 @@ class ClientSettings(BaseModel):
             except ValidationError as error:
                 raise ConfigurationError(_explain(error, variables)) from None
 
+    def __getstate__(self) -> dict[Any, Any]:
+        # Pickles lie in files and travel: no secret goes along. Whoever unpickles reads the
+        # environment again.
+        state = super().__getstate__()
+        fields = state["__dict__"].items()
+        kept = {name: value for name, value in fields if not isinstance(value, SecretStr)}
+        return state | {"__dict__": kept}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        self.__init__(**state["__dict__"])  # type: ignore[misc]
+
     @model_validator(mode="after")
     def _check(self) -> ClientSettings:
         backend, profile = self.resolved_backend, self.profile

@@ -201,6 +201,18 @@ class TestObject:
             assert twin.batch_size == 7
             assert twin.embed_query("x") == embeddings.embed_query("x")
 
+    def test_a_pickle_holds_no_secret_and_reads_the_environment_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = KalmModalEmbeddings(base_url="http://there", api_key="hunter2", batch_size=7)
+        pickled = pickle.dumps(made)
+        assert b"hunter2" not in pickled
+        assert copy.deepcopy(made).api_key == made.api_key
+        assert pickle.loads(pickled).api_key is None
+        monkeypatch.setenv("KALM_API_KEY", "hunter3")
+        twin = pickle.loads(pickled)
+        assert (twin.api_key.get_secret_value(), twin.batch_size) == ("hunter3", 7)
+
     def test_settings_are_fixed(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
             KalmModalEmbeddings(backend="local").batch_size = 3  # type: ignore[misc]

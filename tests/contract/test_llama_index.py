@@ -219,6 +219,12 @@ class TestObject:
             with pytest.raises(TypeError, match="from kalm_integrations import KalmModalEmbedd"):
                 use()
 
+    def test_no_dump_and_no_pickle_holds_a_secret(self) -> None:
+        model = KalmModalEmbeddings(base_url="http://there", api_key="hunter2")
+        for dump in (model.to_json(), repr(model), str(model.to_payload()), pickle.dumps(model)):
+            assert "hunter2" not in str(dump)
+        assert pickle.loads(pickle.dumps(model)).base_url == "http://there"
+
     def test_round_trips(self) -> None:
         model = KalmModalEmbeddings(backend="local", truncate="end", query_instruction="question")
         model.get_query_embedding("x")
