@@ -33,6 +33,8 @@ from kalm_integrations.verify import Verifier
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 log = logging.getLogger(__name__)
+
+COLD_AFTER = 5.0  # seconds without a first answer, after which a log line says why that may be
 T = TypeVar("T")
 
 
@@ -58,6 +60,7 @@ class Session:
         self._settings = settings
         self._transport = transport
         self._verifier = Verifier(settings)
+        self._told = False
         self._budget = RetryBudget(settings.max_retries * settings.max_concurrency)
         self._slots: dict[Role, asyncio.Semaphore] = {
             "query": asyncio.Semaphore(settings.max_concurrency),
@@ -94,15 +97,30 @@ class Session:
     async def _in_time(self, work: Callable[[float], Awaitable[T]], call: Call) -> T:
         now = time.monotonic()
         deadline = now + self._settings.timeout if call.deadline is None else call.deadline
+        waiting = asyncio.get_running_loop().call_later(COLD_AFTER, self._tell_of_cold_start)
         try:
             async with asyncio.timeout(deadline - now) as timer:
-                return await work(deadline)
+                result = await work(deadline)
+                self._told = True  # it runs: what takes long from now on is no start
+                return result
         except TimeoutError as error:
             if not timer.expired():
                 raise  # a deadline that the service kept
             raise DeadlineExceededError(
                 f"no answer within timeout={self._settings.timeout:g} s."
             ) from error
+        finally:
+            waiting.cancel()
+
+    def _tell_of_cold_start(self) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(
+                "no answer for %g s: the service may be starting, which can take minutes; waiting "
+                "for up to timeout=%g s",
+                COLD_AFTER,
+                self._settings.timeout,
+            )
 
     async def _embed(self, batch: Batch, call: Call, deadline: float) -> EmbeddedBatch:
         try:

@@ -383,6 +383,26 @@ class TestDeadline:
         assert 6 < told <= 7
 
 
+class TestColdStart:
+    def test_one_log_line_says_that_the_service_may_be_starting(
+        self, over: Over, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("kalm_integrations.session.COLD_AFTER", 0.05)
+        client = over(ScriptedTransport(delay=lambda _: 0.2), batch_size=1)
+        client.embed(TEXTS)
+        client.embed(TEXTS)
+        assert caplog.text.count("the service may be starting") == 1
+
+    def test_a_service_that_has_answered_is_not_starting(
+        self, over: Over, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("kalm_integrations.session.COLD_AFTER", 0.1)
+        client = over(ScriptedTransport(delay=lambda r: 0.0 if "quick" in r.texts else 0.3))
+        client.embed(["quick"])
+        client.embed(["slow"])
+        assert "starting" not in caplog.text
+
+
 def _eventually(condition: Callable[[], bool]) -> bool:
     for _ in range(200):
         if condition():
