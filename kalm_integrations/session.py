@@ -134,8 +134,12 @@ class Session:
             rejection = InvalidInputError.of(batch.locate(refused))
         except InvalidInputError as error:
             refused = list(error.invalid)
-            if not refused or not all(0 <= bad.index < len(batch) for bad in refused):
-                raise TransportError(f"the service refused no text by name: {error}") from error
+            if not refused:
+                raise  # the request as a whole
+            if not all(0 <= bad.index < len(batch) for bad in refused):
+                raise TransportError(
+                    f"the service refused texts it was not sent: {error}"
+                ) from error
             cause = error
             rejection = type(error).of(batch.locate(refused))
         if not call.skip_invalid:

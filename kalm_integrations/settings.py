@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -83,6 +84,19 @@ def _read_identity(value: Any) -> Any:
     return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
 
 
+def _clean_secret(value: SecretStr | None) -> SecretStr | None:
+    """Without the white space that a file or a shell leaves around it; None if nothing is left."""
+    if value is None:
+        return None
+    secret = value.get_secret_value().strip()
+    if not secret.isprintable():
+        raise ValueError("it holds control characters")
+    return SecretStr(secret) if secret else None
+
+
+Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret)]
+
+
 def _no_modal_yet(value: Any) -> Any:
     if value == "modal":
         raise ValueError(
@@ -114,13 +128,13 @@ class ClientSettings(BaseModel):
     base_url: str | None = None
     """Where the service is, with or without `/v1`: our server, or any with OpenAI's API."""
 
-    api_key: SecretStr | None = Field(default=None, exclude=True)
+    api_key: Secret = Field(default=None, exclude=True)
     """Bearer key of the service."""
 
-    modal_key: SecretStr | None = Field(default=None, exclude=True)
+    modal_key: Secret = Field(default=None, exclude=True)
     """Token id of a Modal proxy token, for a service on Modal that asks for one."""
 
-    modal_secret: SecretStr | None = Field(default=None, exclude=True)
+    modal_secret: Secret = Field(default=None, exclude=True)
     """Its secret; both or neither."""
 
     model: str | None = None
@@ -219,6 +233,7 @@ class ClientSettings(BaseModel):
         if self.base_url is None:
             raise ValueError('backend="http" needs base_url= or KALM_BASE_URL')
         url = urlsplit(self.base_url)
+        _ = url.port  # raises for one that is none
         if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
             raise ValueError("base_url is not like https://host or http://host:8000/v1")
         if url.username is not None or url.password is not None:

@@ -39,11 +39,10 @@ class Verifier:
         """
         self.check_identity(answer.identity)
         vectors, dtype = answer.vectors, self._settings.vector_dtype
-        if not self._dimensions and vectors.ndim == 2:
-            self._dimensions = vectors.shape[1]
-        if vectors.shape != (len(batch), self._dimensions) or vectors.dtype != dtype:
+        dimensions = self._dimensions or vectors.shape[-1]
+        if vectors.shape != (len(batch), dimensions) or vectors.dtype != dtype:
             raise InvalidResponseError(
-                f"asked for {len(batch)} {dtype} vectors of {self._dimensions} dimensions, got "
+                f"asked for {len(batch)} {dtype} vectors of {dimensions} dimensions, got "
                 f"{vectors.dtype} of shape {vectors.shape}."
             )
         wide = vectors.astype(np.float32, copy=False)
@@ -59,6 +58,7 @@ class Verifier:
             )
             more = f", and {wrong.size - 1} more texts got wrong vectors" if wrong.size > 1 else ""
             raise InvalidResponseError(f"texts[{batch.positions[row][0]}] got {what}{more}.")
+        self._dimensions = dimensions
 
     def check_identity(self, served: SpaceIdentity | None) -> None:
         """Check what the service reports, None if it reports nothing.

@@ -94,5 +94,5 @@ def unpack(body: bytes) -> EmbedAnswer:
             identity=None if identity is None else SpaceIdentity.from_dict(json.loads(identity)),
             usage=Usage(tokens=int(metadata["usage.tokens"]), requests=1),
         )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidResponseError(f"the answer is not packed vectors ({error!r}).") from error

@@ -4,7 +4,7 @@
 |---|---|---|
 | POST /v1/embeddings | key | OpenAI's, with our extensions (`openai_schema`) |
 | GET /v1/models, /v1/models/{id} | key | the model, with its identity |
-| GET /ready | key | 200 when it can embed, else 503 |
+| GET /ready | key | 200 once the engine is loaded |
 | GET /metrics | key | Prometheus |
 | GET /health | none | 200 while the process runs |
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Sequence
 from functools import partial
@@ -35,9 +36,9 @@ from kalm_integrations.errors import (
     NotFoundError,
     RequestTooLargeError,
     ServiceUnavailableError,
-    TransportError,
 )
 from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, pack
+from modal_backend.admission import RETRY_AFTER
 from modal_backend.http_guard import HttpGuard
 from modal_backend.metrics import CONTENT_TYPE, Metrics
 from modal_backend.openai_schema import EmbeddingsBody, render, render_error
@@ -77,7 +78,12 @@ def create_app(
             Route("/health", door.health),
         ],
         middleware=[
-            Middleware(HttpGuard, api_keys=api_keys, identity=service.identity.fingerprint)
+            Middleware(
+                HttpGuard,
+                api_keys=api_keys,
+                identity=service.identity.fingerprint,
+                metrics=door.metrics,
+            )
         ],
         exception_handlers={
             KalmError: door.failed,
@@ -93,16 +99,14 @@ class _Door:
     def __init__(self, service: EmbeddingService, max_body_bytes: int) -> None:
         self._service = service
         self._max_body_bytes = max_body_bytes
-        self._metrics = Metrics()
+        self.metrics = Metrics()
         for role in service.inside:
-            self._metrics.inside.labels(role).set_function(
-                partial(service.inside.__getitem__, role)
-            )
+            self.metrics.inside.labels(role).set_function(partial(service.inside.__getitem__, role))
 
     async def embeddings(self, request: Request) -> Response:
         start = time.perf_counter()
         body = await self._read(request)
-        packed = MEDIA_TYPE in request.headers.get("accept", "")
+        packed = _accepts_packed(request.headers.get("accept", ""))
         if len(body) <= _INLINE_BYTES:
             fields = EmbeddingsBody.parse(body)
         else:
@@ -113,24 +117,17 @@ class _Door:
         )
         try:
             answer = await _unless_disconnected(request, self._service.embed(asked))
-        except (KalmError, ClientDisconnect):
-            raise
-        except Exception as error:
-            # To the log with its traceback, to the caller by its id.
-            log.exception("request %s broke", request.state.request_id)
-            raise TransportError(
-                f"the service broke; its log has request {request.state.request_id}."
-            ) from error
+        except asyncio.CancelledError:  # by the server that shuts down
+            raise ServiceUnavailableError("the service is stopping.", RETRY_AFTER) from None
 
         def written() -> bytes:
             return pack(answer) if packed else render(answer, fields.encoding_format)
 
         inline = packed or answer.vectors.size <= _INLINE_NUMBERS
         content = written() if inline else await asyncio.to_thread(written)
-        self._metrics.requests.labels("ok").inc()
-        self._metrics.texts.labels(asked.role).inc(len(asked.texts))
-        self._metrics.tokens.labels(asked.role).inc(answer.usage.tokens)
-        self._metrics.seconds.labels(asked.role).observe(time.perf_counter() - start)
+        self.metrics.texts.labels(asked.role).inc(len(asked.texts))
+        self.metrics.tokens.labels(asked.role).inc(answer.usage.tokens)
+        self.metrics.seconds.labels(asked.role).observe(time.perf_counter() - start)
         return Response(content, media_type=MEDIA_TYPE if packed else "application/json")
 
     async def models(self, _: Request) -> Response:
@@ -147,11 +144,11 @@ class _Door:
         return JSONResponse({"status": "alive"})
 
     async def metrics_page(self, _: Request) -> Response:
-        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, KalmError)
-        self._metrics.requests.labels(error.code).inc()
+        request.state.end = error.code
         if error.status >= 500:
             log.warning("request %s: %s", request.state.request_id, error)
         headers = {}
@@ -178,7 +175,7 @@ class _Door:
         }
 
     async def _read(self, request: Request) -> bytes:
-        if request.headers.get("content-encoding", "identity") != "identity":
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ConfigurationError("a compressed body: send it as it is.")
         body = bytearray()
         async for chunk in request.stream():
@@ -207,6 +204,14 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
+def _accepts_packed(accept: str) -> bool:
+    for choice in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in choice.split(";"))
+        if kind == MEDIA_TYPE:
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
+
+
 def _timeout(request: Request) -> float | None:
     value = request.headers.get(TIMEOUT_HEADER)
     if value is None:
@@ -226,12 +231,14 @@ def _json_error(error: KalmError, headers: dict[str, str] | None = None) -> Resp
     )
 
 
-async def _no_such_route(_: Request, error: Exception) -> Response:
+async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    request.state.end = NotFoundError.code
     response = _json_error(NotFoundError(f"{error.detail}."), dict(error.headers or {}))
     response.status_code = error.status_code
     return response
 
 
-async def _nobody_listens(_: Request, __: Exception) -> Response:
+async def _nobody_listens(request: Request, _: Exception) -> Response:
+    request.state.end = "caller_left"
     return Response(status_code=499)  # nginx's; only the access log sees it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import uuid
 from collections.abc import Sequence
@@ -14,11 +15,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kalm_integrations.errors import AuthenticationError
+from kalm_integrations.errors import AuthenticationError, KalmError, TransportError
 from kalm_integrations.wire import IDENTITY_HEADER, REQUEST_ID_HEADER
+from modal_backend.metrics import Metrics
 from modal_backend.openai_schema import render_error
 
+log = logging.getLogger(__name__)
+
 OPEN_ROUTES: Final = frozenset({"/health"})
+UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
+"""What watches the service is no use of it; refusals are counted all the same."""
 
 
 class HttpGuard:
@@ -28,12 +34,16 @@ class HttpGuard:
         app: What is behind it.
         api_keys: See `create_app`.
         identity: Fingerprint of the space, for the header of every answer.
+        metrics: Where requests are counted.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[SecretStr], identity: str) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: Sequence[SecretStr], identity: str, metrics: Metrics
+    ) -> None:
         self._app = app
+        self._metrics = metrics
         # Digests have one length, so that comparing them tells nothing about the key.
-        self._digests = [_digest(key.get_secret_value()) for key in api_keys]
+        self._digests = [_digest(key.get_secret_value().strip().encode()) for key in api_keys]
         self._identity = identity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,33 +56,55 @@ class HttpGuard:
             request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        started = False
+
         async def send_with_names(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
+                self._count(scope, message["status"])
                 answer = MutableHeaders(scope=message)
                 answer[IDENTITY_HEADER] = self._identity
                 answer[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         if scope["path"] not in OPEN_ROUTES and not self._knows(headers.get("authorization", "")):
-            refusal = Response(
-                render_error(AuthenticationError("the bearer key is missing or wrong.")),
-                status_code=401,
-                media_type="application/json",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await refusal(scope, receive, send_with_names)
+            refusal = AuthenticationError("the bearer key is missing or wrong.")
+            await _refuse(refusal, scope, receive, send_with_names)
             return
-        await self._app(scope, receive, send_with_names)
+        try:
+            await self._app(scope, receive, send_with_names)
+        except Exception as error:
+            # What nobody foresaw: to the log with its traceback, to the caller by its id.
+            log.exception("request %s broke", request_id)
+            if started:
+                raise
+            broken = TransportError(f"the service broke; its log has request {request_id}.")
+            broken.__cause__ = error
+            await _refuse(broken, scope, receive, send_with_names)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        """Count the request by its end: an error's code, else "ok" or the status."""
+        if scope["path"] not in UNCOUNTED_ROUTES or status >= 400:
+            end = scope["state"].get("end") or ("ok" if status < 400 else str(status))
+            self._metrics.requests.labels(end).inc()
 
     def _knows(self, authorization: str) -> bool:
         if not self._digests:
             return True
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        given = _digest(key.strip().encode("latin-1"))  # as ASGI's bytes were read
         # Every key is compared, so that time does not tell which one was near.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(matches) and scheme.lower() == "bearer"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def _refuse(error: KalmError, scope: Scope, receive: Receive, send: Send) -> None:
+    scope["state"]["end"] = error.code
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    answer = Response(render_error(error), error.status, headers, "application/json")
+    await answer(scope, receive, send)

@@ -62,7 +62,7 @@ class EmbeddingsBody(BaseModel):
                 for item in error.errors(include_url=False, include_input=False)
             )
             raise ConfigurationError(f"{wrong}.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"the body is not JSON: {error}.") from None
 
     @property

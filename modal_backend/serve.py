@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from typing import Literal
 
@@ -34,6 +35,8 @@ def serve(
         ConfigurationError: Neither a key nor `insecure`, or `insecure` for other machines.
         EngineLoadError: The engine cannot be loaded.
     """
+    if api_key is not None and not api_key.get_secret_value().strip():
+        api_key = None
     if api_key is None and not insecure:
         raise ConfigurationError(
             "a service without a key is open to everybody. Set KALM_API_KEY (for instance to the "
@@ -45,7 +48,12 @@ def serve(
     assert engine == "embedded"
     service = EmbeddingService(EmbeddedEngine.load())
     app = create_app(service, api_keys=[api_key] if api_key else [])
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False)
+    try:
+        uvicorn.run(
+            app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False
+        )
+    finally:
+        asyncio.run(service.close())
 
 
 def _is_loopback(host: str) -> bool:

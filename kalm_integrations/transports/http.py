@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
 
+from kalm_integrations import wire
 from kalm_integrations.errors import (
     ConfigurationError,
     ConnectionFailedError,
+    DeadlineExceededError,
+    IdentityMismatchError,
     InvalidResponseError,
-    NotFoundError,
+    KalmError,
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.transports import openai_answers
@@ -39,13 +44,15 @@ if TYPE_CHECKING:
 _MAX_REDIRECTS = 50  # Modal answers 303 every 150 s while a container starts
 _MAX_NUMBER = 32  # bytes of one number, written out in JSON with its comma
 _MAX_DIMENSIONS = 16_384
+_SHORTEST = 0.001  # seconds; less is not sent
 
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """Who answers. `identity` is None for a server that is not ours."""
+    """Who answers. `identity` is None for a server that is not ours, as far as we can tell."""
 
     identity: SpaceIdentity | None
+    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +70,14 @@ class HttpTransport:
         self._settings = settings
         self._base = api_root(settings.base_url)
         self._headers = _credentials(settings)
+        self._secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         self._http: aiohttp.ClientSession | None = None
         self._server: _Server | None = None
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[_Server] | None = None
+        self._closed = False
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+        asked = time.monotonic()
         server = await self._who()
         fields: dict[str, Any] = {"model": self._settings.served_model, "input": request.texts}
         if request.dimensions is not None:
@@ -81,16 +91,28 @@ class HttpTransport:
         }
         headers = {"Accept": MEDIA_TYPE}
         if request.timeout is not None:
-            headers[TIMEOUT_HEADER] = f"{request.timeout:.3f}"
+            left = request.timeout - (time.monotonic() - asked)
+            if left < _SHORTEST:
+                raise DeadlineExceededError("the deadline passed before the request was sent.")
+            headers[TIMEOUT_HEADER] = f"{left:.3f}"
         reply = await self._post(fields, headers, len(request.texts))
-        if reply.headers.get("Content-Type") != MEDIA_TYPE:
-            raise openai_answers.wrong_type(reply.headers, reply.body)
-        return unpack(reply.body)
+        match openai_answers.media_type(reply.headers):
+            case wire.MEDIA_TYPE:
+                return unpack(reply.body)
+            case "application/json":
+                self._server = None
+                raise IdentityMismatchError(
+                    "the service answered as ours before, with its identity, and does no longer."
+                )
+        raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets)
 
     async def wake(self) -> SpaceIdentity | None:
         return (await self._who()).identity
 
     async def close(self) -> None:
+        self._closed = True
+        if self._asking is not None:
+            self._asking.cancel()
         if self._http is not None:
             await self._http.close()
 
@@ -103,26 +125,39 @@ class HttpTransport:
         fields["encoding_format"] = "base64"
         reply = await self._post(fields, {"Accept": "application/json"}, len(request.texts))
         return openai_answers.decode(
-            reply.headers, reply.body, model=fields["model"], dtype=request.dtype
+            reply.headers,
+            reply.body,
+            model=fields["model"],
+            dtype=request.dtype,
+            secrets=self._secrets,
         )
 
     async def _who(self) -> _Server:
-        async with self._asking:
-            if self._server is None:
-                self._server = await self._ask_who()
-            return self._server
+        """Whom we talk to; all who want to know at a time share one question."""
+        if self._server is None:
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask_who())
+                self._asking.add_done_callback(self._told)
+            return await asyncio.shield(self._asking)
+        return self._server
+
+    def _told(self, asking: asyncio.Task[_Server]) -> None:
+        self._asking = None
+        if not asking.cancelled() and asking.exception() is None and asking.result().certain:
+            self._server = asking.result()
 
     async def _ask_who(self) -> _Server:
-        try:
-            reply = await self._send("GET", self._base / "models", None, {}, 2**20)
-        except NotFoundError:  # OpenAI-compatible servers need not have this route
-            return _Server(None)
+        reply = await self._send("GET", self._base / "models", None, {}, 2**20, absent=True)
+        if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
+            if wire.IDENTITY_HEADER in reply.headers:
+                raise ConnectionFailedError("the service is there, but not all of it yet.")
+            return _Server(None, certain=False)
         try:
             (model, *_) = json.loads(reply.body)["data"]
             described = model.get("identity")
             return _Server(None if described is None else SpaceIdentity.from_dict(described))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise openai_answers.wrong_type(reply.headers, reply.body) from error
+        except openai_answers.ODD as error:
+            raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets) from error
 
     async def _post(self, fields: dict[str, Any], headers: dict[str, str], texts: int) -> _Reply:
         body = json.dumps(fields, ensure_ascii=False).encode()
@@ -131,23 +166,33 @@ class HttpTransport:
         return await self._send("POST", self._base / "embeddings", body, headers, limit)
 
     async def _send(
-        self, method: str, url: URL, body: bytes | None, headers: dict[str, str], limit: int
+        self,
+        method: str,
+        url: URL,
+        body: bytes | None,
+        headers: dict[str, str],
+        limit: int,
+        *,
+        absent: bool = False,
     ) -> _Reply:
-        """One request, redirects followed. Raises what its status stands for."""
+        """One request, redirects followed.
+
+        Raises what its status stands for, unless it is 404 and what we ask for may be absent.
+        """
         request_id = uuid.uuid4().hex
         ours = {**self._headers, **headers, REQUEST_ID_HEADER: request_id}
         try:
             for _ in range(_MAX_REDIRECTS):
                 async with self._pool().request(
-                    method, url, data=body, headers=ours, allow_redirects=False
+                    method, url, data=body, headers=ours, allow_redirects=False, proxy=_proxy(url)
                 ) as response:
                     if response.status in (301, 302, 303, 307, 308):
                         method, body, url = self._redirected(response, method, body, url)
                         continue
                     reply = _Reply(response.status, response.headers, await _read(response, limit))
-                if reply.status != 200:
+                if reply.status != 200 and not (absent and reply.status == 404):
                     raise openai_answers.error(
-                        reply.status, reply.headers, reply.body, self._secrets(), request_id
+                        reply.status, reply.headers, reply.body, self._secrets, request_id
                     )
                 return reply
         except aiohttp.ClientConnectorCertificateError as error:
@@ -155,29 +200,38 @@ class HttpTransport:
                 f"{url.host}: {error.certificate_error}. For a private authority point "
                 "SSL_CERT_FILE at its certificate."
             ) from error
+        except UnicodeError as error:
+            raise ConfigurationError(f"{url.host} is no name of a host.") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise ConnectionFailedError(
-                f"{method} {url}: {error or type(error).__name__}."
-            ) from error
+            said = openai_answers.blot(str(error), self._secrets) or type(error).__name__
+            # aiohttp's own error would show the request's headers in its repr.
+            raise ConnectionFailedError(f"{method} {url}: {said}.") from ConnectionError(said)
         raise ConnectionFailedError(f"{_MAX_REDIRECTS} redirects from {url} lead nowhere.")
 
     def _redirected(
         self, response: aiohttp.ClientResponse, method: str, body: bytes | None, url: URL
     ) -> tuple[str, bytes | None, URL]:
-        target = url.join(URL(response.headers.get("Location", "")))
-        # Credentials and texts stay with the server they were meant for.
-        if target.origin() != url.origin():
+        location = response.headers.get("Location", "")
+        try:
+            target = url.join(URL(location))
+            same = target.origin() == url.origin() and not target.user and not target.password
+        except ValueError:
+            same = False
+        if not same:  # credentials and texts stay with the server they were meant for
+            shown = openai_answers.blot(location, self._secrets)
             raise ConfigurationError(
-                f"{url} redirects to another server, {target.origin()}: if that is right, make it "
-                "base_url."
+                f"{url} redirects to another server, {shown}: if that is right, make it base_url."
             )
         if response.status in (307, 308):
             return method, body, target
         if response.status == 303 or method == "GET":
             return "GET", None, target
-        raise ConfigurationError(f"{url} has moved to {target}: correct base_url.")
+        shown = openai_answers.blot(str(target), self._secrets)
+        raise ConfigurationError(f"{url} has moved to {shown}: correct base_url.")
 
     def _pool(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise KalmError("the client was closed during the call.")
         if self._http is None:
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
@@ -192,18 +246,22 @@ class HttpTransport:
                 headers={"Accept-Encoding": "identity"},
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=True,
+                trust_env=False,  # it would also send passwords of ~/.netrc
             )
         return self._http
-
-    def _secrets(self) -> list[str]:
-        return [secret.removeprefix("Bearer ") for secret in self._headers.values()]
 
 
 def api_root(base_url: str) -> URL:
     """The URL under which `/embeddings` is, whether `base_url` ends with `/v1` or not."""
     url = URL(base_url.rstrip("/"))
     return url if url.name == "v1" else url / "v1"
+
+
+def _proxy(url: URL) -> str | None:
+    """The proxy that the environment (or the system) names for `url`."""
+    if proxy_bypass(url.host or ""):
+        return None
+    return getproxies().get(url.scheme)
 
 
 def _credentials(settings: ClientSettings) -> dict[str, str]:
@@ -218,7 +276,7 @@ def _credentials(settings: ClientSettings) -> dict[str, str]:
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The body, never more than `limit` bytes of it, and never decompressed."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise InvalidResponseError("the answer is compressed, which was not asked for.")
     body = bytearray()
     async for chunk in response.content.iter_any():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
+from urllib.parse import quote
 
 import numpy as np
 
@@ -42,11 +43,18 @@ _BY_STATUS: Final[dict[int, type[KalmError]]] = {
     425: ServiceUnavailableError,
     429: RateLimitError,
 }
+ODD: Final = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a stranger's JSON may raise."""
 _SHOWN = 200  # characters of a body in an error message
 
 
 def decode(
-    headers: Mapping[str, str], body: bytes, *, model: str, dtype: VectorDtype
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    model: str,
+    dtype: VectorDtype,
+    secrets: Sequence[str] = (),
 ) -> EmbedAnswer:
     """The vectors of an embeddings answer, in the order of their indices.
 
@@ -55,6 +63,7 @@ def decode(
         body: OpenAI's JSON; each embedding is base64 of float32, or a list of numbers.
         model: That was asked for.
         dtype: To convert to.
+        secrets: Blotted out of what an error message shows.
 
     Raises:
         IdentityMismatchError: Another model answered.
@@ -65,10 +74,12 @@ def decode(
         served, items = answer["model"], answer["data"]
         rows = {item["index"]: _vector(item["embedding"]) for item in items}
         tokens = int(answer["usage"]["prompt_tokens"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise wrong_type(headers, body) from error
+    except ODD as error:
+        raise wrong_type(headers, body, secrets) from error
     if served != model:
-        raise IdentityMismatchError(f"asked model {model!r}, but {served!r} answered.")
+        raise IdentityMismatchError(
+            f"asked model {model!r}, but {_short(blot(str(served), secrets))!r} answered."
+        )
     if len(rows) != len(items) or set(rows) != set(range(len(rows))):
         raise InvalidResponseError(
             f"the answer's indices are not 0 to {len(items) - 1}, each once: "
@@ -91,14 +102,12 @@ def error(
 
     `secrets` are blotted out of what the server says: some servers repeat a wrong key.
     """
-    said, code, invalid = _read_error(body)
-    for secret in secrets:
-        said = said.replace(secret, "***")
+    said, code, invalid = _read_error(blot(body.decode(errors="replace"), secrets))
     kind = _BY_CODE.get(code or "")
     if kind is None or kind.status != status:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
-    said = said.removesuffix(kind.remedy).strip()
+    said = _short(said.removesuffix(kind.remedy).strip())
     if issubclass(kind, InvalidInputError):
         return kind.of(invalid) if invalid else kind(said)
     message = f"HTTP {status}, request {request_id}: {said or 'no explanation.'}"
@@ -107,10 +116,28 @@ def error(
     return kind(message)
 
 
-def wrong_type(headers: Mapping[str, str], body: bytes) -> InvalidResponseError:
+def wrong_type(
+    headers: Mapping[str, str], body: bytes, secrets: Sequence[str]
+) -> InvalidResponseError:
     """For an answer that is 200 and yet no embeddings: a login page, a cut-off document."""
-    kind = headers.get("Content-Type", "no type")
-    return InvalidResponseError(f"the answer is not embeddings but {kind}: {_snippet(body)}.")
+    kind = blot(headers.get("Content-Type", "no type"), secrets)
+    shown = _snippet(blot(body.decode(errors="replace"), secrets))
+    return InvalidResponseError(f"the answer is not embeddings but {_short(kind)}: {shown}.")
+
+
+def blot(text: str, secrets: Sequence[str]) -> str:
+    """`text` without `secrets`, plain or as JSON or a URL writes them. To be done before text is
+    cut, or half of one stays.
+    """
+    for secret in filter(None, secrets):
+        for form in (secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")):
+            text = text.replace(form, "***")
+    return text
+
+
+def media_type(headers: Mapping[str, str]) -> str:
+    """The Content-Type without its parameters."""
+    return headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -122,7 +149,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except ODD:
         return None
 
 
@@ -135,25 +162,29 @@ def _vector(embedding: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array(embedding, dtype=np.float32)
 
 
-def _read_error(body: bytes) -> tuple[str, str | None, list[InvalidText]]:
+def _read_error(body: str) -> tuple[str, str | None, list[InvalidText]]:
     """Message, code and texts of an error body; what it is not is shown as it is."""
     try:
         content = json.loads(body)
-    except ValueError:
+    except ODD:
         return _snippet(body), None, []
     detail = content.get("error", content) if isinstance(content, dict) else content
     if not isinstance(detail, dict) or not isinstance(detail.get("message"), str):
         return _snippet(body), None, []
-    try:
-        invalid = [InvalidText(bad["index"], bad["reason"]) for bad in detail.get("invalid", [])]
-    except (KeyError, TypeError):
-        invalid = []
+    listed = detail.get("invalid")
+    invalid = [
+        InvalidText(bad["index"], _short(bad["reason"]))
+        for bad in (listed if isinstance(listed, list) else [])
+        if isinstance(bad, dict)
+        and type(bad.get("index")) is int
+        and isinstance(bad.get("reason"), str)
+    ]
     code = detail.get("code")
     return detail["message"], code if isinstance(code, str) else None, invalid
 
 
-def _snippet(body: bytes) -> str:
-    text = body[:4096].decode(errors="replace")
+def _snippet(body: str) -> str:
+    text = body[:4096]
     if title := re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL):
         text = f"the page {title[1].strip()!r}"
     return _short(re.sub(r"\s+", " ", text).strip()) or "an empty body"
