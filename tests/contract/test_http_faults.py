@@ -191,7 +191,13 @@ def test_fault(name: str, way: str) -> None:
     assert SECRET not in f"{error!r} {error} {error.__cause__!r}"
 
 
+async def answer_and_reset(request: Received, writer: asyncio.StreamWriter) -> None:
+    await packed()(request, writer)
+    writer.close()
+
+
 PASSING: dict[str, list[Step]] = {
+    "reset after the answer": [answer_and_reset],
     "429 with seconds": [openai_error(429, "slow down", Retry_After="0.2")],
     "503 twice": [reply(503), reply(503)],
     "reset, then fine": [reset],
