@@ -18,7 +18,6 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from kalm_integrations import wire
 from kalm_integrations.errors import (
     ConfigurationError,
     ConnectionFailedError,
@@ -30,6 +29,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.transports import openai_answers
 from kalm_integrations.wire import (
+    IDENTITY_HEADER,
     MEDIA_TYPE,
     REQUEST_ID_HEADER,
     TIMEOUT_HEADER,
@@ -69,6 +69,7 @@ class HttpTransport:
         assert settings.base_url is not None
         self._settings = settings
         self._base = api_root(settings.base_url)
+        self._proxy = _proxy(self._base)  # redirects stay on this server
         self._headers = _credentials(settings)
         self._secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         self._http: aiohttp.ClientSession | None = None
@@ -96,14 +97,14 @@ class HttpTransport:
                 raise DeadlineExceededError("the deadline passed before the request was sent.")
             headers[TIMEOUT_HEADER] = f"{left:.3f}"
         reply = await self._post(fields, headers, len(request.texts))
-        match openai_answers.media_type(reply.headers):
-            case wire.MEDIA_TYPE:
-                return unpack(reply.body)
-            case "application/json":
-                self._server = None
-                raise IdentityMismatchError(
-                    "the service answered as ours before, with its identity, and does no longer."
-                )
+        kind = openai_answers.media_type(reply.headers)
+        if kind == MEDIA_TYPE:
+            return unpack(reply.body)
+        if kind == "application/json":
+            self._server = None
+            raise IdentityMismatchError(
+                "the service answered as ours before, with its identity, and does no longer."
+            )
         raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets)
 
     async def wake(self) -> SpaceIdentity | None:
@@ -149,7 +150,7 @@ class HttpTransport:
     async def _ask_who(self) -> _Server:
         reply = await self._send("GET", self._base / "models", None, {}, 2**20, absent=True)
         if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
-            if wire.IDENTITY_HEADER in reply.headers:
+            if IDENTITY_HEADER in reply.headers:
                 raise ConnectionFailedError("the service is there, but not all of it yet.")
             return _Server(None, certain=False)
         try:
@@ -184,7 +185,7 @@ class HttpTransport:
         try:
             for _ in range(_MAX_REDIRECTS):
                 async with self._pool().request(
-                    method, url, data=body, headers=ours, allow_redirects=False, proxy=_proxy(url)
+                    method, url, data=body, headers=ours, allow_redirects=False, proxy=self._proxy
                 ) as response:
                     if response.status in (301, 302, 303, 307, 308):
                         method, body, url = self._redirected(response, method, body, url)
