@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kalm_integrations import prompts
@@ -139,4 +139,15 @@ def test_a_text_stays_as_it_is_whatever_braces_and_placeholders_it_has(before, t
 @given(WORDS.map(str.strip).filter(bool), WORDS.map(str.strip).filter(bool))
 def test_a_task_sentence_is_taken_word_for_word(first, second):
     sentence = f"{first} {second}"
+    # "web search" and "| NONE" are presets, misspelt: the next test's matter.
+    words = re.findall(r"[^\W_]+", sentence.casefold())
+    assume("_".join(words) not in {*prompts.PRESETS, "retrieval", "none"})
     assert prompts.apply(prompts.resolve(sentence), "K2") == f"Instruct: {sentence}\nQuery:K2"
+
+
+@pytest.mark.parametrize(
+    "misspelt", ["web search", "Web-Search.", "| NONE", "text to SQL", "STS !"]
+)
+def test_a_preset_in_other_letters_and_signs_is_no_task(misspelt):
+    with pytest.raises(ValueError, match=f"unknown preset {re.escape(repr(misspelt))}"):
+        prompts.resolve(misspelt)
