@@ -14,14 +14,20 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn, Self
 
+from llama_index.core.storage.kvstore.types import BaseKVStore
 from pydantic import ConfigDict, Field, model_validator
 
+from kalm_integrations import inputs
 from kalm_integrations.client import KalmClient, Progress, progress_bar
+from kalm_integrations.errors import IdentityMismatchError
+from kalm_integrations.llama_index_cache import RoleCache, looking_up
+from kalm_integrations.prompts import Role
 from kalm_integrations.settings import ClientSettings
 
 _WRONG_FRAMEWORK = (
@@ -29,8 +35,46 @@ _WRONG_FRAMEWORK = (
     "`from kalm_integrations import KalmModalEmbeddings`, with the same arguments"
 )
 
-# The bar of the running get_text_embedding_batch, for the requests inside it.
+# Of what a dump tells, the part that decides the vectors, and where they come from. All else only
+# tunes, and IngestionPipeline, whose cache is keyed by the dump, would embed again for it.
+_DUMPED: Final = frozenset(
+    {
+        "class_name",
+        "backend",
+        "base_url",
+        "model",
+        "dimensions",
+        "query_instruction",
+        "document_instruction",
+        "truncate",
+        "expected_identity",
+    }
+)
+
+
+class _Batches:
+    """The tasks in which LlamaIndex runs the batches of one call."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any] | None] = set()
+        self._over = False
+
+    def join(self) -> None:
+        """Count the running task among them."""
+        if self._over:
+            raise asyncio.CancelledError
+        self._tasks.add(asyncio.current_task())
+
+    def end(self) -> None:
+        """Cancel those that still run, or have yet to."""
+        self._over = True
+        for task in self._tasks - {None, asyncio.current_task()}:
+            task.cancel()  # type: ignore[union-attr]
+
+
+# Of the running get_text_embedding_batch, for the requests inside it.
 _advance: ContextVar[Progress] = ContextVar("kalm_advance", default=lambda _: None)
+_batches: ContextVar[_Batches | None] = ContextVar("kalm_batches", default=None)
 
 
 class KalmModalEmbeddings(KalmClient, BaseEmbedding):
@@ -39,7 +83,12 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     Takes the arguments of `ClientSettings`, and is a `KalmClient` too: `iter_embed`, `warm_up`
     and the rest are there. LlamaIndex's own arguments work too: `model_name` must agree with
     `model`; `embed_batch_size` is how many texts LlamaIndex hands over at once (they travel in
-    concurrent requests of `batch_size`), so leave it large.
+    concurrent requests of `batch_size`), so leave it large. An `embeddings_cache` keeps queries,
+    documents and models apart.
+
+    `to_dict` and `to_json` hold what decides the vectors, and where they come from. Tuning and
+    secrets are not in them: pass those to `from_dict`, or leave them to the environment. Pickles
+    and copies hold the tuning too.
 
     Example:
         >>> Settings.embed_model = KalmModalEmbeddings(backend="local")
@@ -52,13 +101,14 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     embed_batch_size: int = Field(default=2048, gt=0, le=2048)
 
     @model_validator(mode="after")
-    def _check_model_name(self) -> KalmModalEmbeddings:
+    def _settle(self) -> KalmModalEmbeddings:
         served = self.profile.space.model
         if self.model_name not in ("", served):
             raise ValueError(
                 f"model_name={self.model_name!r}: backend={self.backend!r} runs {served!r}"
             )
         self.__dict__["model_name"] = served
+        self.embeddings_cache = self.embeddings_cache  # in collections of our own
         return self
 
     @classmethod
@@ -69,7 +119,47 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         # LlamaIndex sets callback_manager and the like; ours were checked together, once.
         if name in ClientSettings.model_fields or name == "model_name":
             raise AttributeError(f"{name} is fixed: construct another KalmModalEmbeddings")
+        if name == "embeddings_cache" and isinstance(value, BaseKVStore):
+            store = value.store if isinstance(value, RoleCache) else value
+            roles: dict[Role, str] = {
+                "document": self.cache_namespace,
+                "query": self.query_cache_namespace,
+            }
+            value = RoleCache(store, roles)
         super().__setattr__(name, value)
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """What decides the vectors, and where they come from; see the class."""
+        dumped = super().to_dict(**kwargs)
+        kept = {name: value for name, value in dumped.items() if name in _DUMPED}
+        return kept | {"cache_namespace": self.cache_namespace}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **kwargs: Any) -> Self:
+        """The inverse of `to_dict`; `kwargs` are further arguments, or others than dumped.
+
+        Raises:
+            IdentityMismatchError: Vectors would be others than those of the dumped object,
+                because this release, or the environment, stands for another space.
+        """
+        arguments = dict(data)
+        dumped = arguments.pop("cache_namespace", None)
+        made = super().from_dict(arguments, **kwargs)
+        if dumped not in (None, made.cache_namespace) and not kwargs.keys() & _DUMPED:
+            raise IdentityMismatchError(
+                f"dumped with document vectors {dumped}; here they would be {made.cache_namespace}."
+            )
+        return made
+
+    def get_query_embedding(self, query: str) -> Embedding:
+        """LlamaIndex's own, with a cache of its own."""
+        with looking_up("query"):
+            return super().get_query_embedding(query)
+
+    async def aget_query_embedding(self, query: str) -> Embedding:
+        """LlamaIndex's own, with a cache of its own."""
+        with looking_up("query"):
+            return await super().aget_query_embedding(query)
 
     def _get_query_embedding(self, query: str) -> Embedding:
         return self.embed([query], role="query").to_lists()[0]
@@ -87,6 +177,8 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         return self.embed(texts, on_progress=_advance.get()).to_lists()
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        if (batches := _batches.get()) is not None:
+            batches.join()
         return (await self.aembed(texts, on_progress=_advance.get())).to_lists()
 
     def embed_documents(self, texts: list[str]) -> NoReturn:
@@ -100,15 +192,17 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     def get_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
-        """LlamaIndex's own, with a progress bar that moves with every request."""
+        """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
+        texts = inputs.check(inputs.iterate(texts), self.truncate)
         with self._bar(len(texts), show_progress):
             return super().get_text_embedding_batch(texts, show_progress=False, **kwargs)
 
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
-        """LlamaIndex's own, with a progress bar that moves with every request."""
-        with self._bar(len(texts), show_progress):
+        """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
+        texts = inputs.check(inputs.iterate(texts), self.truncate)
+        with _failing_together(), self._bar(len(texts), show_progress):
             return await super().aget_text_embedding_batch(texts, show_progress=False, **kwargs)
 
     @contextmanager
@@ -122,3 +216,15 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
                 yield
             finally:
                 _advance.reset(token)
+
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """When one batch fails, end the others: LlamaIndex lets them run on, unseen and paid for."""
+    batches = _Batches()
+    token = _batches.set(batches)
+    try:
+        yield
+    finally:
+        _batches.reset(token)
+        batches.end()

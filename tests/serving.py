@@ -67,7 +67,7 @@ class FaultyServer:
 
     steps: Iterable[Step | None] = ()
     ours: bool = True
-    received: list[Received] = field(default_factory=list)
+    received: list[Received] = field(default_factory=list, repr=False)
     """Answers to a GET, where a redirect led, are those to the POST before it."""
     url: str = ""
 

@@ -252,6 +252,15 @@ class HttpTransport:
         return self._http
 
 
+class _Hidden(str):
+    """A header's value; tracebacks that show local variables, aiohttp's too, show stars."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
 def api_root(base_url: str) -> URL:
     """The URL under which `/embeddings` is, whether `base_url` ends with `/v1` or not."""
     url = URL(base_url.rstrip("/"))
@@ -272,7 +281,7 @@ def _credentials(settings: ClientSettings) -> dict[str, str]:
     if settings.modal_key is not None and settings.modal_secret is not None:
         headers["Modal-Key"] = settings.modal_key.get_secret_value()
         headers["Modal-Secret"] = settings.modal_secret.get_secret_value()
-    return headers
+    return {name: _Hidden(value) for name, value in headers.items()}
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -1,0 +1,129 @@
+"""The literal secrets, looked for wherever an application may write something down."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import pickle
+import traceback
+from typing import Any
+
+import pytest
+from langchain_core.load import dumpd, dumps
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from serving import FaultyServer, Step, reply, reset, stall
+
+from kalm_integrations import KalmClient, KalmModalEmbeddings
+from kalm_integrations import llama_index as ours_for_llama_index
+from kalm_integrations.errors import ConfigurationError, KalmError
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.transports.http import HttpTransport
+
+pytestmark = pytest.mark.usefixtures("quick_retries")
+SECRETS = {"api_key": "hunter2-a", "modal_key": "hunter2-b", "modal_secret": "hunter2-c"}
+KINDS: list[type[KalmClient]] = [
+    KalmClient,
+    KalmModalEmbeddings,
+    ours_for_llama_index.KalmModalEmbeddings,
+]
+
+
+def assert_clean(*written: object) -> None:
+    for what in written:
+        text = what.decode("latin-1") if isinstance(what, bytes) else str(what)
+        assert "hunter2" not in text, text[:2000]
+
+
+def made(kind: type[KalmClient], url: str = "http://127.0.0.1:1", **settings: Any) -> KalmClient:
+    return kind(base_url=url, model=EMBEDDED.space.model, **SECRETS, **settings)
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_logs(caplog: pytest.LogCaptureFixture) -> Any:
+    caplog.set_level(logging.DEBUG)
+    yield
+    assert_clean(caplog.text, *(vars(record) for record in caplog.records))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
+def test_objects(kind: type[KalmClient]) -> None:
+    client = made(kind)
+    session = HttpTransport(client)
+    assert_clean(repr(client), str(client), f"{client!r:>9}", repr(vars(client)))
+    assert_clean(client.model_dump(), client.model_dump_json(), dict(client))
+    assert_clean(pickle.dumps(client), pickle.dumps(copy.deepcopy(client)))
+    assert_clean(repr(session), repr(session._headers))
+    assert_clean(client.without_client(), client.vector_identity, client.cache_namespace)
+
+
+def test_langchains_dumps() -> None:
+    embeddings = made(KalmModalEmbeddings)
+    assert_clean(dumpd(embeddings), dumps(embeddings), dumps({"within": [embeddings]}))
+
+
+def test_llama_indexs_dumps_and_events() -> None:
+    class Recorder(BaseEventHandler):
+        def handle(self, event: Any, **_: Any) -> None:
+            seen.append(event.model_dump_json())
+
+    seen: list[str] = []
+    recorder, root = Recorder(), get_dispatcher()
+    root.add_event_handler(recorder)
+    try:
+        with FaultyServer() as server:
+            model: Any = made(ours_for_llama_index.KalmModalEmbeddings, server.url)
+            model.get_query_embedding("q")
+            asyncio.run(model.aget_text_embedding_batch(["d"]))
+    finally:
+        root.event_handlers.remove(recorder)
+    assert len(seen) == 4
+    assert_clean(*seen, model.to_dict(), model.to_json(), model.to_payload(), model.json())
+
+
+MOMENTS: dict[str, Step | None] = {
+    "nobody listens": None,
+    "refused": reply(401, '{"error": {"message": "no"}}'),
+    "broken": reset,
+    "no time": stall,
+    "not ours": reply(200, "<html>", "text/html"),
+    "elsewhere": reply(302, Location="http://elsewhere/"),
+    "wrong vectors": reply(200, b"garbage", "application/vnd.kalm.safetensors"),
+    "server error": reply(500, "oops"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
+def test_errors_their_causes_and_tracebacks_with_local_variables(
+    kind: type[KalmClient], moment: str
+) -> None:
+    step = MOMENTS[moment]
+    with FaultyServer([step] * 9) as server:
+        url = server.url if step else "http://127.0.0.1:1"
+        client = made(kind, url, timeout=1, max_retries=1)
+        with pytest.raises(KalmError) as caught:
+            _query(client)
+        error = caught.value
+        assert_clean(str(error), repr(error), vars(error), pickle.dumps(error))
+        shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+        assert_clean("".join(shown.format()))
+        client.close()
+
+
+def test_settings_that_are_refused() -> None:
+    for wrong in ({"batch_size": 0}, {"modal_key": None}, {"api_key": "hunter2\x00"}, {"x": 1}):
+        with pytest.raises(ConfigurationError) as caught:
+            KalmClient(**{"base_url": "http://there", **SECRETS, **wrong})  # type: ignore[arg-type]
+        shown = traceback.TracebackException.from_exception(caught.value)
+        assert_clean(str(caught.value), *shown.format())
+
+
+def _query(client: Any) -> None:
+    if isinstance(client, KalmModalEmbeddings):
+        client.embed_query("q")
+    elif isinstance(client, ours_for_llama_index.KalmModalEmbeddings):
+        client.get_query_embedding("q")
+    else:
+        client.embed(["q"], role="query")
