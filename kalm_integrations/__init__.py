@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from kalm_integrations.result import EmbeddingResult as EmbeddingResult
     from kalm_integrations.result import PartialResult as PartialResult
     from kalm_integrations.result import Usage as Usage
+    from kalm_integrations.version import __version__ as __version__
 
 _HOMES = {
+    "__version__": "version",
     "KalmClient": "client",
     "ConfigurationError": "errors",
     "DeadlineExceededError": "errors",
@@ -47,10 +49,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("kalm-integrations")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

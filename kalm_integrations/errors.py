@@ -2,7 +2,8 @@
 
 One table, used on both sides of the wire: a service answers with an error's `status` and `code`,
 a client makes the same error of them again. `remedy` is appended to each message, so that the
-person who reads a log line needs no second look-up. Only `retry.py` reads `retryable`.
+person who reads a log line needs no second look-up. Only `retry.py` reads `retryable` and
+`most_retries`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class KalmError(Exception):
         partial: What had been embedded when the call failed, by index in the caller's list;
             None where the call embeds nothing.
         retryable: Whether the same request may succeed later. The client has retried already.
+        most_retries: No more of them, whatever `max_retries` allows.
         remedy: What to do next.
         status: The HTTP status that a service answers with.
         code: The stable name in that answer's body.
@@ -30,6 +32,7 @@ class KalmError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    most_retries: ClassVar[int] = 100
     remedy: ClassVar[str] = ""
     partial: PartialResult | None = None
 
@@ -48,6 +51,7 @@ class ConfigurationError(KalmError, ValueError):
 class EngineLoadError(KalmError):
     """The engine's files are missing or are not the ones that were tested."""
 
+    status = 503
     code = "engine_not_loaded"
     remedy = "Nothing is embedded with files that were not tested."
 
@@ -154,12 +158,36 @@ class ConnectionFailedError(ServiceUnavailableError):
     remedy = "The client has retried; check base_url, the network and whether the service runs."
 
 
+class ContainerFailedError(ServiceUnavailableError):
+    """A container of the service could not start, or died with the request in it. Tried once
+    more and no oftener: each start is paid."""
+
+    code = "container_failed"
+    most_retries = 1
+    remedy = "See why with `modal app logs` and the app's name; `kalm doctor --wake` tries again."
+
+
+class CanaryFailedError(KalmError):
+    """The service found its own vectors wrong, and serves none."""
+
+    status = 503
+    code = "canary_failed"
+    remedy = "See the service's logs, and redeploy it; a retry would not help."
+
+
 class AuthenticationError(KalmError):
     """No credential, or a wrong one."""
 
     status = 401
     code = "invalid_api_key"
     remedy = "Pass api_key=, or set KALM_API_KEY, as the service was started with."
+
+
+class ModalTokenError(AuthenticationError):
+    """No token for Modal, or a wrong one."""
+
+    code = "no_modal_token"
+    remedy = "Run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET."
 
 
 class PermissionDeniedError(KalmError):
@@ -176,6 +204,13 @@ class NotFoundError(KalmError):
     status = 404
     code = "not_found"
     remedy = "Check base_url= and model=; GET /v1/models lists what a service has."
+
+
+class NotDeployedError(NotFoundError):
+    """Modal has no such app or class, or it is of a version without what this client needs."""
+
+    code = "not_deployed"
+    remedy = "Run `kalm deploy`, or correct app_name=, class_name= and environment_name=."
 
 
 class TransportError(KalmError):
@@ -207,3 +242,11 @@ def subclasses(kind: type[KalmError]) -> list[type[KalmError]]:
     """`kind` and everything below it in this module: the table, as a list."""
     below = [leaf for child in kind.__subclasses__() for leaf in subclasses(child)]
     return list(dict.fromkeys([kind, *below])) if kind.__module__ == __name__ else []
+
+
+def by_code(code: object) -> type[KalmError] | None:
+    """The error of a code that a service may send; codes that only clients use are not believed."""
+    return _BY_CODE.get(code) if isinstance(code, str) else None
+
+
+_BY_CODE = {kind.code: kind for kind in subclasses(KalmError) if kind.status != KalmError.status}

@@ -38,7 +38,7 @@ def delay_before(retry: int, error: KalmError, max_retries: int) -> float | None
     Exponential backoff with full jitter, so that clients that failed together do not come back
     together; never sooner than the service asked.
     """
-    if not error.retryable or retry >= max_retries:
+    if not error.retryable or retry >= min(max_retries, error.most_retries):
         return None
     asked = (error.retry_after if isinstance(error, ServiceUnavailableError) else None) or 0.0
     asked = asked if asked > 0 else 0.0  # a service may say anything, even NaN

@@ -6,67 +6,41 @@ all are checked on construction, which opens nothing. Unknown arguments are refu
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Set
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    model_validator,
-)
+import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
-from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
 from kalm_integrations.profiles import EMBEDDED, KALM, ModelProfile, profile_of
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import Truncate, VectorDtype
 
-ENVIRONMENT_PREFIX = "KALM_"
-
 NO_BACKEND = (
-    'backend="auto" found no service to talk to. For an HTTP service pass base_url= or set '
-    "KALM_BASE_URL. For the embedded engine (a small model in this process, for learning, tests "
-    'and CI) pass backend="local" or set KALM_BACKEND=local. The door to a service on Modal, RPC, '
-    "is not in this version yet."
+    'backend="auto" found no service to talk to. For a service on Modal install modal (the extra '
+    '"modal") and run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET. For an HTTP '
+    "service pass base_url= or set KALM_BASE_URL. For the embedded engine (a small model in this "
+    'process, for learning, tests and CI) pass backend="local" or set KALM_BACKEND=local.'
 )
 
 
-def _variables(names: Set[str]) -> dict[str, str]:
-    """What the environment says of `names`; an empty variable is an unset one."""
-    found = {name: os.environ.get(_variable(name), "") for name in names - {"on_usage"}}
-    return {name: value for name, value in found.items() if value}
-
-
-def _variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.upper()
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{name}: there is no such argument.{hint} There are {', '.join(known)}."
-
-
-def _explain(error: ValidationError, variables: Mapping[str, str]) -> str:
-    """What is wrong, argument by argument; values, which may be secret, are left out."""
-    wrong = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
-        name = str(item["loc"][0]) if item["loc"] else ""
-        source = f" (from {_variable(name)})" if name in variables else ""
-        message = item["msg"].removeprefix("Value error, ")
-        wrong.append(f"{name}{source}: {message}" if name else message)
-    return "; ".join(wrong) + "."
+def modal_is_configured() -> bool:
+    """Whether Modal's package and a token are there; asks nobody, imports nothing."""
+    if find_spec("modal") is None:
+        return False
+    token = "MODAL_TOKEN_ID" in os.environ and "MODAL_TOKEN_SECRET" in os.environ
+    within = os.environ.get("MODAL_IS_REMOTE") == "1"
+    file = Path(os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml").expanduser()
+    return token or within or file.is_file()
 
 
 def _read_identity(value: Any) -> Any:
@@ -94,18 +68,12 @@ def _clean_secret(value: SecretStr | None) -> SecretStr | None:
     return SecretStr(secret) if secret else None
 
 
+DEFAULT_APP = "vllm-embedding-snapshot"
+DEFAULT_CLASS = "VLLMEmbeddingSnapshot"
 Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret)]
 
 
-def _no_modal_yet(value: Any) -> Any:
-    if value == "modal":
-        raise ValueError(
-            'the door to Modal, RPC, is not in this version yet; there are "http" and "local"'
-        )
-    return value
-
-
-class ClientSettings(BaseModel):
+class ClientSettings(EnvironmentSettings):
     """The arguments that `KalmClient` and both `KalmModalEmbeddings` share.
 
     Raises:
@@ -113,20 +81,27 @@ class ClientSettings(BaseModel):
             another; the message says which, where it is from, and what would do.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-        protected_namespaces=(),
-    )
+    variable_prefix = "KALM_"
+    arguments_only = frozenset({"on_usage"})
 
-    backend: Annotated[Literal["auto", "http", "local"], BeforeValidator(_no_modal_yet)] = "auto"
-    """Where vectors come from. "http": the service at `base_url`. "local": the embedded engine,
-    in this process. "auto" takes the service that is configured, and raises if none is; it never
-    falls back to "local"."""
+    backend: Literal["auto", "modal", "http", "local"] = "auto"
+    """Where vectors come from. "modal": the app that `kalm deploy` made, over Modal's RPC.
+    "http": the service at `base_url`, or that app's HTTP door. "local": the embedded engine, in
+    this process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
+    there, else an error; it never falls back to "local"."""
 
     base_url: str | None = None
-    """Where the service is, with or without `/v1`: our server, or any with OpenAI's API."""
+    """Where the service is, with or without `/v1`: our server, or any with OpenAI's API. With
+    backend="http" and no URL, the HTTP door of the app on Modal is looked up."""
+
+    app_name: str = Field(DEFAULT_APP, min_length=1)
+    """The app on Modal."""
+
+    modal_class: str = Field(DEFAULT_CLASS, min_length=1, alias="class_name")
+    """Its class. The argument is `class_name`; LlamaIndex has a method of that name."""
+
+    environment_name: str | None = None
+    """The environment on Modal; None is the token's own."""
 
     api_key: Secret = Field(default=None, exclude=True)
     """Bearer key of the service."""
@@ -138,7 +113,7 @@ class ClientSettings(BaseModel):
     """Its secret; both or neither."""
 
     model: str | None = None
-    """The model's name. None is the backend's own: KaLM over HTTP, the embedded engine's else."""
+    """The model's name. None is the embedded engine's with "local", KaLM with all others."""
 
     dimensions: int | None = None
     """Dimensions of the vectors; None is the model's native number."""
@@ -187,17 +162,6 @@ class ClientSettings(BaseModel):
     """Called with the `Usage` of each request that was answered, on the caller's thread or loop.
     What it raises is logged, and costs no vectors."""
 
-    if not TYPE_CHECKING:  # type checkers and signatures show the arguments themselves
-
-        def __init__(self, **arguments: Any) -> None:
-            for name in arguments.keys() - type(self).model_fields.keys():
-                raise ConfigurationError(_unknown(name, type(self).model_fields))
-            variables = _variables(ClientSettings.model_fields.keys() - arguments.keys())
-            try:
-                super().__init__(**variables, **arguments)
-            except ValidationError as error:
-                raise ConfigurationError(_explain(error, variables)) from None
-
     def __getstate__(self) -> dict[Any, Any]:
         # Pickles lie in files and travel: no secret goes along. Whoever unpickles reads the
         # environment again.
@@ -230,8 +194,13 @@ class ClientSettings(BaseModel):
         return self
 
     def _check_url(self) -> None:
-        if self.base_url is None:
-            raise ValueError('backend="http" needs base_url= or KALM_BASE_URL')
+        if self.base_url is None:  # looked up on Modal
+            if not modal_is_configured():
+                raise ValueError(
+                    'backend="http" needs base_url= or KALM_BASE_URL, or Modal\'s package and a '
+                    "token to look it up"
+                )
+            return
         url = urlsplit(self.base_url)
         _ = url.port  # raises for one that is none
         if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
@@ -240,7 +209,7 @@ class ClientSettings(BaseModel):
             raise ValueError("base_url holds a credential, which logs would show: use api_key=")
 
     @property
-    def resolved_backend(self) -> Literal["http", "local"]:
+    def resolved_backend(self) -> Literal["modal", "http", "local"]:
         """The backend, "auto" resolved.
 
         Raises:
@@ -248,9 +217,11 @@ class ClientSettings(BaseModel):
         """
         if self.backend != "auto":
             return self.backend
-        if self.base_url is None:
+        if self.base_url is not None:
+            return "http"
+        if not modal_is_configured():
             raise ValueError(NO_BACKEND)
-        return "http"
+        return "modal"
 
     @property
     def served_model(self) -> str:
@@ -312,7 +283,14 @@ class ClientSettings(BaseModel):
     @property
     def request_limits(self) -> RequestLimits:
         """How much goes into one request."""
-        return RequestLimits(texts=self.batch_size, text_tokens=self.profile.max_tokens)
+        if self.resolved_backend != "modal":
+            return RequestLimits(texts=self.batch_size, text_tokens=self.profile.max_tokens)
+        # Over 2 MiB, a request or an answer takes Modal's way through blob storage: two more
+        # round trips. 64 KiB are for what is around vectors and texts.
+        inline = 2 * 2**20 - 2**16
+        row = np.dtype(self.vector_dtype).itemsize * self.vector_dimensions
+        texts = min(self.batch_size, inline // row) if row else self.batch_size
+        return RequestLimits(texts=texts, bytes=inline, text_tokens=self.profile.max_tokens)
 
     def without_client(self) -> ClientSettings:
         """These settings and nothing else: no framework, no connections."""

@@ -6,13 +6,23 @@ Vectors travel as safetensors: a standard of the field, compact, nothing executa
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.errors import InvalidResponseError
+from kalm_integrations.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    InvalidResponseError,
+    InvalidText,
+    KalmError,
+    ServiceUnavailableError,
+    TransportError,
+    by_code,
+)
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
@@ -96,3 +106,52 @@ def unpack(body: bytes) -> EmbedAnswer:
         )
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidResponseError(f"the answer is not packed vectors ({error!r}).") from error
+
+
+def request_fields(request: EmbedRequest) -> dict[str, Any]:
+    """`request` as Modal's argument: built-in types only, as all that crosses a pickle here."""
+    return asdict(request)
+
+
+def read_request(given: Mapping[str, Any]) -> EmbedRequest:
+    """The inverse of `request_fields`, of what a stranger may have sent.
+
+    Raises:
+        ConfigurationError: It is not a request of this version.
+    """
+    known = {field.name for field in fields(EmbedRequest)}
+    if not isinstance(given, Mapping) or not {"texts", "role"} <= given.keys() <= known:
+        raise ConfigurationError(f"a request has texts and role, and may have {sorted(known)}.")
+    for name, allowed in _VALUES.items():
+        if given.get(name, allowed[0]) not in allowed:
+            raise ConfigurationError(f"{name}={given[name]!r}: it is one of {allowed}.")
+    return EmbedRequest(**given)
+
+
+def error_fields(error: KalmError) -> dict[str, Any]:
+    """`error` as data: built-in types only, so that who receives it needs none of our classes."""
+    described: dict[str, Any] = {"code": error.code, "message": str(error)}
+    if isinstance(error, InvalidInputError):
+        described["invalid"] = [{"index": bad.index, "reason": bad.reason} for bad in error.invalid]
+    if isinstance(error, ServiceUnavailableError):
+        described["retry_after"] = error.retry_after
+    return described
+
+
+def read_error(described: Mapping[str, Any]) -> KalmError:
+    """The inverse of `error_fields`."""
+    kind = by_code(described.get("code")) or TransportError
+    message = str(described.get("message", "")).removesuffix(kind.remedy).strip()
+    if issubclass(kind, InvalidInputError):
+        invalid = [InvalidText(bad["index"], bad["reason"]) for bad in described["invalid"]]
+        return kind.of(invalid) if invalid else kind(message)
+    if issubclass(kind, ServiceUnavailableError):
+        return kind(message, described.get("retry_after"))
+    return kind(message)
+
+
+_VALUES: Final[dict[str, tuple[str, ...]]] = {
+    "role": get_args(Role),
+    "truncate": get_args(Truncate),
+    "dtype": get_args(VectorDtype),
+}

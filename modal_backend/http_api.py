@@ -4,7 +4,7 @@
 |---|---|---|
 | POST /v1/embeddings | key | OpenAI's, with our extensions (`openai_schema`) |
 | GET /v1/models, /v1/models/{id} | key | the model, with its identity |
-| GET /ready | key | 200 once the engine is loaded |
+| GET /ready | key | 200 when vectors are served; 503 with the reason when not |
 | GET /metrics | key | Prometheus |
 | GET /health | none | 200 while the process runs |
 
@@ -18,11 +18,11 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping
+from copy import copy
 from functools import partial
 from typing import Final, TypeVar
 
-from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -39,7 +39,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, pack
 from modal_backend.admission import RETRY_AFTER
-from modal_backend.http_guard import HttpGuard
+from modal_backend.http_guard import BearerKeys, HttpGuard
 from modal_backend.metrics import CONTENT_TYPE, Metrics
 from modal_backend.openai_schema import EmbeddingsBody, render, render_error
 from modal_backend.service import EmbeddingService
@@ -56,18 +56,25 @@ _INLINE_NUMBERS: Final = 65_536
 def create_app(
     service: EmbeddingService,
     *,
-    api_keys: Sequence[SecretStr],
+    keys: BearerKeys,
     max_body_bytes: int = MAX_BODY_BYTES,
+    max_inside: int | None = None,
+    phases: Mapping[str, float] | None = None,
 ) -> Starlette:
     """The ASGI app.
 
     Args:
         service: What answers.
-        api_keys: Any of them opens the door; several let keys be rotated. None at all leaves it
-            open: for loopback only.
+        keys: Who may enter.
         max_body_bytes: Larger bodies are refused with 413, without being read whole.
+        max_inside: Most requests at a time; more are refused with 503. None is no limit.
+        phases: Seconds that each phase of the start took, for /metrics.
     """
-    door = _Door(service, max_body_bytes)
+    door = _Door(service, max_body_bytes, phases or {})
+
+    def identity() -> str | None:
+        return None if service.failure else service.identity.fingerprint
+
     return Starlette(
         routes=[
             Route("/v1/embeddings", door.embeddings, methods=["POST"]),
@@ -80,9 +87,10 @@ def create_app(
         middleware=[
             Middleware(
                 HttpGuard,
-                api_keys=api_keys,
-                identity=service.identity.fingerprint,
+                keys=keys,
+                identity=identity,
                 metrics=door.metrics,
+                max_inside=max_inside,
             )
         ],
         exception_handlers={
@@ -96,8 +104,11 @@ def create_app(
 class _Door:
     """The routes' handlers."""
 
-    def __init__(self, service: EmbeddingService, max_body_bytes: int) -> None:
+    def __init__(
+        self, service: EmbeddingService, max_body_bytes: int, phases: Mapping[str, float]
+    ) -> None:
         self._service = service
+        self._phases = phases
         self._max_body_bytes = max_body_bytes
         self.metrics = Metrics()
         for role in service.inside:
@@ -138,12 +149,16 @@ class _Door:
         return JSONResponse(self._description())
 
     async def ready(self, _: Request) -> Response:
+        if self._service.failure is not None:
+            raise copy(self._service.failure)
         return JSONResponse({"status": "ready"})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
 
     async def metrics_page(self, _: Request) -> Response:
+        for phase, seconds in self._phases.items():
+            self.metrics.phases.labels(phase).set(seconds)
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def failed(self, request: Request, error: Exception) -> Response:

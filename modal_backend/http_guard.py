@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import math
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from pydantic import SecretStr
@@ -15,8 +16,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kalm_integrations.errors import AuthenticationError, KalmError, TransportError
+from kalm_integrations.errors import (
+    AuthenticationError,
+    KalmError,
+    ServiceUnavailableError,
+    TransportError,
+)
 from kalm_integrations.wire import IDENTITY_HEADER, REQUEST_ID_HEADER
+from modal_backend.admission import RETRY_AFTER
 from modal_backend.metrics import Metrics
 from modal_backend.openai_schema import render_error
 
@@ -27,24 +34,63 @@ UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
 """What watches the service is no use of it; refusals are counted all the same."""
 
 
+class BearerKeys:
+    """The keys that open the door; any of them, so that they can be rotated.
+
+    Args:
+        keys: An empty list keeps everybody out until `accept`; None lets everybody in.
+    """
+
+    def __init__(self, keys: Sequence[SecretStr] | None) -> None:
+        self._digests: list[bytes] | None = None
+        if keys is not None:
+            self.accept(keys)
+
+    def accept(self, keys: Sequence[SecretStr]) -> None:
+        """These keys from now on, and no others. One secret may hold several, with white space
+        between them."""
+        # Digests have one length, so that comparing them tells nothing about the key.
+        self._digests = [
+            _digest(one.encode()) for key in keys for one in key.get_secret_value().split()
+        ]
+
+    def know(self, authorization: str) -> bool:
+        """Whether an Authorization header opens the door."""
+        if self._digests is None:
+            return True
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip().encode("latin-1"))  # as ASGI's bytes were read
+        # Every key is compared, so that time does not tell which one was near.
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return any(matches) and scheme.lower() == "bearer"
+
+
 class HttpGuard:
     """Checks the bearer key before anything is read; names the request and the identity.
 
     Args:
         app: What is behind it.
-        api_keys: See `create_app`.
-        identity: Fingerprint of the space, for the header of every answer.
+        keys: Who may enter.
+        identity: Gives the fingerprint of the space, for the header of every answer.
         metrics: Where requests are counted.
+        max_inside: Most requests that are let in at a time, so that they leave another door its
+            share; None is no limit.
     """
 
     def __init__(
-        self, app: ASGIApp, api_keys: Sequence[SecretStr], identity: str, metrics: Metrics
+        self,
+        app: ASGIApp,
+        keys: BearerKeys,
+        identity: Callable[[], str | None],
+        metrics: Metrics,
+        max_inside: int | None,
     ) -> None:
         self._app = app
         self._metrics = metrics
-        # Digests have one length, so that comparing them tells nothing about the key.
-        self._digests = [_digest(key.get_secret_value().strip().encode()) for key in api_keys]
+        self._keys = keys
         self._identity = identity
+        self._max_inside = max_inside
+        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,14 +110,21 @@ class HttpGuard:
                 started = True
                 self._count(scope, message["status"])
                 answer = MutableHeaders(scope=message)
-                answer[IDENTITY_HEADER] = self._identity
+                if identity := self._identity():
+                    answer[IDENTITY_HEADER] = identity
                 answer[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        if scope["path"] not in OPEN_ROUTES and not self._knows(headers.get("authorization", "")):
+        known = self._keys.know(headers.get("authorization", ""))
+        if scope["path"] not in OPEN_ROUTES and not known:
             refusal = AuthenticationError("the bearer key is missing or wrong.")
             await _refuse(refusal, scope, receive, send_with_names)
             return
+        if self._inside == self._max_inside:
+            full = ServiceUnavailableError("this door has as many requests as it may.", RETRY_AFTER)
+            await _refuse(full, scope, receive, send_with_names)
+            return
+        self._inside += 1
         try:
             await self._app(scope, receive, send_with_names)
         except Exception as error:
@@ -82,21 +135,14 @@ class HttpGuard:
             broken = TransportError(f"the service broke; its log has request {request_id}.")
             broken.__cause__ = error
             await _refuse(broken, scope, receive, send_with_names)
+        finally:
+            self._inside -= 1
 
     def _count(self, scope: Scope, status: int) -> None:
         """Count the request by its end: an error's code, else "ok" or the status."""
         if scope["path"] not in UNCOUNTED_ROUTES or status >= 400:
             end = scope["state"].get("end") or ("ok" if status < 400 else str(status))
             self._metrics.requests.labels(end).inc()
-
-    def _knows(self, authorization: str) -> bool:
-        if not self._digests:
-            return True
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # as ASGI's bytes were read
-        # Every key is compared, so that time does not tell which one was near.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
 
 
 def _digest(key: bytes) -> bytes:
@@ -105,6 +151,8 @@ def _digest(key: bytes) -> bytes:
 
 async def _refuse(error: KalmError, scope: Scope, receive: Receive, send: Send) -> None:
     scope["state"]["end"] = error.code
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
     answer = Response(render_error(error), error.status, headers, "application/json")
     await answer(scope, receive, send)

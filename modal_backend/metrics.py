@@ -27,6 +27,12 @@ class Metrics:
         self.inside = Gauge(
             "kalm_texts_inside", "Texts waiting or computed", ["role"], registry=self._registry
         )
+        self.phases = Gauge(
+            "kalm_start_seconds",
+            "Phases of this container's start",
+            ["phase"],
+            registry=self._registry,
+        )
 
     def render(self) -> bytes:
         """All of it, in Prometheus's text format."""

@@ -17,11 +17,17 @@ from kalm_integrations import prompts
 from kalm_integrations.errors import (
     ConfigurationError,
     InvalidArgumentError,
-    InvalidInputError,
     KalmError,
 )
 from kalm_integrations.prompts import Role
-from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, EmbedRequest, Truncate, VectorDtype
+from kalm_integrations.wire import (
+    MEDIA_TYPE,
+    EmbedAnswer,
+    EmbedRequest,
+    Truncate,
+    VectorDtype,
+    error_fields,
+)
 
 
 class EmbeddingsBody(BaseModel):
@@ -141,16 +147,12 @@ def render(answer: EmbedAnswer, encoding_format: str) -> bytes:
 
 def render_error(error: KalmError) -> bytes:
     """An error as OpenAI's JSON. Ours beside it: `invalid`, the texts by index."""
-    invalid = error.invalid if isinstance(error, InvalidInputError) else ()
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    body = {
-        "message": str(error),
-        "type": kind,
-        "param": f"input[{invalid[0].index}]" if invalid else None,
-        "code": error.code,
-        "invalid": [{"index": bad.index, "reason": bad.reason} for bad in invalid],
-    }
-    return orjson.dumps({"error": body})
+    described = error_fields(error)
+    described.pop("retry_after", None)  # a header's matter
+    invalid = described.setdefault("invalid", [])
+    described["type"] = "invalid_request_error" if error.status < 500 else "server_error"
+    described["param"] = f"input[{invalid[0]['index']}]" if invalid else None
+    return orjson.dumps({"error": described})
 
 
 def _is_ids(member: object) -> bool:

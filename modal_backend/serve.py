@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from kalm_integrations.errors import ConfigurationError
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http_api import create_app
+from modal_backend.http_guard import BearerKeys
 from modal_backend.service import EmbeddingService
 
 EngineName = Literal["embedded"]
@@ -47,7 +48,7 @@ def serve(
         raise ConfigurationError(f"--insecure-no-auth is for 127.0.0.1 only, not for {host}.")
     assert engine == "embedded"
     service = EmbeddingService(EmbeddedEngine.load())
-    app = create_app(service, api_keys=[api_key] if api_key else [])
+    app = create_app(service, keys=BearerKeys([api_key] if api_key else None))
     try:
         uvicorn.run(
             app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False

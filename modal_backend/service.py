@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import copy
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,7 @@ from kalm_integrations import inputs
 from kalm_integrations.errors import (
     ConfigurationError,
     InvalidResponseError,
+    KalmError,
     RequestTooLargeError,
 )
 from kalm_integrations.identity import SpaceIdentity
@@ -19,6 +21,7 @@ from kalm_integrations.result import Usage
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 from modal_backend.admission import Admission
 from modal_backend.engines import Engine
+from modal_backend.engines.out_of_order import OutOfOrderEngine
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
@@ -28,28 +31,34 @@ class EmbeddingService:
     """Requests in, answers out, over one loaded engine."""
 
     def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
-        self._engine = engine
+        self.engine = engine
+        """May be replaced, when a container finds its engine wrong."""
         self._admission = admission or Admission()
+
+    @property
+    def failure(self) -> KalmError | None:
+        """Why nothing is served; None when all is well."""
+        return self.engine.failure if isinstance(self.engine, OutOfOrderEngine) else None
 
     @property
     def identity(self) -> SpaceIdentity:
         """The loaded engine's own."""
-        return self._engine.identity
+        return self.engine.identity
 
     @property
     def dimensions(self) -> tuple[int, ...]:
         """What can be asked for, the native number first."""
-        return self._engine.dimensions
+        return self.engine.dimensions
 
     @property
     def max_tokens(self) -> int:
         """Longest text."""
-        return self._engine.max_tokens
+        return self.engine.max_tokens
 
     @property
     def query_template(self) -> str:
         """What the model wants a query to be set into."""
-        return self._engine.query_template
+        return self.engine.query_template
 
     @property
     def inside(self) -> dict[Role, int]:
@@ -65,14 +74,17 @@ class EmbeddingService:
             RequestTooLargeError: Over `MAX_TEXTS` texts.
             DeadlineExceededError: `request.timeout` passed.
             ServiceUnavailableError: Too much is waiting already.
+            KalmError: `failure`, if there is one.
         """
+        if self.failure is not None:
+            raise copy(self.failure)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         if len(request.texts) > MAX_TEXTS:
             raise RequestTooLargeError(
                 f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
             )
-        if request.dimensions not in (None, *self._engine.dimensions):
-            offered = ", ".join(map(str, self._engine.dimensions))
+        if request.dimensions not in (None, *self.engine.dimensions):
+            offered = ", ".join(map(str, self.engine.dimensions))
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
@@ -81,10 +93,10 @@ class EmbeddingService:
             texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
         texts = inputs.check(texts, request.truncate)
         with self._admission.admit(request.role, len(texts)):
-            output = await self._engine.embed(
+            output = await self.engine.embed(
                 texts, role=request.role, truncate=request.truncate, deadline=deadline
             )
-        if output.vectors.shape != (len(texts), self._engine.dimensions[0]):
+        if output.vectors.shape != (len(texts), self.engine.dimensions[0]):
             raise InvalidResponseError(
                 f"the engine gave {output.vectors.shape} for {len(texts)} texts."
             )
@@ -96,4 +108,4 @@ class EmbeddingService:
 
     async def close(self) -> None:
         """Close the engine."""
-        await self._engine.close()
+        await self.engine.close()

@@ -31,6 +31,14 @@ class Transport(Protocol):
 
 def open_transport(settings: ClientSettings) -> Transport:
     """The transport that `settings.backend` names."""
+    if settings.resolved_backend == "modal":
+        from kalm_integrations.transports.modal_rpc import ModalTransport
+
+        return ModalTransport(settings)
+    if settings.resolved_backend == "http" and settings.base_url is None:
+        from kalm_integrations.transports.modal_rpc import DiscoveredHttpTransport
+
+        return DiscoveredHttpTransport(settings)
     if settings.resolved_backend == "http":
         from kalm_integrations.transports.http import HttpTransport
 

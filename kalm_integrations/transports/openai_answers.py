@@ -27,7 +27,7 @@ from kalm_integrations.errors import (
     RateLimitError,
     RequestTooLargeError,
     ServiceUnavailableError,
-    subclasses,
+    by_code,
 )
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import EmbedAnswer, VectorDtype
@@ -103,7 +103,7 @@ def error(
     `secrets` are blotted out of what the server says: some servers repeat a wrong key.
     """
     said, code, invalid = _read_error(blot(body.decode(errors="replace"), secrets))
-    kind = _BY_CODE.get(code or "")
+    kind = by_code(code)
     if kind is None or kind.status != status:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
@@ -192,9 +192,3 @@ def _snippet(body: str) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-
-
-# The table of errors.py, read backwards. A code that only clients use is never believed.
-_BY_CODE: Final[dict[str, type[KalmError]]] = {
-    kind.code: kind for kind in subclasses(KalmError) if kind.status != KalmError.status
-}

@@ -63,6 +63,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def sleep(self) -> None:
+        """Hold as little as can be, for a snapshot; nothing is embedded before `wake`."""
+        ...
+
+    async def wake(self) -> None:
+        """Be ready again."""
+        ...
+
     async def close(self) -> None:
         """Free what it holds. It is not used afterwards."""
         ...

@@ -149,6 +149,12 @@ class EmbeddedEngine:
             raise InputTooLongError.of(too_long)
         return EngineOutput(vectors, tokens)
 
+    async def sleep(self) -> None:
+        """Nothing: it holds no device."""
+
+    async def wake(self) -> None:
+        """Nothing."""
+
     async def close(self) -> None:
         """Let the piece that is being computed finish; the engine is not used afterwards."""
         self._worker.stop()

@@ -37,6 +37,7 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http_api import create_app
+from modal_backend.http_guard import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY = "correct-horse"
@@ -46,7 +47,7 @@ TEXTS = ["K2 is 8,611 metres high.", "Brot geht auf.", "  two\n\nparagraphs ", "
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(EmbeddingService(EmbeddedEngine.load()), api_keys=[SecretStr(KEY)])
+    return create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys([SecretStr(KEY)]))
 
 
 @pytest.fixture(scope="module")

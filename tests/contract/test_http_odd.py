@@ -21,6 +21,7 @@ from kalm_integrations import KalmClient, errors
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.wire import IDENTITY_HEADER, MEDIA_TYPE
 from modal_backend.http_api import create_app
+from modal_backend.http_guard import BearerKeys
 from modal_backend.service import EmbeddingService
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -108,7 +109,7 @@ def test_odd_answers(name: str) -> None:
 class TestCredentials:
     @pytest.mark.parametrize("key", ["schlüssel-é-猫", " padded-key \n"])
     def test_a_key_opens_whatever_it_is_made_of(self, key: str) -> None:
-        app = create_app(EmbeddingService(SlowEngine(0)), api_keys=[SecretStr(key)])
+        app = create_app(EmbeddingService(SlowEngine(0)), keys=BearerKeys([SecretStr(key)]))
         with serving(app) as url, KalmClient(base_url=url, api_key=key, model=MODEL) as client:
             assert len(client.embed(["a"])) == 1
 
@@ -249,12 +250,14 @@ class TestServer:
         ],
     )
     def test_accept(self, accept: str, kind: str) -> None:
-        with serving(create_app(EmbeddingService(SlowEngine(0)), api_keys=[])) as url:
+        with serving(create_app(EmbeddingService(SlowEngine(0)), keys=BearerKeys(None))) as url:
             answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None, Accept=accept)
         assert answer.headers["Content-Type"] == kind
 
     def test_every_end_is_counted_and_named(self) -> None:
-        app = create_app(EmbeddingService(SlowEngine(0, KeyError("x"))), api_keys=[SecretStr("k")])
+        app = create_app(
+            EmbeddingService(SlowEngine(0, KeyError("x"))), keys=BearerKeys([SecretStr("k")])
+        )
         with serving(app) as url:
             asks: list[Callable[[], Any]] = [
                 lambda: ask(f"{url}/v1/embeddings", {"input": "a"}, key="wrong"),

@@ -28,6 +28,7 @@ from modal_backend.admission import Admission
 from modal_backend.engines import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http_api import create_app
+from modal_backend.http_guard import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY, OTHER_KEY = "correct-horse", "battery-staple"
@@ -71,7 +72,7 @@ def ask(
 def url() -> Iterator[str]:
     service = EmbeddingService(EmbeddedEngine.load())
     keys = [SecretStr(KEY), SecretStr(OTHER_KEY)]
-    with serving(create_app(service, api_keys=keys, max_body_bytes=100_000)) as url:
+    with serving(create_app(service, keys=BearerKeys(keys), max_body_bytes=100_000)) as url:
         yield url
 
 
@@ -271,7 +272,7 @@ class SlowEngine:
 class TestLoad:
     def test_a_caller_who_leaves_stops_the_work(self) -> None:
         engine = SlowEngine(30)
-        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
             client = KalmClient(base_url=url, model=MODEL, timeout=0.5)
             with pytest.raises(KalmError):
                 client.embed(["a"])
@@ -284,7 +285,7 @@ class TestLoad:
         encode = engine._backend.encode
         engine._backend.encode = lambda ids: (computed.append(len(ids)), encode(ids))[1]
         texts = [f"{i} " * 400 for i in range(1_000)]
-        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
             body = {"input": texts}
             answer = ask(f"{url}/v1/embeddings", body, key=None, **{TIMEOUT_HEADER: "0.5"})
             assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
@@ -299,7 +300,7 @@ class TestLoad:
         engine._backend.encode = lambda ids: (computed.append(len(ids)), encode(ids))[1]
         body = json.dumps({"input": [f"{i} " * 400 for i in range(1_000)]}).encode()
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
             port = int(url.rpartition(":")[2])
             with socket.create_connection(("127.0.0.1", port)) as caller:
                 caller.sendall(head.encode() + body)
@@ -315,7 +316,7 @@ class TestLoad:
         admission = Admission({"document": 4, "query": 2})
         service = EmbeddingService(engine, admission)
         answers: list[Answer] = []
-        with serving(create_app(service, api_keys=[])) as url:
+        with serving(create_app(service, keys=BearerKeys(None))) as url:
 
             def post(texts: list[str]) -> None:
                 answers.append(ask(f"{url}/v1/embeddings", {"input": texts}, key=None))
@@ -337,7 +338,7 @@ class TestLoad:
     def test_our_client_waits_out_an_overload(self, quick_retries: None) -> None:
         service = EmbeddingService(SlowEngine(0.05), Admission({"document": 3, "query": 2}))
         with (
-            serving(create_app(service, api_keys=[])) as url,
+            serving(create_app(service, keys=BearerKeys(None))) as url,
             KalmClient(
                 base_url=url, model=MODEL, batch_size=2, max_retries=50, max_concurrency=3
             ) as client,
@@ -353,7 +354,9 @@ class TestLoad:
     def test_an_engine_that_breaks(self, caplog: pytest.LogCaptureFixture) -> None:
         with (
             serving(
-                create_app(EmbeddingService(SlowEngine(0, KeyError("internals"))), api_keys=[])
+                create_app(
+                    EmbeddingService(SlowEngine(0, KeyError("internals"))), keys=BearerKeys(None)
+                )
             ) as url,
             caplog.at_level(logging.ERROR),
         ):
@@ -366,7 +369,7 @@ class TestLoad:
 
     def test_an_engine_that_is_not_available(self) -> None:
         engine = SlowEngine(0, ServiceUnavailableError("the engine restarts.", retry_after=7.2))
-        with serving(create_app(EmbeddingService(engine), api_keys=[])) as url:
+        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
             answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None)
         assert (answer.status, answer.headers["Retry-After"]) == (503, "8")
         assert answer.error["type"] == "server_error"

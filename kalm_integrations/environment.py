@@ -1,0 +1,95 @@
+"""Settings that are read from the argument, then from a variable, then from their default."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Set
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kalm_integrations.errors import ConfigurationError
+
+
+class EnvironmentSettings(BaseModel):
+    """All are checked together on construction; unknown arguments are refused.
+
+    A subclass names its variables' prefix, and the fields that are arguments only.
+
+    Raises:
+        ConfigurationError: An argument is unknown, of a wrong type or value, or does not go with
+            another; the message says which, where it is from, and what would do.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+    )
+
+    variable_prefix: ClassVar[str]
+    arguments_only: ClassVar[Set[str]] = frozenset()
+
+    if not TYPE_CHECKING:  # type checkers and signatures show the arguments themselves
+
+        def __init__(self, **arguments: Any) -> None:
+            known = _names(type(self))
+            for name in arguments.keys() - known.keys() - set(known.values()):
+                raise ConfigurationError(_unknown(name, known.values()))
+            variables = self._variables(arguments.keys())
+            try:
+                super().__init__(**variables, **arguments)
+            except ValidationError as error:
+                raise ConfigurationError(self._explain(error, variables)) from None
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """The variable of each field that may be read from one."""
+        names = _names(_declaring(cls))
+        read = sorted(names.keys() - cls.arguments_only)
+        return {field: cls.variable_prefix + names[field].upper() for field in read}
+
+    @classmethod
+    def _variables(cls, given: Set[str]) -> dict[str, str]:
+        """What the environment says of fields that are not `given`; empty is unset."""
+        found = {
+            field: os.environ.get(variable, "")
+            for field, variable in cls.variables().items()
+            if not given & {field, _names(cls)[field]}
+        }
+        return {name: value for name, value in found.items() if value}
+
+    @classmethod
+    def _explain(cls, error: ValidationError, variables: Mapping[str, str]) -> str:
+        """What is wrong, argument by argument; values, which may be secret, are left out."""
+        from_variables = {_names(cls)[field]: cls.variables()[field] for field in variables}
+        wrong = []
+        for item in error.errors(include_url=False, include_input=False, include_context=False):
+            name = str(item["loc"][0]) if item["loc"] else ""
+            source = f" (from {from_variables[name]})" if name in from_variables else ""
+            message = item["msg"].removeprefix("Value error, ")
+            wrong.append(f"{name}{source}: {message}" if name else message)
+        return "; ".join(wrong) + "."
+
+
+def _names(cls: type[BaseModel]) -> dict[str, str]:
+    """Field → argument: the same, but where a framework has taken the name."""
+    return {name: field.alias or name for name, field in cls.model_fields.items()}
+
+
+def _declaring(cls: type[EnvironmentSettings]) -> type[EnvironmentSettings]:
+    """The class whose fields have variables: a framework's own fields, further down, have none."""
+    return next(
+        base
+        for base in reversed(cls.__mro__)
+        if issubclass(base, EnvironmentSettings) and "variable_prefix" in vars(base)
+    )
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{name}: there is no such argument.{hint} There are {', '.join(known)}."

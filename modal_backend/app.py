@@ -1,0 +1,126 @@
+"""The Modal app, and nothing else: what runs where. Deploy it with `kalm deploy`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import PurePosixPath
+from typing import Any
+
+import modal
+import modal.experimental
+from pydantic import SecretStr
+
+from modal_backend import rpc
+from modal_backend.engines import Engine
+from modal_backend.image import HF_HOME, JIT_VOLUME, image_of
+from modal_backend.life import Life
+from modal_backend.settings import DeploySettings
+
+settings = DeploySettings()
+app = modal.App(settings.app_name)
+image = image_of(settings)
+
+hf_secrets = [modal.Secret.from_name(settings.hf_secret)] if settings.hf_secret else []
+api_key_secrets = (
+    [modal.Secret.from_name(settings.api_key_secret, required_keys=["KALM_API_KEY"])]
+    if settings.needs_bearer
+    else []
+)
+volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = (
+    {
+        HF_HOME: modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True),
+        JIT_VOLUME: modal.Volume.from_name(settings.jit_cache_volume, create_if_missing=True),
+    }
+    if settings.on_gpu
+    else {}
+)
+
+
+@app.cls(
+    image=image,
+    gpu=list(settings.gpu) if settings.on_gpu else None,
+    cpu=settings.cpu,
+    memory=settings.memory_mib,
+    volumes=volumes,
+    secrets=[*hf_secrets, *api_key_secrets],
+    region=settings.region,
+    min_containers=settings.min_containers,
+    max_containers=settings.max_containers,
+    scaledown_window=settings.scaledown_window,
+    timeout=settings.timeout,
+    startup_timeout=settings.startup_timeout,
+    enable_memory_snapshot=settings.snapshot != "off",
+    experimental_options={"enable_gpu_snapshot": True} if settings.on_gpu else {},
+)
+@modal.concurrent(max_inputs=settings.concurrency)
+class VLLMEmbeddingSnapshot:
+    """One loaded engine behind two doors.
+
+    All methods are async and run on one loop: a sync one would run in a thread, and cancelling
+    it would kill the container.
+    """
+
+    @modal.enter(snap=True)
+    async def prepare(self) -> None:
+        """Before the snapshot: everything that a restored container shall not do again."""
+        from modal_backend.http_api import create_app
+        from modal_backend.http_guard import BearerKeys
+
+        self.life = Life(_load, settings.snapshot)
+        await self.life.prepare()
+        self.keys = BearerKeys([] if settings.needs_bearer else None)
+        self.door = create_app(
+            self.life.service,
+            keys=self.keys,
+            max_inside=settings.concurrency // 2,
+            phases=self.life.phases,
+        )
+
+    @modal.enter(snap=False)
+    async def resume(self) -> None:
+        """After it: secrets are read now, since those read before would be frozen in it."""
+        if settings.needs_bearer:
+            self.keys.accept([SecretStr(os.environ["KALM_API_KEY"])])
+        await self.life.resume()
+        self.retiring = asyncio.create_task(
+            self.life.retire(modal.experimental.stop_fetching_inputs.aio)
+        )
+
+    @modal.exit()
+    async def close(self) -> None:
+        """Free the engine."""
+        self.retiring.cancel()
+        await self.life.close()
+
+    @modal.method()
+    async def embed(self, sentences: list[str]) -> list[list[float]]:
+        """Vectors as lists of floats; no instruction is added."""
+        return await rpc.embed(self.life.service, sentences)
+
+    @modal.method()
+    async def embed_with_metadata(self, sentences: list[str]) -> list[dict[str, Any]]:
+        """One {"text", "embedding", "dimension"} for each sentence."""
+        return await rpc.embed_with_metadata(self.life.service, sentences)
+
+    @modal.method()
+    async def embed_packed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What `KalmClient` calls: packed vectors, or an error as data."""
+        return await rpc.embed_packed(self.life.service, request)
+
+    @modal.method()
+    async def describe(self) -> dict[str, Any]:
+        """Who this is: identity, limits, version, seconds of each phase of the start."""
+        return rpc.describe(self.life.service, self.life.phases)
+
+    @modal.asgi_app(requires_proxy_auth=settings.auth != "bearer-public")
+    def http(self) -> Any:
+        """The OpenAI-compatible door."""
+        return self.door
+
+
+async def _load() -> Engine:
+    """The engine of this deployment, loaded without holding up the loop."""
+    from modal_backend.engines.embedded import EmbeddedEngine
+
+    return await asyncio.to_thread(EmbeddedEngine.load)

