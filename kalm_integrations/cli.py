@@ -127,7 +127,50 @@ def _serve(arguments: argparse.Namespace) -> bool:
     return True
 
 
-VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (_add_quickstart, _add_serve)
+def _add_deploy(verbs: Verbs) -> None:
+    from modal_backend.settings import DeploySettings
+
+    parser = verbs.add_parser(
+        "deploy",
+        help="deploy the service to Modal",
+        description="Deploy the service to Modal. Each option can be set as a variable too: "
+        "KALM_DEPLOY_ and its name in capitals.",
+    )
+    for name, field in DeploySettings.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{field.description} Default: {_shown(field.default)}.".replace("%", "%%"),
+        )
+    parser.add_argument(
+        "--accept-new-identity",
+        action="store_true",
+        help="replace a deployment of another vector space: its indexes must be embedded again",
+    )
+    parser.set_defaults(run=_deploy, extra="modal", options=tuple(DeploySettings.model_fields))
+
+
+def _shown(default: object) -> str:
+    if default is None:
+        return "none"
+    return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _deploy(arguments: argparse.Namespace) -> bool:
+    from modal_backend.deploy import deploy
+    from modal_backend.settings import DeploySettings
+
+    given = {name: value for name, value in vars(arguments).items() if name in arguments.options}
+    deploy(DeploySettings(**given), accept_new_identity=arguments.accept_new_identity)
+    return True
+
+
+VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (
+    _add_quickstart,
+    _add_serve,
+    _add_deploy,
+)
 """Each adds a command with its defaults: what to `run`, which says whether all went well, and
 the `extra` that it needs."""
 

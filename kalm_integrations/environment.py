@@ -27,6 +27,7 @@ class EnvironmentSettings(BaseModel):
         frozen=True,
         hide_input_in_errors=True,
         populate_by_name=True,
+        use_attribute_docstrings=True,
         protected_namespaces=(),
     )
 

@@ -16,9 +16,10 @@ from modal_backend.engines import Engine
 from modal_backend.image import HF_HOME, JIT_VOLUME, image_of
 from modal_backend.life import Life
 from modal_backend.settings import DeploySettings
+from modal_backend.tags import tags_of
 
 settings = DeploySettings()
-app = modal.App(settings.app_name)
+app = modal.App(settings.app_name, tags=tags_of(settings))
 image = image_of(settings)
 
 hf_secrets = [modal.Secret.from_name(settings.hf_secret)] if settings.hf_secret else []
