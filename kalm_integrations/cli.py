@@ -99,7 +99,9 @@ def _add_serve(verbs: Verbs) -> None:
     )
     parser.add_argument("--engine", choices=["embedded"], default="embedded")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--port", type=_port, default=8000, help="default: %(default)s")
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="default: %(default)s; 0 takes a free one"
+    )
     parser.add_argument(
         "--insecure-no-auth", action="store_true", help="no key; on a loopback address only"
     )
@@ -108,8 +110,8 @@ def _add_serve(verbs: Verbs) -> None:
 
 def _port(value: str) -> int:
     port = int(value)
-    if not 0 < port < 2**16:
-        raise argparse.ArgumentTypeError(f"{port} is not between 1 and 65535")
+    if not 0 <= port < 2**16:
+        raise argparse.ArgumentTypeError(f"{port} is not between 0 and 65535")
     return port
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from kalm_integrations.errors import IdentityMismatchError
+
 _UNDECLARED = "undeclared"
 
 
@@ -113,3 +115,41 @@ class VectorIdentity:
     def to_dict(self) -> dict[str, Any]:
         """Built-in types only, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: It is not what `to_dict` gives.
+        """
+        try:
+            space = SpaceIdentity.from_dict(value["space"])
+            made = cls(
+                space=space,
+                dimensions=int(value["dimensions"]),
+                document_template=str(value["document_template"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a vector identity: {error!r}") from error
+        return made
+
+    def check(self, stored: VectorIdentity) -> None:
+        """Compare with the identity that was kept beside an index.
+
+        Raises:
+            IdentityMismatchError: They differ; the message says in what.
+        """
+        if self == stored:
+            return
+        parts = {
+            "dimensions": (self.dimensions, stored.dimensions),
+            "document_template": (self.document_template, stored.document_template),
+        }
+        wrong = [f"{name}: {a!r} != {b!r}" for name, (a, b) in parts.items() if a != b]
+        if self.space != stored.space:
+            wrong.insert(0, self.space.differences(stored.space))
+        raise IdentityMismatchError(
+            f"these vectors ({self.fingerprint}) are not those of the index "
+            f"({stored.fingerprint}): {'; '.join(wrong)}."
+        )

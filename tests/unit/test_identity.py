@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kalm_integrations.errors import IdentityMismatchError
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
 
 SPACE = SpaceIdentity(
@@ -118,3 +119,33 @@ def test_differences_name_the_field_mine_first(name):
 def test_differences_list_every_field_that_differs():
     other = replace(SPACE, pooling="mean", profile=2)
     assert SPACE.differences(other) == "pooling: 'last' != 'mean'; profile: 1 != 2"
+
+
+def test_a_vector_identity_survives_the_journey_through_json_and_agrees_with_itself():
+    kept = VectorIdentity.from_dict(json.loads(json.dumps(VECTORS.to_dict())))
+    assert kept == VECTORS
+    VECTORS.check(kept)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (replace(VECTORS, dimensions=256), "dimensions: 3840 != 256"),
+        (
+            replace(VECTORS, document_template="d: {text}"),
+            "document_template: '{text}' != 'd: {text}'",
+        ),
+        (replace(VECTORS, space=replace(SPACE, pooling="mean")), "pooling: 'last' != 'mean'"),
+    ],
+)
+def test_an_index_of_other_vectors_is_refused_with_what_differs(other, said):
+    with pytest.raises(IdentityMismatchError) as caught:
+        VECTORS.check(other)
+    for part in (said, VECTORS.fingerprint, other.fingerprint):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{}, {"space": {}}, {**VECTORS.to_dict(), "dimensions": None}, 3])
+def test_what_is_no_vector_identity_is_refused(value):
+    with pytest.raises(ValueError, match="not a"):
+        VectorIdentity.from_dict(value)
