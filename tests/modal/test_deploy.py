@@ -1,0 +1,244 @@
+"""`kalm deploy` and `modal deploy`, run by the real Modal client against the emulated cloud."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import modal
+import pytest
+from modal_emulator import Emulator, gpu_choices
+
+ROOT = Path(__file__).parents[2]
+CLASS = "VLLMEmbeddingSnapshot"
+APP = "vllm-embedding-snapshot"
+KALM = [sys.executable, "-m", "kalm_integrations.cli"]
+EMBEDDED = {"KALM_DEPLOY_ENGINE": "embedded"}
+
+
+@pytest.fixture
+def run(emulator: Emulator) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(
+        *command: str, status: int = 0, cwd: Path = ROOT, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, **emulator.client_env, "COLUMNS": "200", **variables},
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+class TestKalmDeploy:
+    def test_it_ends_with_a_snippet_that_works(self, run: Any, emulator: Emulator) -> None:
+        shown = run(*KALM, "deploy", "--engine", "embedded", "--max-containers", "2").stdout
+        assert re.search(r"one container, an hour\s+│\s+0\.06", shown)
+        assert re.search(r"at most \(2 containers\), an hour\s+│\s+0\.13", shown)
+        assert re.search(r"idle \(0 containers kept up\), a day\s+│\s+0\.00", shown)
+        snippet = "\n".join(re.findall(r"^    (.*)$", shown.partition("over RPC:")[2], re.M))
+        assert len(json.loads(run(sys.executable, "-W", "error", "-c", snippet).stdout)) == 3
+        assert not emulator.unimplemented
+
+    def test_other_vectors_do_not_replace_these_without_a_word(
+        self, run: Any, emulator: Emulator
+    ) -> None:
+        run(*KALM, "deploy", "--engine", "embedded")
+        deployed = len(emulator.created)
+        # The app as `modal deploy` would make it of other settings, under the same name.
+        emulator.deploy("modal_backend.app", cwd=ROOT, env={"KALM_DEPLOY_ENGINE": "vllm"})
+        assert len(emulator.created) > deployed
+        deployed = len(emulator.created)
+        refused = run(*KALM, "deploy", "--engine", "embedded", status=2).stderr
+        assert "pass --accept-new-identity" in refused
+        assert len(emulator.created) == deployed
+        run(*KALM, "deploy", "--engine", "embedded", "--accept-new-identity")
+        run(*KALM, "deploy", "--engine", "embedded", "--max-containers", "2")  # the same vectors
+
+    def test_bad_settings_and_a_bad_token_send_nothing(self, run: Any, emulator: Emulator) -> None:
+        before = len(emulator.created)
+        run(*KALM, "deploy", "--engine", "embedded", "--min-containers", "9", status=2)
+        refused = run(*KALM, "deploy", "--engine", "embedded", status=1, MODAL_TOKEN_SECRET="as-no")
+        assert "modal setup" in refused.stderr
+        assert "as-no" not in refused.stderr + refused.stdout
+        assert len(emulator.created) == before
+
+
+class TestDeployRequest:
+    """Every setting reaches the platform in the place where it expects it."""
+
+    @pytest.fixture
+    def deployed(self, emulator: Emulator) -> Callable[..., Any]:
+        def deployed(**settings: str) -> Any:
+            variables = {f"KALM_DEPLOY_{name.upper()}": value for name, value in settings.items()}
+            emulator.deploy("modal_backend.app", cwd=ROOT, env=variables)
+            return emulator.function(f"{settings.get('app_name', APP)}/{CLASS}")
+
+        return deployed
+
+    def test_the_defaults(self, deployed: Any, emulator: Emulator) -> None:
+        function = deployed(app_name="defaults")
+        made = function.definition
+        assert gpu_choices(function.request) == ["A100-40GB"]
+        assert made.resources.memory_mb == 40 * 1024
+        assert made.resources.milli_cpu == 4000
+        assert (made.timeout_secs, made.startup_timeout_secs) == (600, 1200)
+        assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (1, 300)
+        assert made.autoscaler_settings.min_containers == 0
+        assert made.max_concurrent_inputs == 64
+        assert made.checkpointing_enabled
+        assert dict(made.experimental_options) == {"enable_gpu_snapshot": "True"}
+        assert {mount.mount_path for mount in made.volume_mounts} == {
+            "/root/.cache/huggingface",
+            "/root/.cache/vllm-jit",
+        }
+        web = made.method_definitions["http"].webhook_config
+        assert web.requires_proxy_auth
+        assert emulator.function(
+            "defaults/serve_http"
+        ).definition.webhook_config.requires_proxy_auth
+        download = emulator.function("defaults/download_model_weights").definition
+        assert download.timeout_secs == 1200
+        assert not download.resources.gpu_config.gpu_type
+        image = emulator.image(f"defaults/{CLASS}")
+        assert {"vllm==0.32.0", "torch==2.13.0", "hf-xet==1.8.0", "hf_transfer==0.1.9"} <= set(
+            image.packages
+        )
+
+    def test_every_setting(self, deployed: Any, emulator: Emulator) -> None:
+        emulator.set_secret("hf", {"HF_TOKEN": "x"})
+        emulator.set_secret("key", {"KALM_API_KEY": "x"})
+        function = deployed(
+            app_name="chosen",
+            gpu="H100!,L40S",
+            quantization="fp8",
+            snapshot="off",
+            min_containers="0",
+            max_containers="3",
+            scaledown_window="60",
+            concurrency="32",
+            timeout="120",
+            startup_timeout="300",
+            auth="bearer-public",
+            api_key_secret="key",
+            hf_secret="hf",
+            region="eu",
+            hf_cache_volume="weights",
+            jit_cache_volume="kernels",
+        )
+        made = function.definition
+        assert gpu_choices(function.request) == ["H100!", "L40S"]
+        assert made.resources.memory_mb == 28 * 1024
+        assert (made.timeout_secs, made.startup_timeout_secs) == (120, 300)
+        assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (3, 60)
+        assert made.max_concurrent_inputs == 32
+        assert not made.checkpointing_enabled
+        assert list(made.scheduler_placement.regions) == ["eu"]
+        assert not made.method_definitions["http"].webhook_config.requires_proxy_auth
+        assert len(made.secret_ids) == 2
+        assert emulator.volume("weights").exists()
+        assert emulator.volume("kernels").exists()
+
+    def test_a_secret_without_the_key_is_refused_at_once(
+        self, deployed: Any, emulator: Emulator
+    ) -> None:
+        emulator.set_secret("empty", {"OTHER": "x"})
+        with pytest.raises(AssertionError, match="KALM_API_KEY"):
+            deployed(**{"engine": "embedded", "auth": "proxy+bearer", "api_key_secret": "empty"})
+
+
+class TestAnywhere:
+    """What is deployed needs nothing but itself."""
+
+    PLAIN = (
+        "import modal, sys\n"
+        "service = modal.Cls.from_name(sys.argv[1], 'VLLMEmbeddingSnapshot')()\n"
+        "vectors = service.embed.remote(['Hello world'])\n"
+        "rows = service.embed_with_metadata.remote(['Hello world', 'Bye'])\n"
+        "assert type(vectors) is list and {type(x) for x in vectors[0]} == {float}\n"
+        "assert [row['text'] for row in rows] == ['Hello world', 'Bye']\n"
+        "assert rows[0]['dimension'] == len(rows[0]['embedding']) == 512\n"
+        "assert max(abs(a - b) for a, b in zip(rows[0]['embedding'], vectors[0])) < 1e-5\n"
+        "try:\n"
+        "    service.embed.remote(['fine', ' '])\n"
+        "except RuntimeError as error:\n"
+        "    assert 'invalid_input: texts[1] is white space only' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('not refused')\n"
+        "print(sorted({'numpy', 'kalm_integrations', 'safetensors'} & sys.modules.keys()))\n"
+    )
+    WITHOUT = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('numpy', 'kalm_integrations', 'safetensors'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+
+    def test_a_modal_client_without_numpy_and_without_us_can_call_it(
+        self, run: Any, emulator: Emulator
+    ) -> None:
+        emulator.deploy("modal_backend.app", cwd=ROOT, env=EMBEDDED)
+        out = run(sys.executable, "-c", self.WITHOUT + self.PLAIN, APP).stdout
+        assert out == "[]\n"
+
+    def test_from_an_installed_wheel(self, run: Any, emulator: Emulator, tmp_path: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        run(*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(ROOT))
+        wheel = {"PYTHONPATH": str(tmp_path / "site"), **EMBEDDED, "KALM_DEPLOY_APP_NAME": "wheel"}
+        where = "import modal_backend; print(modal_backend.__file__)"
+        assert str(tmp_path) in run(sys.executable, "-c", where, cwd=tmp_path, **wheel).stdout
+        emulator.deploy("modal_backend.app", cwd=tmp_path, env=wheel)
+        with emulator.client() as client:
+            service: Any = modal.Cls.from_name("wheel", CLASS, client=client)()
+            assert service.describe.remote()["dimensions"] == [512]
+
+    def test_the_image_declares_all_that_the_container_needs(
+        self, new_emulator: Any, tmp_path: Path
+    ) -> None:
+        """The container runs in an environment of the image's own list; the project is not
+        installed there, so that a package or a file that the image lacks shows."""
+        emulator = new_emulator()
+        emulator.deploy("modal_backend.app", cwd=ROOT, env=EMBEDDED)
+        # What is not pinned is the base image's own: pip, wheel, uv.
+        packages = [package for package in emulator.image(CLASS).packages if "==" in package]
+        python = tmp_path / "venv" / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+        # Modal mounts its client, and what that needs, into every container.
+        install = [python, "-m", "pip", "install", "--quiet", *packages, "modal>=1.6.4,<1.7"]
+        subprocess.run(install, check=True, timeout=300, capture_output=True)
+        with (
+            emulator.changed(container_python=python, container_env={"PYTHONPATH": ""}),
+            emulator.client() as client,
+        ):
+            service: Any = modal.Cls.from_name(APP, CLASS, client=client)()
+            assert len(service.embed.remote(["Hello world"])[0]) == 512
+            assert "error" not in service.describe.remote()
+            request = urllib.request.Request(
+                emulator.web_url(CLASS, "http") + "/v1/models",
+                headers={"Modal-Key": "wk-emulated", "Modal-Secret": "ws-emulated"},
+            )
+            with urllib.request.urlopen(request) as answer:
+                assert json.load(answer)["data"][0]["dimensions"] == [512]
+
+
+def test_the_local_entrypoint_proves_a_deployment(run: Any, emulator: Emulator) -> None:
+    emulator.deploy("modal_backend.app", cwd=ROOT, env=EMBEDDED)
+    modal_run = [sys.executable, "-m", "modal", "run", "-m", "modal_backend.app"]
+    shown = run(*modal_run, **EMBEDDED).stdout
+    for row in ("identity", "cosine", "first answer", "one query", "start: load", "start: canary"):
+        assert row in shown

@@ -1,0 +1,94 @@
+"""How a service is deployed: what is taken, what is refused before it is sent, what it costs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalm_integrations.errors import ConfigurationError
+from modal_backend.settings import GPUS, DeploySettings
+
+PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+
+
+def refused(**arguments: object) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        DeploySettings(**arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpu": "T4"}, r"gpu='T4': it is one of L4, A10"),
+        ({"gpu": ""}, "gpu names none"),
+        ({"gpu": "L4"}, r"gpu='L4' has 24 GiB; .* take 28: .*add quantization=\"fp8\""),
+        ({"gpu": "H100,A10"}, r"gpu='A10' has 24 GiB; .* take a larger one\."),
+        ({"gpu": "L40S,A100-40GB", "quantization": "fp8"}, "'A100-40GB' does not compute in fp8"),
+        ({"engine": "embedded", "quantization": "fp8"}, "the embedded engine has none"),
+        ({"min_containers": 2}, "min_containers=2 is over max_containers=1"),
+        ({"max_model_len": 40_000}, "max_model_len: .*32768"),
+        ({"snapshot": "sometimes"}, "snapshot: .*'off', 'awake' or 'asleep'"),
+        ({"auth": "none"}, "auth: .*'proxy', 'proxy.bearer' or 'bearer-public'"),
+        ({"app_name": "no spaces"}, "app_name"),
+        ({"gpus": "L40S"}, r"gpus: there is no such argument\. Did you mean gpu\?"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(arguments: dict[str, object], said: str) -> None:
+    assert re.search(said, refused(**arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"gpu": "L40S", "quantization": "fp8", "max_model_len": 16_384},
+        {"gpu": ("H100!", "H200"), "quantization": "fp8"},
+        {"gpu": "L4", "quantization": "fp8"},
+        {"engine": "embedded", "region": "eu", "min_containers": 1, "hf_secret": "hf"},
+    ],
+)
+def test_the_container_reads_what_was_deployed(
+    arguments: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployed = DeploySettings(**arguments)
+    for name, value in deployed.as_variables().items():
+        monkeypatch.setenv(name, value)
+    assert DeploySettings() == deployed
+
+
+def test_a_variable_is_named_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KALM_DEPLOY_MAX_CONTAINERS", "many")
+    assert "max_containers (from KALM_DEPLOY_MAX_CONTAINERS)" in refused()
+
+
+def test_what_a_container_costs() -> None:
+    # An A100-40GB at $0.000583 a second, 4 cores at 0.0000131, 40 GiB at 0.00000222.
+    hour = 3600 * (0.000583 + 4 * 0.0000131 + 40 * 0.00000222)
+    assert DeploySettings().dollars_per_hour == pytest.approx(hour)
+    assert DeploySettings(region="eu").dollars_per_hour == pytest.approx(1.75 * hour)
+    assert DeploySettings(engine="embedded").dollars_per_hour < 0.07
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(GPUS)), st.sampled_from(["none", "fp8"]))
+def test_whatever_is_taken_holds_the_weights_and_gives_the_vectors_it_names(gpu, quantization):
+    try:
+        taken = DeploySettings(gpu=gpu, quantization=quantization)
+    except ConfigurationError:
+        return
+    kind = GPUS[gpu]
+    assert kind.gib >= (28 if quantization == "none" else 19)
+    assert kind.fp8 or taken.quantization == "none"
+
+
+def test_the_page_lists_every_setting_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `--([a-z-]+)` \|\s*`?([^|]*?)`?\s*\|", PAGE, re.M))
+    for name, field in DeploySettings.model_fields.items():
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        assert rows.pop(name.replace("_", "-")) == ("" if default is None else str(default))
+    assert set(rows) == {"accept-new-identity"}
