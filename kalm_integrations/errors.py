@@ -180,7 +180,10 @@ class AuthenticationError(KalmError):
 
     status = 401
     code = "invalid_api_key"
-    remedy = "Pass api_key=, or set KALM_API_KEY, as the service was started with."
+    remedy = (
+        "Pass api_key=, or set KALM_API_KEY, as the service was started with; a service on Modal "
+        "may want modal_key= and modal_secret=, a proxy token, too."
+    )
 
 
 class ModalTokenError(AuthenticationError):
