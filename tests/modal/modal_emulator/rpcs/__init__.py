@@ -1,0 +1,12 @@
+"""The handlers of Modal's RPCs, grouped by what they are about."""
+
+from .apps import AppRpcs
+from .calls import CallRpcs
+from .container import ContainerRpcs
+from .functions import FunctionRpcs
+from .input_plane import InputPlaneRpcs
+from .objects import ObjectRpcs
+
+CLIENT_RPCS = (AppRpcs, ObjectRpcs, FunctionRpcs, CallRpcs, InputPlaneRpcs)
+
+__all__ = ["CLIENT_RPCS", "ContainerRpcs"]
