@@ -72,9 +72,10 @@ def test_the_forms_of_an_instruction() -> None:
 def test_every_argument_is_in_the_readme_with_its_default() -> None:
     fields = ClientSettings.model_fields
     documented = {name.strip("`"): default for name, default, _ in rows("README.md", "Arguments")}
-    assert documented.keys() == fields.keys()
+    named = {field.alias or name: field for name, field in fields.items()}
+    assert documented.keys() == named.keys()
     for name, default in documented.items():
-        value = fields[name].default
+        value = named[name].default
         shown = f"{value:g}" if isinstance(value, float) else repr(value).replace("'", '"')
         assert default == f"`{shown}`", name
 

