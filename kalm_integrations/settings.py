@@ -272,7 +272,8 @@ class ClientSettings(EnvironmentSettings):
     @property
     def cache_namespace(self) -> str:
         """A name that changes exactly when document vectors may: for `CacheBackedEmbeddings` and
-        the like. Letters, digits and "-" only. Asks no service."""
+        the like. Letters, digits and "-" only. Asks no service: so over HTTP another revision under
+        the same name shows only where `expected_identity` is given."""
         return self._cache_namespace("document", self.document_template)
 
     @property

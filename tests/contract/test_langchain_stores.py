@@ -1,0 +1,123 @@
+"""What LangChain's stores keep of our vectors: another process finds the same, other vectors stay
+out, and a collection says what its vectors are. The settings are docs/langchain.md's.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import chromadb
+import numpy as np
+import pytest
+from langchain_chroma import Chroma
+from langchain_qdrant import QdrantVectorStore
+from langchain_stores import (
+    FACTS,
+    QUESTIONS,
+    SCRIPT,
+    STORES,
+    every_kind,  # noqa: F401 - a fixture
+    hits,
+    name_of,
+    open_chroma,
+    opened,
+    quiet_chroma,
+    second_process,
+)
+from qdrant_client import QdrantClient
+from scripted import ScriptedTransport
+
+from kalm_integrations import KalmModalEmbeddings
+
+pytestmark = quiet_chroma
+
+
+class TestPersistence:
+    def test_another_process_finds_the_same(self, tmp_path: Path) -> None:
+        settings: dict[str, Any] = {"backend": "local", "query_instruction": "question"}
+        embeddings, here = KalmModalEmbeddings(**settings), {}
+        for kind in STORES:
+            (tmp_path / kind).mkdir()
+            with opened(kind, tmp_path / kind, embeddings) as store:
+                store.add_texts(FACTS)
+                here[kind] = hits(store)
+        environment = {f"KALM_{name.upper()}": value for name, value in settings.items()}
+        there = second_process(SCRIPT, tmp_path, **environment)
+        assert there.keys() == STORES.keys()
+        cosines = (
+            embeddings.embed(QUESTIONS, role="query").vectors @ embeddings.embed(FACTS).vectors.T
+        )
+        for kind, process in ((kind, process) for kind in STORES for process in (here, there)):
+            for found, right in zip(process[kind], cosines, strict=True):
+                order = np.argsort(-right)[:3]
+                assert [text for text, _ in found] == [FACTS[i] for i in order], kind
+                assert np.allclose([score for _, score in found], right[order], atol=1e-5), kind
+        for kind in STORES:
+            scores = [
+                [score for found in process[kind] for _, score in found]
+                for process in (here, there)
+            ]
+            assert np.allclose(*scores, atol=1e-6), kind
+
+    def test_the_fingerprint_in_the_name_keeps_other_vectors_out(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        with opened(kind, tmp_path, KalmModalEmbeddings(backend="local")) as store:
+            store.add_texts(FACTS)
+        other = KalmModalEmbeddings(backend="local", document_instruction="sts")
+        with opened(kind, tmp_path, other) as store:
+            assert hits(store) == [[]] * 3
+        again = KalmModalEmbeddings(backend="local", query_instruction="web_search", batch_size=1)
+        with opened(kind, tmp_path, again) as store:
+            assert {len(found) for found in hits(store)} == {3}
+
+    def test_a_collection_says_what_its_vectors_are(self, tmp_path: Path) -> None:
+        embeddings = KalmModalEmbeddings(backend="local")
+        for _ in range(2):
+            for kind in ("chroma", "qdrant"):
+                with opened(kind, tmp_path / kind, embeddings):
+                    pass
+        name, identity = name_of(embeddings), embeddings.vector_identity.to_dict()
+        chroma = chromadb.PersistentClient(str(tmp_path / "chroma"))
+        assert json.loads(chroma.get_collection(name).metadata["kalm"]) == identity
+        with closing(QdrantClient(path=str(tmp_path / "qdrant"))) as qdrant:
+            assert qdrant.get_collection(name).config.metadata == {"kalm": identity}
+        with pytest.raises((TypeError, ValueError)):
+            Chroma("nested", client=chroma, collection_metadata={"kalm": identity})
+
+    def test_one_add_texts_of_chroma_has_a_limit_that_it_finds_after_embedding(
+        self, over: Any, tmp_path: Path
+    ) -> None:
+        transport = ScriptedTransport()
+        embeddings = over(transport, KalmModalEmbeddings)
+        store = open_chroma(tmp_path, embeddings)
+        limit = chromadb.PersistentClient(str(tmp_path)).get_max_batch_size()
+        texts = [f"text {i}" for i in range(limit + 1)]
+        with pytest.raises(Exception, match=f"greater than max batch size of {limit}"):
+            store.add_texts(texts)
+        assert len(transport.sent) == len(texts)
+        assert store.get()["ids"] == []
+
+    def test_opening_a_qdrant_collection_embeds_a_dummy_unless_told_not_to(
+        self, over: Any, tmp_path: Path
+    ) -> None:
+        transport = ScriptedTransport()
+        embeddings = over(transport, KalmModalEmbeddings)
+        with opened("qdrant", tmp_path, embeddings) as store:
+            assert isinstance(store, QdrantVectorStore)
+            assert transport.sent == []
+            QdrantVectorStore(store.client, name_of(embeddings), embeddings)
+            assert transport.sent == ["dummy_text"]
+
+    def test_qdrant_embeds_64_texts_at_a_time_unless_told_otherwise(
+        self, over: Any, tmp_path: Path
+    ) -> None:
+        for options, sizes in (({}, [64, 36]), ({"batch_size": 2048}, [100])):
+            transport = ScriptedTransport()
+            embeddings = over(transport, KalmModalEmbeddings)
+            with opened("qdrant", tmp_path, embeddings) as store:
+                store.add_texts([f"text {i}" for i in range(100)], **options)
+            assert [len(request.texts) for request in transport.requests] == sizes
