@@ -148,7 +148,10 @@ class TestDeployRequest:
         assert not made.checkpointing_enabled
         assert list(made.scheduler_placement.regions) == ["eu"]
         assert not made.method_definitions["http"].webhook_config.requires_proxy_auth
-        assert len(made.secret_ids) == 2
+        assert len(made.secret_ids) == 1  # the download has the other
+        download = emulator.function("chosen/download_model_weights").definition
+        assert len(download.secret_ids) == 1
+        assert download.secret_ids != made.secret_ids
         assert emulator.volume("weights").exists()
         assert emulator.volume("kernels").exists()
 
