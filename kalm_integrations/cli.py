@@ -168,10 +168,34 @@ def _deploy(arguments: argparse.Namespace) -> bool:
     return True
 
 
+def _add_doctor(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="check packages, settings, credentials and the service, and say what to mend",
+        description="Check what an application with these KALM_* variables would meet, and say "
+        "what to mend. Starts no container, unless told to. Exit status: 0 nothing failed, "
+        "1 something did, 2 wrong usage.",
+    )
+    parser.add_argument(
+        "--wake",
+        action="store_true",
+        help="have the service embed, even where that starts a container, which costs money",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    parser.set_defaults(run=_doctor, extra="modal")
+
+
+def _doctor(arguments: argparse.Namespace) -> bool:
+    from kalm_integrations.doctor import run
+
+    return run(wake=arguments.wake, as_json=arguments.json)
+
+
 VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (
     _add_quickstart,
     _add_serve,
     _add_deploy,
+    _add_doctor,
 )
 """Each adds a command with its defaults: what to `run`, which says whether all went well, and
 the `extra` that it needs."""

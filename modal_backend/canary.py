@@ -44,7 +44,6 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
         CanaryFailedError: What is wrong with them. Other errors are the engine's own.
     """
     vectors = await _embed(engine, list(TEXTS))
-    _check_form(vectors, (len(TEXTS), engine.dimensions[0]))
     instructed = await _embed(engine, [prompts.apply(prompts.RETRIEVAL, TEXTS[0])])
     nearest = np.triu(vectors @ vectors.T, 1).max()
     if nearest > SAME:
@@ -62,6 +61,7 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
 
 async def _embed(engine: Engine, texts: list[str]) -> Vectors:
     output = await engine.embed(texts, role="query", truncate="error", deadline=None)
+    _check_form(output.vectors, (len(texts), engine.dimensions[0]))
     return output.vectors
 
 

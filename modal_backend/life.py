@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import numpy as np
 
@@ -51,58 +52,73 @@ class Life:
         return self.service.failure
 
     async def prepare(self) -> None:
-        """Before the snapshot: load, prove, keep the proof, put the engine to sleep."""
-        async with _Attempt(self):
-            self.service.engine = await self._loaded()
-            if self._snapshot == "asleep":
-                with self._phase("sleep"):
-                    await self.service.engine.sleep()
+        """Before the snapshot: load, prove, keep the proof, put the engine to sleep. Where
+        anything failed, once more: every later start would find no engine in the snapshot."""
+        await self._attempt(self._loaded_to_sleep)
+        if self.failure is not None:
+            await self._attempt(self._loaded_to_sleep)
 
     async def resume(self) -> None:
         """After the snapshot: wake, prove. Where anything failed, once more afresh."""
+        if self.failure is None and self._snapshot != "off":
+            await self._attempt(self._restored)
         if self.failure is not None:
-            await self._afresh()
-            return
-        if self._snapshot == "off":
-            return
-        try:
-            if self._snapshot == "asleep":
-                with self._phase("wake"):
-                    await self.service.engine.wake()
-            with self._phase("canary_after"):
-                proof = await canary.prove(self.service.engine, self._proof)
-        except Exception as error:  # noqa: BLE001 (whatever it is, a fresh engine may lack it)
-            log.error("the restored engine is not trusted (%s): loading afresh", error)
-            await self._afresh()
-            return
-        if self._proof is not None and not np.array_equal(proof, self._proof):
-            log.warning("vectors after the snapshot are close to those before, but not bit-equal")
+            await self._attempt(self._loaded)
+        if self.failure is not None:
+            log.error("this container serves nothing: %s", self.failure)
 
     async def retire(self, stop_fetching: Callable[[], Awaitable[None]]) -> None:
         """Of an unhealthy container: answer for a while, then give way to another."""
-        if self.failure is not None:
+        while self.failure is not None:
             await asyncio.sleep(REPLACED_AFTER)
-            await stop_fetching()
+            try:
+                await stop_fetching()
+            except Exception:
+                log.exception("this container could not give way to another; it will try again")
+            else:
+                return
 
     async def close(self) -> None:
         """Free the engine."""
         await self.service.close()
 
-    async def _afresh(self) -> None:
-        await self.service.engine.close()
-        async with _Attempt(self):
-            self.service.engine = await self._loaded()
+    async def _attempt(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work`. Its failure discards the engine and is what the service answers."""
+        try:
+            await work()
+        except Exception as error:
+            log.exception("an engine that is not trusted is discarded")
+            if not isinstance(error, KalmError):
+                error = EngineLoadError(f"the engine failed: {type(error).__name__}: {error}.")
+            # A copy has no traceback, whose frames would keep the engine in memory.
+            failed, self.service.engine = self.service.engine, OutOfOrderEngine(copy(error))
+            await _close(failed)
 
-    async def _loaded(self) -> Engine:
+    async def _loaded_to_sleep(self) -> None:
+        await self._loaded()
+        if self._snapshot == "asleep":
+            with self._phase("sleep"):
+                await self.service.engine.sleep()
+
+    async def _loaded(self) -> None:
         with self._phase("load"):
             engine = await self._load()
         try:
             with self._phase("canary"):
                 self._proof = await canary.prove(engine)
         except BaseException:
-            await engine.close()
+            await _close(engine)
             raise
-        return engine
+        self.service.engine = engine
+
+    async def _restored(self) -> None:
+        if self._snapshot == "asleep":
+            with self._phase("wake"):
+                await self.service.engine.wake()
+        with self._phase("canary_after"):
+            proof = await canary.prove(self.service.engine, self._proof)
+        if self._proof is not None and not np.array_equal(proof, self._proof):
+            log.warning("vectors after the snapshot are close to those before, but not bit-equal")
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -110,27 +126,14 @@ class Life:
         try:
             yield
         finally:
-            # A second time, after a failure, is a phase of its own.
-            name = name if name not in self.phases else f"{name}_again"
+            while name in self.phases:  # again, after a failure: a phase of its own
+                name += "_again"
             self.phases[name] = seconds = time.perf_counter() - start
             log.info("phase %s took %.2f s", name, seconds)
 
 
-class _Attempt:
-    """A block whose failure puts the service out of order instead of being raised."""
-
-    def __init__(self, life: Life) -> None:
-        self._life = life
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        log.error("this container serves nothing: %s", error, exc_info=error)
-        if not isinstance(error, KalmError):
-            failure = EngineLoadError(f"the engine failed: {type(error).__name__}: {error}.")
-            failure.__cause__ = error
-            error = failure
-        self._life.service.engine = OutOfOrderEngine(error)
-        return True
+async def _close(engine: Engine) -> None:
+    try:
+        await engine.close()
+    except Exception:
+        log.exception("an engine did not close")

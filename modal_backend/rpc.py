@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from kalm_integrations import inputs
 from kalm_integrations.errors import KalmError, TransportError
 from kalm_integrations.prompts import Role
 from kalm_integrations.version import __version__
-from kalm_integrations.wire import EmbedRequest, error_fields, pack, read_request
+from kalm_integrations.wire import EmbedAnswer, error_fields, pack, read_request
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,9 @@ async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[fl
     Raises:
         RuntimeError: Whatever failed, with our error's code and message.
     """
+    role: Role = "query" if isinstance(sentences, list) and len(sentences) == 1 else "document"
     try:
-        answer = await service.embed(_plain(sentences))
+        answer = await _answer(service, {"texts": sentences, "role": role, "dtype": "float32"})
     except KalmError as error:
         # Ours would need this package, in this version, to be unpickled.
         raise RuntimeError(f"{error.code}: {error}") from None
@@ -51,12 +54,9 @@ async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) ->
     Errors travel as data: an exception would be logged by every hand it passes through.
     """
     try:
-        return {"packed": pack(await service.embed(read_request(request)))}
+        return {"packed": pack(await _answer(service, request))}
     except KalmError as error:
         return {"error": error_fields(error)}
-    except Exception as error:
-        log.exception("a request broke")
-        return {"error": error_fields(TransportError(f"{type(error).__name__}: {error}."))}
 
 
 def describe(service: EmbeddingService, phases: Mapping[str, float]) -> dict[str, Any]:
@@ -73,6 +73,19 @@ def describe(service: EmbeddingService, phases: Mapping[str, float]) -> dict[str
         return described | {"error": error_fields(error)}
 
 
-def _plain(sentences: list[str]) -> EmbedRequest:
-    role: Role = "query" if isinstance(sentences, list) and len(sentences) == 1 else "document"
-    return EmbedRequest(texts=sentences, role=role, dtype="float32")
+async def _answer(service: EmbeddingService, asked: Mapping[str, Any]) -> EmbedAnswer:
+    """What `asked` gets.
+
+    Raises:
+        KalmError: Always one of these, whatever a stranger sent and whatever broke.
+    """
+    try:
+        request = read_request(asked)
+        # A single string would pass for the list of its letters.
+        texts: list[Any] = list(inputs.iterate(request.texts))
+        return await service.embed(replace(request, texts=texts))
+    except KalmError:
+        raise
+    except Exception as error:
+        log.exception("a request broke")
+        raise TransportError(f"{type(error).__name__}: {error}.") from error

@@ -7,7 +7,8 @@ Modal's client retries lost inputs and broken connections of its own accord; wha
 from __future__ import annotations
 
 import asyncio
-import builtins
+import gc
+import os
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -40,6 +41,8 @@ class ModalTransport:
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
+        self._methods: dict[str, Any] = {}
+        """Looked up once: it takes two calls of Modal's servers."""
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         reply = await self._call("embed_packed", request_fields(request))
@@ -50,19 +53,45 @@ class ModalTransport:
 
     async def wake(self) -> SpaceIdentity | None:
         """Start a container if none runs, and ask it who it is."""
-        return SpaceIdentity.from_dict((await self._call("describe"))["identity"])
+        reply = await self._call("describe")
+        try:
+            return SpaceIdentity.from_dict(reply["identity"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidResponseError(f"describe told no identity: {error}.") from error
 
     async def close(self) -> None:
         """Nothing: Modal's client is the process's."""
 
     async def _call(self, method: str, *arguments: Any) -> dict[str, Any]:
-        called = getattr(deployed(self._settings), method)
-        reply = await translated(called.remote.aio(*arguments), self._settings)
+        known = method in self._methods
+        try:
+            reply = await translated(self._remote(method, arguments), self._settings)
+        except KalmError as error:
+            self._methods.pop(method, None)
+            if known and isinstance(error, NotDeployedError):  # it may be deployed anew since
+                return await self._call(method, *arguments)
+            raise
         if not isinstance(reply, dict):
             raise InvalidResponseError(f"{method} answered with {type(reply).__name__}.")
         if "error" in reply:
             raise read_error(reply["error"])
         return reply
+
+    async def _remote(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method not in self._methods:
+            self._methods[method] = await self._looked_up(method)
+        return await self._methods[method].remote.aio(*arguments)
+
+    async def _looked_up(self, method: str) -> Any:
+        found, limit = getattr(deployed(self._settings), method), self._settings.connect_timeout
+        try:
+            # Left alone, Modal's client tries to connect for a minute.
+            async with asyncio.timeout(limit):
+                await found.hydrate.aio()
+        except TimeoutError as error:
+            message = f"Modal was not reached within connect_timeout={limit:g} s."
+            raise ConnectionFailedError(message) from error
+        return found
 
 
 class DiscoveredHttpTransport:
@@ -79,8 +108,10 @@ class DiscoveredHttpTransport:
         return await (await self._found()).wake()
 
     async def close(self) -> None:
-        if self._finding is not None and not self._finding.cancel():
-            await self._finding.result().close()
+        finding, self._finding = self._finding, None
+        if finding is None or finding.cancel() or finding.exception():
+            return
+        await finding.result().close()
 
     async def _found(self) -> HttpTransport:
         finding = self._finding
@@ -105,6 +136,7 @@ def deployed(settings: ClientSettings) -> Any:
         raise ConfigurationError(
             f'backend="modal" needs Modal\'s client: {install_command("modal")}.'
         ) from error
+    _leave_parents_channels_alone()
     return modal.Cls.from_name(
         settings.app_name, settings.modal_class, environment_name=settings.environment_name
     )()
@@ -141,32 +173,62 @@ _KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
     ("NotFoundError", NotDeployedError, "{place} is not what this client needs"),
     ("PermissionDeniedError", PermissionDeniedError, "Modal forbids it"),
     ("ResourceExhaustedError", RateLimitError, "Modal's limit for the workspace"),
-    ("FunctionTimeoutError", DeadlineExceededError, "the deployment's time limit for a call"),
+    (
+        "FunctionTimeoutError",
+        DeadlineExceededError,
+        "over the deployment's time limit for a call, which `kalm deploy --timeout` raises",
+    ),
     ("OutputExpiredError", DeadlineExceededError, "Modal no longer has the answer"),
     ("RequestSizeError", RequestTooLargeError, "Modal"),
     ("VersionError", ConfigurationError, "upgrade Modal's client ({install})"),
+    ("InvalidError", ConfigurationError, "Modal refused the call"),
     ("ServiceError", ConnectionFailedError, "Modal was not reached"),
     ("InternalError", ConnectionFailedError, "Modal was not reached"),
     ("ConnectionError", ConnectionFailedError, "Modal was not reached"),
-    ("OSError", ConnectionFailedError, "Modal was not reached"),
-    # The packed method returns its errors. What is raised is not the method's: a container that
-    # could not start, died, or has other code in it.
-    ("Exception", ContainerFailedError, "a container of {place} failed"),
+    ("TimeoutError", ConnectionFailedError, "Modal was not reached"),
+    ("StreamTerminatedError", ConnectionFailedError, "Modal was not reached"),
+    ("ClientClosed", ConnectionFailedError, "the connection to Modal was closed"),
 )
-"""Modal's exception (or a builtin) → ours, and what it means. The first that fits."""
+"""Exception of Modal's client (or of grpclib, below it) → ours, and what it means. The first that
+fits."""
 
 
 def _error(error: Exception, settings: ClientSettings) -> KalmError:
-    from modal import exception as theirs
+    """`error` as ours.
 
-    kind, meaning = next(
-        (ours, meaning)
-        for name, ours, meaning in _KINDS
-        if isinstance(error, getattr(theirs, name, None) or getattr(builtins, name))
+    The packed method returns its errors. What is not of Modal's client was raised in a container,
+    and not by the method: it could not start, or has other code in it.
+    """
+    names = {
+        kind.__name__
+        for kind in type(error).__mro__
+        if kind.__module__.partition(".")[0] in ("modal", "grpclib")
+    }
+    ours, meaning = next(
+        ((ours, meaning) for name, ours, meaning in _KINDS if name in names),
+        (ContainerFailedError, "a container of {place} failed"),
     )
-    said = str(error).strip().rstrip(".")
     meaning = meaning.format(place=_place(settings), install=install_command("modal"))
-    return kind(f"{meaning}: {type(error).__name__}: {said}.")
+    said = str(error).strip().rstrip(".")
+    return ours(": ".join(part for part in (meaning, type(error).__name__, said) if part) + ".")
+
+
+_process = os.getpid()
+_abandoned: list[Any] = []
+
+
+def _leave_parents_channels_alone() -> None:
+    """In a forked child: keep what Modal's client inherited, and is about to drop.
+
+    Collected as garbage, a channel takes its socket out of the selector that the child shares with
+    its parent, whose next call would then wait for half a minute.
+    """
+    global _process
+    if _process != os.getpid():
+        from grpclib.client import Channel
+
+        _process = os.getpid()
+        _abandoned.extend(found for found in gc.get_objects() if issubclass(type(found), Channel))
 
 
 def _place(settings: ClientSettings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from pydantic import SecretStr
 from serving import FaultyServer, Received, Step, packed, reply, serving, stall
 
 from kalm_integrations.cli import main
-from kalm_integrations.doctor import checks, here, over_http
+from kalm_integrations.doctor import checks, here, over_http, report
 from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.profiles import EMBEDDED
@@ -153,11 +154,13 @@ class TestThisMachine:
     ) -> None:
         self.package(tmp_path, "aiohttp", "3.9.5")
         self.package(tmp_path, "langchain_core", "0.3")
+        self.package(tmp_path, "llama_index_core", "0.15")
         monkeypatch.syspath_prepend(tmp_path)
         variables(KALM_BACKEND="local")
         shown = stopped_at("packages", doctor())
         assert "aiohttp 3.9.5 (needs >=3.12), langchain-core 0.3 (needs >=1.6)" in shown
-        assert "→ pip install 'aiohttp>=3.12' 'langchain-core>=1.6'" in shown
+        assert "llama-index-core 0.15 (needs <0.15,>=0.14.10)" in shown
+        assert "→ pip install 'aiohttp>=3.12' 'langchain-core>=1.6' 'llama-index-core<" in shown
 
     def test_a_core_package_that_is_not_there(
         self, doctor: Doctor, variables: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -222,6 +225,12 @@ class TestThisMachine:
         assert "batch_size (from KALM_BATCH_SIZE): " in shown
         assert "api_key (from KALM_API_KEY): it holds control characters" in shown
         assert "→ Correct the variables" in shown
+
+    def test_a_url_with_a_password_in_it(
+        self, doctor: Doctor, variables: Callable[..., None]
+    ) -> None:
+        variables(KALM_BASE_URL="http://me:hunter2@127.0.0.1:8000")
+        assert "base_url holds a credential" in stopped_at("settings", doctor(), "service")
 
     def test_no_service_is_configured(self, doctor: Doctor) -> None:
         assert "set KALM_BASE_URL" in stopped_at("settings", doctor(), "service")
@@ -303,6 +312,31 @@ class TestTheWayThere:
             with serving(_plain_app, ssl_certfile=both) as url:
                 over(url.replace("https://", "http://"))
                 assert "GET http://" in stopped_at("health", doctor(), *self.after[1:])
+
+    def test_something_that_speaks_no_http(
+        self, doctor: Doctor, over: Callable[[str], None]
+    ) -> None:
+        async def alert(_: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"\x15\x03\x01\x00\x02\x02\x46\r\n")
+            writer.close()
+
+        with Server(health=alert) as server:
+            over(server.url)
+            assert "GET http://" in stopped_at("health", doctor(), *self.after[1:])
+
+    def test_a_proxy_that_refuses_its_password(
+        self,
+        doctor: Doctor,
+        over: Callable[[str], None],
+        variables: Callable[..., None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(over_http, "MODAL", ".invalid")
+        with Server([reply(407)] * 9) as proxy:
+            variables(HTTPS_PROXY=proxy.url.replace("//", "//me:hunter2@"), KALM_TIMEOUT="2")
+            over("https://kalm.invalid")
+            shown = stopped_at("credentials", doctor("--wake"), *SERVICE)
+        assert "407" in shown
 
     def test_a_proxy_that_is_not_there(
         self, doctor: Doctor, over: Callable[[str], None], variables: Callable[..., None]
@@ -457,6 +491,7 @@ class TestCold:
             "https://me--app-class-http.modal.run": True,
             "https://modal.run.example": False,
             "https://not-modal.run": False,
+            "https://me.modal.run.example": False,
         }.items():
             patient = Patient(wake=False, configured=ClientSettings(base_url=url))
             over_http.checks(patient)
@@ -466,10 +501,11 @@ class TestCold:
         self, doctor: Doctor, variables: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(over_http, "MODAL", "127.0.0.1")
-        with Server() as server:
-            variables(KALM_BASE_URL=server.url, KALM_MODEL=MODEL)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+            variables(KALM_BASE_URL=f"http://127.0.0.1:{port}", KALM_MODEL=MODEL)
             diagnosis = doctor()
-        assert diagnosis.status("keys") == ["warn"]
+        assert diagnosis.status("keys", "network") == ["warn", "ok"]
         assert "→ Set KALM_API_KEY" in diagnosis.text("keys")
 
 
@@ -478,6 +514,15 @@ class TestTheReport:
         with pytest.raises(SystemExit) as ended:
             main(["doctor", "--fast"])
         assert ended.value.code == 2
+
+    def test_a_secret_is_blotted_out_of_whatever_is_said(
+        self, variables: Callable[..., None]
+    ) -> None:
+        tokens = {"MODAL_TOKEN_ID": "hunter2-i", "MODAL_TOKEN_SECRET": "hunter2-i-and-more"}
+        variables(**SECRETS, **tokens)
+        for value in (*SECRETS.values(), *tokens.values()):
+            said = Finding.fail(f"no {value}!", f"set {value}")
+            assert report.clean(said) == Finding.fail("no ***!", "set ***")
 
     def test_a_check_that_takes_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(checks, "LIMIT", -0.9)
@@ -499,6 +544,18 @@ class TestTheReport:
             found = checks._failure(kind("what happened."), Check("x", here.python))
             assert found.detail == "what happened."
             assert found.remedy
+
+    def test_log_lines_do_not_mix_with_it(self) -> None:
+        with Server(ours=False) as server:
+            done = subprocess.run(
+                [sys.executable, "-m", "kalm_integrations.cli", "doctor"],
+                env=os.environ | {"KALM_BASE_URL": server.url, "KALM_MODEL": MODEL},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert "reports no identity" in done.stdout  # for which the client logs a warning
+        assert done.stderr == ""
 
     def test_a_terminal_without_check_marks(self) -> None:
         done = subprocess.run(

@@ -1,0 +1,104 @@
+"""What only a running service can tell: its identity, its vectors, its speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Final
+
+import numpy as np
+
+from kalm_integrations.client import KalmClient
+from kalm_integrations.doctor.checks import Check, Finding, Patient, said
+from kalm_integrations.errors import (
+    EngineLoadError,
+    IdentityMismatchError,
+    InvalidResponseError,
+)
+from kalm_integrations.extras import install_command
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.io_thread import io_thread
+from kalm_integrations.transports import open_transport
+
+QUESTION: Final = "How tall is K2?"
+RELATED: Final = "K2 is 8,611 metres high."
+UNRELATED: Final = "Bread rises because yeast gives off gas."
+_QUERIES: Final = 5
+_SILENCE: Final = (
+    "See the service's own log (on Modal: `modal app logs` and the app's name). A start may need "
+    "longer: raise KALM_TIMEOUT, and pass --wake, which waits for all of it."
+)
+
+
+def checks(door: str, needs: tuple[str, ...]) -> list[Check]:
+    """The last ones of every backend. `door` names the first, which may wake the service."""
+    return [
+        Check(door, _first_answer, needs=needs, wakes=True, silence=_SILENCE),
+        Check("identity", _identity, needs=(door,), wakes=True, silence=_SILENCE),
+        Check("vectors", _vectors, needs=("identity",), wakes=True, silence=_SILENCE),
+        Check("latency", _latency, needs=("vectors",), wakes=True, silence=_SILENCE),
+    ]
+
+
+def _first_answer(patient: Patient) -> Finding:
+    started = time.perf_counter()
+    patient.client = KalmClient(timeout=patient.limit, show_progress=False)
+    try:
+        patient.client.warm_up()
+    except IdentityMismatchError as error:  # the next check's
+        patient.mismatch = error
+    except EngineLoadError as error:
+        if patient.settings.resolved_backend != "local":
+            raise
+        return Finding.fail(said(error), f"Run {install_command('local')}")
+    patient.first = time.perf_counter() - started
+    return Finding.ok("the service answers, and lets this client in")
+
+
+def _identity(patient: Patient) -> Finding:
+    if patient.mismatch is not None:
+        raise patient.mismatch
+    settings = patient.settings
+
+    async def ask() -> SpaceIdentity | None:
+        transport = open_transport(settings)
+        try:
+            return await transport.wake()
+        finally:
+            await transport.close()
+
+    served = io_thread().submit(ask()).result()
+    if served is None:
+        return Finding.warn(
+            "the service reports no identity: only its model's name, the dimensions and the "
+            "vectors' length can be checked",
+            "Serve with `kalm deploy` or `kalm serve`, or make sure yourself which revision and "
+            "quantization run there, and never change them under an index.",
+        )
+    compared = "as expected" if settings.expected_space.declared else "of the expected model"
+    return Finding.ok(f"{served.model} ({served.fingerprint}), {compared}")
+
+
+def _vectors(patient: Patient) -> Finding:
+    query = patient.embeds.embed([QUESTION], role="query").vectors[0]
+    documents = patient.embeds.embed([RELATED, UNRELATED]).vectors
+    near, far = documents @ query
+    length = float(np.linalg.norm(query))
+    shown = (
+        f"{len(query)} dimensions, length {length:.3f}; question and answer {near:.2f}, "
+        f"question and another text {far:.2f}"
+    )
+    return Finding.ok(shown) if near > far else Finding.fail(shown, InvalidResponseError.remedy)
+
+
+def _latency(patient: Patient) -> Finding:
+    took = []
+    for number in range(_QUERIES):
+        started = time.perf_counter()
+        patient.embeds.embed([f"{QUESTION} {number}"], role="query")
+        took.append(time.perf_counter() - started)
+    usual = statistics.median(took) * 1000
+    return Finding.ok(
+        f"{patient.first:.1f} s to the first answer, any start included; then {usual:.0f} ms a "
+        f"query (median of {_QUERIES})"
+    )

@@ -1,0 +1,159 @@
+"""What Modal knows without starting a container: token, app, tags, class, address."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar, get_args
+
+from kalm_integrations.doctor import embedding
+from kalm_integrations.doctor.checks import Check, Finding, Patient
+from kalm_integrations.errors import NotDeployedError
+from kalm_integrations.extras import install_command
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.profiles import EMBEDDED, KALM
+from kalm_integrations.transports.modal_rpc import deployed, http_url, translated
+from kalm_integrations.version import __version__
+from modal_backend.settings import DeploySettings
+from modal_backend.tags import IDENTITY_TAG, VERSION_TAG, tags_of
+
+T = TypeVar("T")
+_METHODS: Final = ("embed_packed", "describe")
+_NETWORK: Final = "Check this machine's network, and status.modal.com."
+_REDEPLOY: Final = "Run `kalm deploy` again, with the options of last time."
+
+
+def over_rpc() -> list[Check]:
+    """For backend="modal"."""
+    return [
+        *_DEPLOYED,
+        Check("class", _class, needs=("app",), silence=_NETWORK),
+        Check("http door", _door_beside, needs=("class",), silence=_NETWORK),
+        *embedding.checks("container", needs=("class", "app identity")),
+    ]
+
+
+def to_the_door() -> list[Check]:
+    """For backend="http" without a URL, up to the service's address."""
+    return [*_DEPLOYED, Check("http door", _door, needs=("app", "app identity"), silence=_NETWORK)]
+
+
+def _token(patient: Patient) -> Finding:
+    patient.on_modal = True
+    try:
+        import modal
+    except ImportError as error:
+        return Finding.fail(f"Modal's client is not here: {error}", install_command("modal"))
+
+    async def greet() -> None:
+        client = await modal.Client.from_env.aio()
+        await client.hello.aio()  # type: ignore[no-untyped-call]
+
+    _ask(greet(), patient)
+    variables = [n for n in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET") if os.environ.get(n)]
+    path = os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml"
+    profile = os.environ.get("MODAL_PROFILE")
+    file = f"{path}, profile {profile}" if profile else path
+    return Finding.ok(f"accepted by Modal; from {' and '.join(variables) or file}")
+
+
+def _app(patient: Patient) -> Finding:
+    import modal
+
+    settings = patient.settings
+
+    async def look_up() -> dict[str, str]:
+        app = await modal.App.lookup.aio(
+            settings.app_name, environment_name=settings.environment_name
+        )
+        return dict(await app.get_tags.aio())
+
+    patient.tags = _ask(look_up(), patient)
+    return Finding.ok(f"{settings.app_name!r} is deployed in {_environment(patient)}")
+
+
+def _version(patient: Patient) -> Finding:
+    theirs = (patient.tags or {}).get(VERSION_TAG)
+    if theirs == __version__:
+        return Finding.ok(f"{theirs}, as this client")
+    was = f"version {theirs}" if theirs else "something that tells no version"
+    return Finding.warn(f"{was} is deployed, this client is {__version__}", _REDEPLOY)
+
+
+def _identity(patient: Patient) -> Finding:
+    """The tag is of what was to be deployed; what is loaded, only a container can tell."""
+    tag, expected = (patient.tags or {}).get(IDENTITY_TAG), patient.settings.expected_space
+    if tag is None:
+        return Finding.warn("the deployment does not tell which vectors it serves", _REDEPLOY)
+    served = _deployable().get(tag)
+    theirs = f"{served.model} ({tag})" if served else f"vectors of an identity unknown here ({tag})"
+    if tag == expected.fingerprint:
+        return Finding.ok(f"{theirs}, as expected")
+    if served is not None and served.model == expected.model and not served.declared:
+        return Finding.ok(f"{theirs}; its revision, only a container can tell")
+    if served is None and not expected.declared:
+        return Finding.warn(f"the deployment serves {theirs}", _REDEPLOY)
+    adopt = f" For {served.model} set KALM_MODEL={served.model}." if served else ""
+    return Finding.fail(
+        f"the deployment serves {theirs}, this client expects {expected.model} "
+        f"({expected.fingerprint})",
+        "Vectors of two spaces must not meet in one index: correct KALM_APP_NAME, KALM_MODEL or "
+        f"KALM_EXPECTED_IDENTITY.{adopt}",
+    )
+
+
+def _class(patient: Patient) -> Finding:
+    for method in _METHODS:
+        _ask(_method(patient, method), patient)
+    return Finding.ok(f"{patient.settings.modal_class!r} has {', '.join(_METHODS)}")
+
+
+def _door(patient: Patient) -> Finding:
+    patient.url = asyncio.run(http_url(patient.settings))
+    return Finding.ok(patient.url)
+
+
+def _door_beside(patient: Patient) -> Finding:
+    """For a client that does not use it."""
+    try:
+        _door(patient)
+    except NotDeployedError:
+        return Finding.ok("none; this client calls over RPC and needs none")
+    return Finding.ok(f"{patient.url}; this client calls over RPC and needs no key of it")
+
+
+_DEPLOYED: Final = (
+    Check("token", _token, needs=("settings",), silence=_NETWORK),
+    Check("app", _app, needs=("token",), silence=_NETWORK),
+    Check("app version", _version, needs=("app",)),
+    Check("app identity", _identity, needs=("app",)),
+)
+
+
+def _ask(question: Coroutine[Any, Any, T], patient: Patient) -> T:
+    """What Modal answers; starts no container.
+
+    Raises:
+        KalmError: Modal refuses, has no such thing, or was not reached.
+    """
+    return asyncio.run(translated(question, patient.settings))
+
+
+async def _method(patient: Patient, name: str) -> None:
+    await getattr(deployed(patient.settings), name).hydrate.aio()
+
+
+def _environment(patient: Patient) -> str:
+    name = patient.settings.environment_name or os.environ.get("MODAL_ENVIRONMENT")
+    return f"environment {name!r}" if name else "the token's own environment"
+
+
+def _deployable() -> dict[str, SpaceIdentity]:
+    """What `kalm deploy` of this version can write into the tag."""
+    known = {EMBEDDED.space.fingerprint: EMBEDDED.space}
+    for quantization in get_args(DeploySettings.model_fields["quantization"].annotation):
+        # As it is: neither KALM_DEPLOY_* of this shell nor a GPU's fitness matter here.
+        choice = DeploySettings.model_construct(engine="vllm", quantization=quantization)
+        known[tags_of(choice)[IDENTITY_TAG]] = KALM.space
+    return known

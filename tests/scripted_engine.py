@@ -1,0 +1,66 @@
+"""An engine that does what a test tells it to. The vectors are those of `scripted`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scripted import DIMENSIONS, vectors_of
+
+from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.prompts import AS_IS, Role
+from kalm_integrations.wire import Truncate
+from modal_backend.engines import EngineOutput
+
+Vectors = np.ndarray[Any, Any]
+
+
+class ScriptedEngine:
+    """See the module.
+
+    Args:
+        spoil: Applied to the right vectors of each call.
+        faults: What "embed", "sleep", "wake" or "close" raise.
+        log: Where calls are noted, by the engine's name.
+    """
+
+    identity = EMBEDDED.space
+    dimensions = (DIMENSIONS,)
+    max_tokens = 8192
+    query_template = AS_IS
+
+    def __init__(
+        self,
+        spoil: Callable[[Vectors], Vectors] = lambda vectors: vectors,
+        *,
+        faults: Mapping[str, BaseException] | None = None,
+        log: list[str] | None = None,
+        name: str = "engine",
+    ) -> None:
+        self.spoil = spoil
+        self.faults = dict(faults or {})
+        self.log = [] if log is None else log
+        self.name = name
+        self.asked: list[tuple[list[str], dict[str, Any]]] = []
+
+    async def embed(
+        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+    ) -> EngineOutput:
+        self.asked.append((list(texts), {"role": role, "truncate": truncate, "deadline": deadline}))
+        self._note("embed")
+        return EngineOutput(self.spoil(vectors_of(texts, "float32")), len(texts))
+
+    async def sleep(self) -> None:
+        self._note("sleep")
+
+    async def wake(self) -> None:
+        self._note("wake")
+
+    async def close(self) -> None:
+        self._note("close")
+
+    def _note(self, what: str) -> None:
+        self.log.append(f"{self.name} {what}")
+        if what in self.faults:
+            raise self.faults[what]

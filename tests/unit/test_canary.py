@@ -1,0 +1,138 @@
+"""The canary: right vectors pass, and each way for them to be wrong is found."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import DIMENSIONS, vectors_of
+from scripted_engine import ScriptedEngine
+
+from kalm_integrations import prompts
+from kalm_integrations.errors import CanaryFailedError
+from modal_backend import canary
+from modal_backend.engines.embedded import EmbeddedEngine
+
+RIGHT = vectors_of(canary.TEXTS, "float32")
+
+
+def turned(vectors, cosine):
+    """Unit vectors with this cosine to `vectors`, each turned in a direction of its own."""
+    aside = vectors_of([f"aside {i}" for i in range(len(vectors))], "float32")
+    aside -= np.einsum("ij,ij->i", aside, vectors)[:, None] * vectors
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    return (cosine * vectors + np.sqrt(1 - cosine**2) * aside).astype(np.float32)
+
+
+def with_row(row, values):
+    def spoil(vectors):
+        vectors = vectors.copy()
+        vectors[min(row, len(vectors) - 1)] = values
+        return vectors
+
+    return spoil
+
+
+def only_the_instructed(spoil):
+    return lambda vectors: spoil(vectors) if len(vectors) == 1 else vectors
+
+
+# -- what passes -------------------------------------------------------------------------------
+async def test_right_vectors_pass_and_are_kept_in_the_texts_order():
+    proof = await canary.prove(ScriptedEngine())
+    assert np.array_equal(proof, RIGHT)
+
+
+async def test_the_real_engine_passes_twice_with_the_same_bits():
+    engine = EmbeddedEngine.load()
+    try:
+        before = await canary.prove(engine)
+        assert np.array_equal(await canary.prove(engine, before), before)
+    finally:
+        await engine.close()
+
+
+async def test_other_hardware_may_round_otherwise():
+    rounded = turned(RIGHT, 0.99995)
+    engine = ScriptedEngine(lambda v: rounded if len(v) > 1 else v)
+    assert np.array_equal(await canary.prove(engine, RIGHT), rounded)
+
+
+async def test_it_asks_as_a_query_that_waits_as_long_as_it_takes():
+    engine = ScriptedEngine()
+    await canary.prove(engine)
+    assert [how for _, how in engine.asked] == [
+        {"role": "query", "truncate": "error", "deadline": None}
+    ] * 2
+    assert [texts for texts, _ in engine.asked] == [
+        list(canary.TEXTS),
+        [prompts.apply(prompts.RETRIEVAL, canary.TEXTS[0])],
+    ]
+
+
+def test_its_texts_are_of_many_scripts_and_lengths():
+    lengths = {len(text.encode()) for text in canary.TEXTS}
+    assert len(lengths) == len(set(canary.TEXTS)) == len(canary.TEXTS)
+    assert max(lengths) > 20 * min(lengths)
+    assert sum(text.isascii() for text in canary.TEXTS) < len(canary.TEXTS)
+
+
+# -- what does not -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda v: v[:-1], "vectors of shape (6, 512) instead of (7, 512)"),
+        (lambda v: np.vstack([v, v[:1]]), "vectors of shape (8, 512) instead of (7, 512)"),
+        (lambda v: v[:, :256], "vectors of shape (7, 256) instead of (7, 512)"),
+        (lambda v: v.ravel(), "vectors of shape (3584,) instead of (7, 512)"),
+        (with_row(3, np.nan), "values that are not finite"),
+        (with_row(6, np.inf), "values that are not finite"),
+        (lambda v: v * 0, "vectors of length 0.0000 to 0.0000"),
+        (lambda v: v * np.float32(1.002), "vectors of length 1.0020 to 1.0020"),
+        (with_row(2, 0.0), "vectors of length 0.0000 to 1.0000"),
+        (lambda v: np.repeat(v[:1], len(v), axis=0), "two different texts have one vector"),
+        (with_row(5, RIGHT[1]), "two different texts have one vector"),
+        (lambda v: RIGHT if len(v) > 1 else RIGHT[:1], "an instruction does not change the vector"),
+        (only_the_instructed(with_row(0, np.nan)), "values that are not finite"),
+        (only_the_instructed(lambda v: v * 2), "vectors of length 2.0000 to 2.0000"),
+        (only_the_instructed(lambda v: v[0]), "vectors of shape (512,) instead of (1, 512)"),
+    ],
+)
+async def test_wrong_vectors_are_found(spoil, found):
+    with pytest.raises(CanaryFailedError, match=re.escape(found)):
+        await canary.prove(ScriptedEngine(spoil))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda v: np.roll(v, 1, axis=0),
+        lambda v: v[:, ::-1],
+        lambda v: -v,
+        lambda v: turned(v, 0.9998),
+        with_row(6, turned(RIGHT[6:], 0.9998)),
+    ],
+    ids=["in another order", "reversed", "negated", "a little off", "one of them a little off"],
+)
+async def test_vectors_that_are_not_those_of_before_are_found(spoil):
+    engine = ScriptedEngine(lambda v: spoil(v) if len(v) > 1 else v)
+    await canary.prove(engine)  # with nothing to compare with, they pass for right
+    with pytest.raises(CanaryFailedError, match="not those of before the snapshot: cosine"):
+        await canary.prove(engine, RIGHT)
+
+
+@settings(deadline=None)
+@given(row=st.integers(0, len(canary.TEXTS) - 1), seed=st.integers(0, 2**32 - 1))
+async def test_any_vector_that_became_another_is_found(row, seed):
+    other = np.random.default_rng(seed).normal(size=DIMENSIONS).astype(np.float32)
+    engine = ScriptedEngine(with_row(row, other / np.linalg.norm(other)))
+    with pytest.raises(CanaryFailedError):
+        await canary.prove(engine, RIGHT)
+
+
+async def test_what_the_engine_raises_is_its_own():
+    with pytest.raises(OSError, match="device lost"):
+        await canary.prove(ScriptedEngine(faults={"embed": OSError("device lost")}))

@@ -1,0 +1,303 @@
+"""A container's life: load, prove, sleep; snapshot; wake, prove, serve. And each way to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from scripted import vectors_of
+from scripted_engine import ScriptedEngine
+
+from kalm_integrations.errors import CanaryFailedError, EngineLoadError, KalmError
+from kalm_integrations.wire import EmbedRequest
+from modal_backend import life
+from modal_backend.life import Life
+
+WRONG = {"spoil": lambda vectors: vectors * np.float32(0.5)}
+RIGHT = vectors_of(["a", "b"], "float32")
+REQUEST = EmbedRequest(texts=["a", "b"], role="document", dtype="float32")
+
+
+class Loader:
+    """Loads the engines of a script, one after the other; the last one again and again.
+
+    Args:
+        script: An engine's arguments, or what loading raises.
+    """
+
+    def __init__(self, *script):
+        self._script = script
+        self.log = []
+        self.engines = []
+        self.loads = 0
+
+    async def __call__(self):
+        step = self._script[min(self.loads, len(self._script) - 1)]
+        self.loads += 1
+        self.log.append(f"{self.loads} load")
+        if isinstance(step, BaseException):
+            raise step
+        self.engines.append(ScriptedEngine(**step, log=self.log, name=str(self.loads)))
+        return self.engines[-1]
+
+
+async def start(loader, snapshot="asleep", between=lambda: None):
+    """A life that has started; `between` is what happens in the snapshot."""
+    started = Life(loader, snapshot)
+    await started.prepare()
+    between()
+    await started.resume()
+    return started
+
+
+async def served(started):
+    return (await started.service.embed(REQUEST)).vectors
+
+
+# -- healthy -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("snapshot", "log", "phases"),
+    [
+        ("off", "load embed embed", "load canary"),
+        ("awake", "load embed embed embed embed", "load canary canary_after"),
+        (
+            "asleep",
+            "load embed embed sleep wake embed embed",
+            "load canary sleep wake canary_after",
+        ),
+    ],
+)
+async def test_what_is_done_and_timed(snapshot, log, phases):
+    loader = Loader({})
+    started = await start(loader, snapshot)
+    assert loader.log == [f"1 {done}" for done in log.split()]
+    assert list(started.phases) == phases.split()
+    assert started.failure is None
+    assert np.array_equal(await served(started), RIGHT)
+
+
+async def test_phases_are_timed_in_seconds(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(life.time, "perf_counter", lambda: next(now) ** 2)
+    started = await start(Loader({}))
+    assert list(started.phases.values()) == [1, 5, 9, 13, 17]
+
+
+async def test_a_phase_that_fails_is_timed_too():
+    started = await start(Loader({"faults": {"wake": OSError("lost")}}))
+    assert " ".join(started.phases) == "load canary sleep wake load_again canary_again"
+
+
+async def test_before_it_is_prepared_it_serves_a_reason():
+    with pytest.raises(EngineLoadError, match="nothing is loaded yet"):
+        await served(Life(Loader({}), "off"))
+
+
+async def test_bits_that_change_with_the_hardware_are_told_of_and_served(caplog):
+    loader = Loader({})
+
+    def rounds_otherwise():
+        loader.engines[0].spoil = lambda v: v.astype(np.float16).astype(np.float32)
+
+    started = await start(loader, between=rounds_otherwise)
+    assert started.failure is None
+    assert "not bit-equal" in caplog.text
+    assert loader.loads == 1
+
+
+async def test_the_same_bits_are_not_worth_a_word(caplog):
+    await start(Loader({}))
+    assert not caplog.records
+
+
+# -- failing once ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "first",
+    [OSError("no weights"), WRONG, {"faults": {"embed": OSError("no device")}}],
+    ids=["loading", "vectors", "embedding"],
+)
+@pytest.mark.parametrize("snapshot", ["off", "awake", "asleep"])
+async def test_what_fails_before_the_snapshot_is_mended_before_it(first, snapshot):
+    """An empty snapshot would cost every later start the whole load."""
+    loader = Loader(first, {})
+    prepared = Life(loader, snapshot)
+    await prepared.prepare()
+    assert (prepared.failure, loader.loads) == (None, 2)
+    assert ("2 sleep" in loader.log) == (snapshot == "asleep")
+    await prepared.resume()
+    assert (prepared.failure, loader.loads) == (None, 2)
+    assert np.array_equal(await served(prepared), RIGHT)
+
+
+async def test_an_engine_that_cannot_sleep_is_closed_before_another_is_loaded():
+    loader = Loader({"faults": {"sleep": OSError("no memory")}}, {})
+    started = await start(loader)
+    assert loader.log[3:6] == ["1 sleep", "1 close", "2 load"]
+    assert started.failure is None
+
+
+@pytest.mark.parametrize("fault", ["sleep", "wake"])
+async def test_an_engine_that_cannot_even_be_closed_is_left(fault, caplog):
+    loader = Loader({"faults": {fault: OSError("lost"), "close": OSError("lost too")}}, {})
+    started = await start(loader)
+    assert (started.failure, loader.loads) == (None, 2)
+    assert "an engine did not close" in caplog.text
+    assert np.array_equal(await served(started), RIGHT)
+
+
+@pytest.mark.parametrize("fault", ["wake", "embed"])
+@pytest.mark.parametrize("error", [OSError("stale"), KalmError("stale."), ConnectionResetError()])
+async def test_an_engine_that_the_snapshot_broke_is_replaced(fault, error, caplog):
+    loader = Loader({}, {})
+    started = await start(loader, between=lambda: loader.engines[0].faults.update({fault: error}))
+    assert loader.log[-4:] == ["1 close", "2 load", "2 embed", "2 embed"]
+    assert started.failure is None
+    assert "an engine that is not trusted is discarded" in caplog.text
+
+
+async def test_vectors_that_the_snapshot_changed_are_never_served():
+    loader = Loader({}, {})
+
+    def mixed_up():
+        loader.engines[0].spoil = lambda v: np.roll(v, 1, axis=0) if len(v) > 1 else v
+
+    started = await start(loader, between=mixed_up)
+    assert loader.loads == 2
+    assert np.array_equal(await served(started), RIGHT)
+
+
+async def test_a_snapshot_without_an_engine_is_one_load_from_health():
+    loader = Loader(WRONG, WRONG, {})
+    started = await start(loader)
+    assert (started.failure, loader.loads) == (None, 3)
+    assert list(started.phases)[-2:] == ["load_again_again", "canary_again_again"]
+
+
+async def test_two_engines_are_never_in_memory_together():
+    loader = Loader(WRONG, {"faults": {"sleep": OSError("x")}}, {})
+    await start(loader)
+    order = [done for done in loader.log if done.split()[1] in ("load", "close")]
+    assert order == ["1 load", "1 close", "2 load", "2 close", "3 load"]
+
+
+async def test_a_failed_engine_is_not_kept_by_its_errors_traceback(monkeypatch):
+    monkeypatch.setattr(life.log, "disabled", True)  # pytest keeps what is logged
+    loader = Loader(WRONG)
+    failed = Life(loader, "off")
+    await failed.prepare()
+    gone = [weakref.ref(engine) for engine in loader.engines]
+    loader.engines.clear()
+    gc.collect()
+    assert [engine() for engine in gone] == [None, None]
+
+
+# -- failing for good --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("script", "failure", "said"),
+    [
+        (WRONG, CanaryFailedError, "vectors of length 0.5000 to 0.5000."),
+        (EngineLoadError("not the tested files."), EngineLoadError, "not the tested files."),
+        (OSError("disk"), EngineLoadError, "the engine failed: OSError: disk."),
+        (MemoryError(), EngineLoadError, "the engine failed: MemoryError: ."),
+        (
+            {"faults": {"embed": ZeroDivisionError("x"), "close": OSError("y")}},
+            EngineLoadError,
+            "the engine failed: ZeroDivisionError: x.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("snapshot", ["off", "awake", "asleep"])
+async def test_it_starts_unhealthy_and_never_raises(script, failure, said, snapshot, caplog):
+    loader = Loader(script)
+    started = await start(loader, snapshot)
+    assert type(started.failure) is failure
+    assert started.failure.args == (said,)
+    assert loader.loads == 3  # two before the snapshot, one after: no more, however it fails
+    assert f"this container serves nothing: {said}" in caplog.text
+    await started.close()
+
+
+async def test_all_calls_get_an_error_of_their_own():
+    started = await start(Loader(WRONG))
+    caught = []
+    for _ in range(2):
+        with pytest.raises(CanaryFailedError) as error:
+            await served(started)
+        caught.append(error.value)
+    first, second = caught
+    assert first is not second
+    assert first is not started.failure
+    assert str(first) == str(second) == str(started.failure)
+
+
+async def test_an_engine_that_fails_later_is_replaced_by_one_that_fails_too():
+    loader = Loader({}, WRONG)
+
+    def breaks():
+        loader.engines[0].faults["wake"] = OSError("lost")
+
+    started = await start(loader, between=breaks)
+    assert type(started.failure) is CanaryFailedError
+    assert loader.log[-4:] == ["1 close", "2 load", "2 embed", "2 close"]
+
+
+@pytest.mark.parametrize("stop", [asyncio.CancelledError(), KeyboardInterrupt()])
+async def test_the_end_of_the_container_is_no_failure_of_the_engine(stop):
+    loader = Loader(stop)
+    ended = Life(loader, "off")
+    with pytest.raises(type(stop)):
+        await ended.prepare()
+    assert loader.loads == 1
+
+
+async def test_an_engine_is_closed_where_its_proof_is_cut_short():
+    loader = Loader({"faults": {"embed": asyncio.CancelledError()}})
+    with pytest.raises(asyncio.CancelledError):
+        await Life(loader, "off").prepare()
+    assert loader.log == ["1 load", "1 embed", "1 close"]
+
+
+# -- giving way --------------------------------------------------------------------------------
+class Container:
+    def __init__(self, *faults):
+        self._faults = iter(faults)
+        self.stops = 0
+
+    async def stop_fetching(self):
+        self.stops += 1
+        if (fault := next(self._faults, None)) is not None:
+            raise fault
+
+
+async def test_a_healthy_container_stays(monkeypatch):
+    monkeypatch.setattr(life, "REPLACED_AFTER", 0)
+    container = Container()
+    await (await start(Loader({}))).retire(container.stop_fetching)
+    assert container.stops == 0
+
+
+async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
+    monkeypatch.setattr(life, "REPLACED_AFTER", 0.2)
+    started, container = await start(Loader(WRONG)), Container()
+    retiring = asyncio.create_task(started.retire(container.stop_fetching))
+    await asyncio.sleep(0.05)
+    assert container.stops == 0
+    with pytest.raises(CanaryFailedError):
+        await served(started)
+    await retiring
+    assert container.stops == 1
+
+
+async def test_where_giving_way_fails_it_is_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr(life, "REPLACED_AFTER", 0.01)
+    started, container = await start(Loader(WRONG)), Container(OSError("no answer"))
+    await started.retire(container.stop_fetching)
+    assert container.stops == 2
+    assert "could not give way" in caplog.text
+
+
+def test_one_start_in_five_minutes_is_the_worst_that_is_paid():
+    assert life.REPLACED_AFTER == 300
