@@ -28,12 +28,14 @@ class RequestLimits:
         tokens: Estimated tokens, about 2 s of one H100's time at 26,000 tokens/s, because a
             request that runs cannot be cancelled everywhere.
         text_tokens: No text counts for more, since the model takes no more of it.
+        characters: Where a text is cut, as the service would; None sends it whole.
     """
 
     texts: int = 128
     bytes: int = 4 * 2**20
     tokens: int = 50_000
     text_tokens: int = 8192
+    characters: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits)
 
     batch, size, tokens = Batch([], []), 0, 0
     for text, positions in places.items():
-        prompted = prompts.apply(template, text)
+        prompted = prompts.apply(template, text)[: limits.characters]
         text_size = len(prompted) if prompted.isascii() else len(prompted.encode())
         text_tokens = min(estimate_tokens(text_size), limits.text_tokens)
         full = (

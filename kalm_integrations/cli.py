@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import SecretStr
 
@@ -130,27 +130,34 @@ def _serve(arguments: argparse.Namespace) -> bool:
 
 
 def _add_deploy(verbs: Verbs) -> None:
-    from modal_backend.settings import DeploySettings
-
     parser = verbs.add_parser(
         "deploy",
         help="deploy the service to Modal",
         description="Deploy the service to Modal. Each option can be set as a variable too: "
         "KALM_DEPLOY_ and its name in capitals.",
     )
-    for name, field in DeploySettings.model_fields.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=f"{field.description} Default: {_shown(field.default)}.".replace("%", "%%"),
-        )
     parser.add_argument(
         "--accept-new-identity",
         action="store_true",
         help="replace a deployment of another vector space: its indexes must be embedded again",
     )
-    parser.set_defaults(run=_deploy, extra="modal", options=tuple(DeploySettings.model_fields))
+    parser.set_defaults(run=_deploy, extra="modal")
+    parse = parser.parse_known_args
+
+    def add_settings_and_parse(*arguments: Any) -> Any:
+        # Not before this command is the one: no other shall need what settings import.
+        from modal_backend.settings import DeploySettings
+
+        for name, field in DeploySettings.model_fields.items():
+            parser.add_argument(
+                f"--{name.replace('_', '-')}",
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=f"{field.description} Default: {_shown(field.default)}.".replace("%", "%%"),
+            )
+        return parse(*arguments)
+
+    setattr(parser, "parse_known_args", add_settings_and_parse)  # noqa: B010
 
 
 def _shown(default: object) -> str:
@@ -163,7 +170,8 @@ def _deploy(arguments: argparse.Namespace) -> bool:
     from modal_backend.deploy import deploy
     from modal_backend.settings import DeploySettings
 
-    given = {name: value for name, value in vars(arguments).items() if name in arguments.options}
+    known = DeploySettings.model_fields
+    given = {name: value for name, value in vars(arguments).items() if name in known}
     deploy(DeploySettings(**given), accept_new_identity=arguments.accept_new_identity)
     return True
 

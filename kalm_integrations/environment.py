@@ -71,7 +71,7 @@ class EnvironmentSettings(BaseModel):
         for item in error.errors(include_url=False, include_input=False, include_context=False):
             name = str(item["loc"][0]) if item["loc"] else ""
             source = f" (from {from_variables[name]})" if name in from_variables else ""
-            message = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ").removesuffix(".")
             wrong.append(f"{name}{source}: {message}" if name else message)
         return "; ".join(wrong) + "."
 

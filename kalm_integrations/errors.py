@@ -49,11 +49,11 @@ class ConfigurationError(KalmError, ValueError):
 
 
 class EngineLoadError(KalmError):
-    """The engine's files are missing or are not the ones that were tested."""
+    """The engine could not be loaded, or its files are not the ones that were tested."""
 
     status = 503
     code = "engine_not_loaded"
-    remedy = "Nothing is embedded with files that were not tested."
+    remedy = "Nothing is embedded until it loads: mend what is named here, or see the log."
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
+from kalm_integrations.inputs import MAX_CHARACTERS
 from kalm_integrations.profiles import EMBEDDED, KALM, ModelProfile, profile_of
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import Truncate, VectorDtype
@@ -284,14 +285,17 @@ class ClientSettings(EnvironmentSettings):
     @property
     def request_limits(self) -> RequestLimits:
         """How much goes into one request."""
+        tokens, cut = self.profile.max_tokens, None
+        if self.truncate == "end":
+            cut = MAX_CHARACTERS
         if self.resolved_backend != "modal":
-            return RequestLimits(texts=self.batch_size, text_tokens=self.profile.max_tokens)
+            return RequestLimits(texts=self.batch_size, text_tokens=tokens, characters=cut)
         # Over 2 MiB, a request or an answer takes Modal's way through blob storage: two more
         # round trips. 64 KiB are for what is around vectors and texts.
         inline = 2 * 2**20 - 2**16
         row = np.dtype(self.vector_dtype).itemsize * self.vector_dimensions
         texts = min(self.batch_size, inline // row) if row else self.batch_size
-        return RequestLimits(texts=texts, bytes=inline, text_tokens=self.profile.max_tokens)
+        return RequestLimits(texts=texts, bytes=inline, text_tokens=tokens, characters=cut)
 
     def without_client(self) -> ClientSettings:
         """These settings and nothing else: no framework, no connections."""

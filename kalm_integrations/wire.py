@@ -143,10 +143,12 @@ def read_error(described: Mapping[str, Any]) -> KalmError:
     kind = by_code(described.get("code")) or TransportError
     message = str(described.get("message", "")).removesuffix(kind.remedy).strip()
     if issubclass(kind, InvalidInputError):
-        invalid = [InvalidText(bad["index"], bad["reason"]) for bad in described["invalid"]]
+        listed = described.get("invalid") or []
+        invalid = [InvalidText(int(bad["index"]), str(bad["reason"])) for bad in listed]
         return kind.of(invalid) if invalid else kind(message)
     if issubclass(kind, ServiceUnavailableError):
-        return kind(message, described.get("retry_after"))
+        after = described.get("retry_after")
+        return kind(message, after if isinstance(after, int | float) else None)
     return kind(message)
 
 

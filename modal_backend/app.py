@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class VLLMEmbeddingSnapshot:
         from modal_backend.http_api import create_app
         from modal_backend.http_guard import BearerKeys
 
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.life = Life(_load, settings.snapshot)
         await self.life.prepare()
         self.keys = BearerKeys([] if settings.needs_bearer else None)
@@ -93,7 +95,9 @@ class VLLMEmbeddingSnapshot:
         if settings.snapshot == "off":
             await self.prepare()
         if settings.needs_bearer:
-            self.keys.accept([SecretStr(os.environ["KALM_API_KEY"])])
+            # A Secret that has lost its key keeps everybody out; raising here would start another
+            # container, and another.
+            self.keys.accept([SecretStr(os.environ.get("KALM_API_KEY", ""))])
         await self.life.resume()
         self.retiring = asyncio.create_task(
             self.life.retire(modal.experimental.stop_fetching_inputs.aio)

@@ -28,8 +28,8 @@ def deployed_tags(app_name: str, environment_name: str | None) -> dict[str, str]
         return dict(app.get_tags())
     except modal.exception.NotFoundError:
         return None
-    except modal.exception.AuthError as error:
-        raise ModalTokenError(f"{error}.") from error
+    except modal.exception.Error as error:
+        raise _ours(error) from error
 
 
 def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
@@ -60,8 +60,15 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
         with modal.enable_output():
             app.deploy(environment_name=settings.environment_name)
     except modal.exception.Error as error:
-        raise KalmError(f"Modal refused the deployment: {error}.") from error
+        raise _ours(error) from error
     console.print(_what_next(settings), markup=False)
+
+
+def _ours(error: Exception) -> KalmError:
+    said = f"Modal: {str(error).strip().rstrip('.')}."
+    if isinstance(error, modal.exception.AuthError):
+        return ModalTokenError(said)
+    return KalmError(f"{said} Nothing was deployed.")
 
 
 def _check_identity(

@@ -72,6 +72,8 @@ class HttpTransport:
         self._proxy = _proxy(self._base)  # redirects stay on this server
         self._headers = _credentials(settings)
         self._secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
+        if self._proxy is not None and (password := URL(self._proxy).password):
+            self._secrets.append(password)
         self._http: aiohttp.ClientSession | None = None
         self._server: _Server | None = None
         self._asking: asyncio.Task[_Server] | None = None

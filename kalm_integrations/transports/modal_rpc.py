@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kalm_integrations.errors import (
@@ -80,17 +81,17 @@ class ModalTransport:
     async def _remote(self, method: str, arguments: tuple[Any, ...]) -> Any:
         if method not in self._methods:
             self._methods[method] = await self._looked_up(method)
-        return await self._methods[method].remote.aio(*arguments)
+        try:
+            return await self._methods[method].remote.aio(*arguments)
+        except KalmError as error:  # a hook's: the method returns its own
+            raise ContainerFailedError(
+                f"a container of {_place(self._settings)} failed: {type(error).__name__}: {error}"
+            ) from error
 
     async def _looked_up(self, method: str) -> Any:
-        found, limit = getattr(deployed(self._settings), method), self._settings.connect_timeout
-        try:
-            # Left alone, Modal's client tries to connect for a minute.
-            async with asyncio.timeout(limit):
-                await found.hydrate.aio()
-        except TimeoutError as error:
-            message = f"Modal was not reached within connect_timeout={limit:g} s."
-            raise ConnectionFailedError(message) from error
+        found = getattr(deployed(self._settings), method)
+        async with _reached(self._settings):
+            await found.hydrate.aio()
         return found
 
 
@@ -148,10 +149,25 @@ async def http_url(settings: ClientSettings) -> str:
     Raises:
         NotDeployedError: The app, its class or its HTTP door is not there.
     """
-    url = await translated(deployed(settings).http.get_web_url.aio(), settings)
+    async with _reached(settings):
+        url = await translated(deployed(settings).http.get_web_url.aio(), settings)
     if not url:
         raise NotDeployedError(f"{_place(settings)} has no HTTP door.")
     return str(url)
+
+
+@asynccontextmanager
+async def _reached(settings: ClientSettings) -> AsyncIterator[None]:
+    """Left alone, Modal's client tries to connect for a minute."""
+    limit = settings.connect_timeout
+    try:
+        async with asyncio.timeout(limit) as timer:
+            yield
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        message = f"Modal was not reached within connect_timeout={limit:g} s."
+        raise ConnectionFailedError(message) from error
 
 
 async def translated(work: Awaitable[T], settings: ClientSettings) -> T:

@@ -112,6 +112,29 @@ def test_errors_their_causes_and_tracebacks_with_local_variables(
         client.close()
 
 
+def test_the_password_of_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 no\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setenv("https_proxy", f"http://user:hunter2@127.0.0.1:{port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        async with made(KalmClient, "https://kalm.invalid", max_retries=0) as client:
+            with pytest.raises(KalmError, match="407") as caught:
+                await client.aembed(["x"])
+        server.close()
+        error = caught.value
+        assert_clean(str(error), repr(error), repr(error.__cause__))
+        shown = traceback.TracebackException.from_exception(error)
+        assert_clean(*shown.format())
+
+    asyncio.run(main())
+
+
 def test_settings_that_are_refused() -> None:
     for wrong in ({"batch_size": 0}, {"modal_key": None}, {"api_key": "hunter2\x00"}, {"x": 1}):
         with pytest.raises(ConfigurationError) as caught:
