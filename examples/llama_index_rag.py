@@ -39,9 +39,9 @@ def read(folder: Path) -> list[Document]:
 def open_index(storage: Path, embeddings: KalmModalEmbeddings) -> VectorStoreIndex:
     """The index in `storage`, or a new one.
 
-    Its id says which vectors it holds: those of another model have another id, and are not found.
+    Its id and its folder say which vectors it holds: those of another model have others.
     """
-    index_id = embeddings.vector_identity.fingerprint
+    index_id = storage.name
     split = [MarkdownNodeParser(), SentenceSplitter(chunk_size=256, chunk_overlap=0)]
     if storage.exists():
         context = StorageContext.from_defaults(persist_dir=str(storage))
@@ -55,6 +55,8 @@ def open_index(storage: Path, embeddings: KalmModalEmbeddings) -> VectorStoreInd
 
 def main() -> None:
     folder = Path(sys.argv[1]).expanduser() if len(sys.argv) > 1 else FOLDER
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is no folder")
     questions = sys.argv[2:] or QUESTIONS
     used: list[Usage] = []
 
@@ -62,11 +64,15 @@ def main() -> None:
     # KalmModalEmbeddings(base_url="https://...", api_key="...")
     embeddings = KalmModalEmbeddings(backend="local", truncate="end", on_usage=used.append)
 
-    storage = Path(tempfile.mkdtemp()) / "index"  # in production, a folder that stays
+    lasting = Path(tempfile.mkdtemp())  # in production, a folder that stays
+    storage = lasting / embeddings.vector_identity.fingerprint
     for run in ("First run", "Second run"):
         used.clear()
         index = open_index(storage, embeddings)
-        changed = index.refresh_ref_docs(read(folder))
+        documents = read(folder)
+        changed = index.refresh_ref_docs(documents)
+        for gone in set(index.ref_doc_info) - {document.id_ for document in documents}:
+            index.delete_ref_doc(gone, delete_from_docstore=True)
         index.storage_context.persist(str(storage))
         tokens = sum(usage.tokens for usage in used)
         print(f"{run}: {sum(changed)} of {len(changed)} files embedded, {tokens:,} tokens")

@@ -36,20 +36,22 @@ def build(client: KalmClient, texts: list[str]) -> np.ndarray:
     return vectors
 
 
-def save(path: Path, vectors: np.ndarray, client: KalmClient) -> None:
+def save(path: Path, names: list[str], vectors: np.ndarray, client: KalmClient) -> None:
     """A file says nothing of the model that its vectors are from: so the identity goes along.
 
     Over HTTP, pin it before you save: docs/identity.md.
     """
-    np.savez(path, vectors=vectors, identity=json.dumps(client.vector_identity.to_dict()))
+    identity = json.dumps(client.vector_identity.to_dict())
+    with path.open("wb") as file:  # np.savez alone would append .npz to the name
+        np.savez(file, names=names, vectors=vectors, identity=identity)
 
 
-def load(path: Path, client: KalmClient) -> np.ndarray:
-    """The vectors, if `client` makes comparable ones."""
+def load(path: Path, client: KalmClient) -> tuple[list[str], np.ndarray]:
+    """Names and vectors, if `client` makes comparable ones."""
     with np.load(path) as file:
         stored = VectorIdentity.from_dict(json.loads(str(file["identity"])))
         client.vector_identity.check(stored)  # raises, and says in what they differ
-        return file["vectors"]
+        return file["names"].tolist(), file["vectors"]
 
 
 def main() -> None:
@@ -58,14 +60,13 @@ def main() -> None:
     # KalmClient(base_url="https://...", api_key="...")
     with KalmClient(backend="local") as client:
         if not path.exists():
-            save(path, build(client, list(ARTICLES.values())), client)
+            save(path, list(ARTICLES), build(client, list(ARTICLES.values())), client)
             print(f"Wrote {len(ARTICLES)} vectors to {path}")
-        vectors = load(path, client)
+        names, vectors = load(path, client)  # what each vector is of, too
         print(f"Read {vectors.shape[0]} {vectors.dtype} vectors of {vectors.shape[1]} dimensions\n")
 
         # Unit vectors: the inner product is the cosine.
         scores = client.embed(QUESTIONS, role="query").vectors @ vectors.T.astype(np.float32)
-        names = list(ARTICLES)
         for question, row in zip(QUESTIONS, scores, strict=True):
             best = ", ".join(f"{names[i]} {row[i]:.2f}" for i in np.argsort(-row)[:3])
             print(f"{question:<24} article {best}")

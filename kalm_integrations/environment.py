@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping, Set
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -38,13 +39,40 @@ class EnvironmentSettings(BaseModel):
 
         def __init__(self, **arguments: Any) -> None:
             known = _names(type(self))
-            for name in arguments.keys() - known.keys() - set(known.values()):
-                raise ConfigurationError(_unknown(name, known.values()))
-            variables = self._variables(arguments.keys())
-            try:
-                super().__init__(**variables, **arguments)
-            except ValidationError as error:
-                raise ConfigurationError(self._explain(error, variables)) from None
+            wrong = ""
+            variables: dict[str, str] = {}
+            if unknown := arguments.keys() - known.keys() - set(known.values()):
+                wrong = _unknown(min(unknown), known.values())
+            else:
+                variables = self._variables(arguments.keys())
+                try:
+                    super().__init__(**variables, **arguments)
+                except ValidationError as error:
+                    wrong = self._explain(error, variables)
+            if wrong:
+                # Tracebacks may show local variables, and these hold what may be secret; so do
+                # pydantic's, which a chained error would bring along.
+                arguments.clear()
+                variables.clear()
+                raise ConfigurationError(wrong)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # pydantic's own error would show the value.
+            if name in type(self).model_fields:
+                raise AttributeError(f"{name} is fixed: construct another {type(self).__name__}")
+            super().__setattr__(name, value)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy; with `update`, one that is constructed and checked anew."""
+        if not update:
+            return super().model_copy(deep=deep)
+        fields = {name: getattr(self, name) for name in self._copied()}
+        renamed = {argument: name for name, argument in _names(type(self)).items()}
+        return type(self)(**fields | {renamed.get(name, name): update[name] for name in update})
+
+    def _copied(self) -> Iterable[str]:
+        """The fields that an updated copy takes over."""
+        return type(self).model_fields
 
     @classmethod
     def variables(cls) -> dict[str, str]:
@@ -70,9 +98,11 @@ class EnvironmentSettings(BaseModel):
         wrong = []
         for item in error.errors(include_url=False, include_input=False, include_context=False):
             name = str(item["loc"][0]) if item["loc"] else ""
-            source = f" (from {from_variables[name]})" if name in from_variables else ""
             message = item["msg"].removeprefix("Value error, ").removesuffix(".")
-            wrong.append(f"{name}{source}: {message}" if name else message)
+            # What concerns several arguments begins with the one that it is about.
+            about = name or re.split(r"[=: ]", message, maxsplit=1)[0]
+            source = f" (from {from_variables[about]})" if about in from_variables else ""
+            wrong.append(f"{name}{source}: {message}" if name else f"{message}{source}")
         return "; ".join(wrong) + "."
 
 

@@ -236,8 +236,9 @@ class IdentityMismatchError(KalmError):
 
     code = "identity_mismatch"
     remedy = (
-        "Vectors of two spaces must not meet in one index. Point the client at the right "
-        "service, or, for a new index, pass the service's identity as expected_identity=."
+        "Vectors of two spaces must not meet in one index. Use the service, dimensions= and "
+        "document_instruction= that the index was made with; for a new index, the service's "
+        "identity can be expected_identity=."
     )
 
 

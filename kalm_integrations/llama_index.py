@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, NoReturn, Self
@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from kalm_integrations import inputs
 from kalm_integrations.client import KalmClient, Progress, progress_bar
-from kalm_integrations.errors import IdentityMismatchError
+from kalm_integrations.errors import IdentityMismatchError, InvalidInputError, InvalidText
 from kalm_integrations.llama_index_cache import RoleCache, looking_up
 from kalm_integrations.prompts import Role
 from kalm_integrations.settings import ClientSettings
@@ -77,6 +77,7 @@ class _Batches:
 
 # Of the running get_text_embedding_batch, for the requests inside it.
 _advance: ContextVar[Progress] = ContextVar("kalm_advance", default=lambda _: None)
+_whole: ContextVar[list[str] | None] = ContextVar("kalm_whole", default=None)
 _batches: ContextVar[_Batches | None] = ContextVar("kalm_batches", default=None)
 
 
@@ -102,6 +103,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     # Derived from `model`, so that a dump says it once.
     model_name: str = Field(default="", exclude=True)
     embed_batch_size: int = Field(default=2048, gt=0, le=2048)
+    embeddings_cache: Any = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _settle(self) -> KalmModalEmbeddings:
@@ -129,13 +131,22 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
                 "query": self.query_cache_namespace,
             }
             value = RoleCache(store, roles)
-        super().__setattr__(name, value)
+        BaseEmbedding.__setattr__(self, name, value)
+
+    def _copied(self) -> Iterable[str]:
+        return type(self).model_fields.keys() - {"model_name"}  # follows from the others
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """What decides the vectors, and where they come from; see the class."""
         dumped = super().to_dict(**kwargs)
         kept = {name: value for name, value in dumped.items() if name in _DUMPED}
-        return kept | {"cache_namespace": self.cache_namespace}
+        # Two ways to say one thing are one dump.
+        said = {"model": self.served_model, "dimensions": self.vector_dimensions or None}
+        if self.resolved_backend != "http":
+            said["base_url"] = None
+        if self.expected_identity == self.profile.space:
+            said["expected_identity"] = None
+        return kept | said | {"cache_namespace": self.cache_namespace}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **kwargs: Any) -> Self:
@@ -177,12 +188,14 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         return (await self._aget_text_embeddings([text]))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self.embed(texts, on_progress=_advance.get()).to_lists()
+        with _located(texts):
+            return self.embed(texts, on_progress=_advance.get()).to_lists()
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         if (batches := _batches.get()) is not None:
             batches.join()
-        return (await self.aembed(texts, on_progress=_advance.get())).to_lists()
+        with _located(texts):
+            return (await self.aembed(texts, on_progress=_advance.get())).to_lists()
 
     def embed_documents(self, texts: list[str]) -> NoReturn:
         """LangChain's method: says which class LangChain takes."""
@@ -197,7 +210,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
         texts = inputs.check(inputs.iterate(texts), self.truncate)
-        with self._bar(len(texts), show_progress):
+        with _whole_list(texts), self._bar(len(texts), show_progress):
             return super().get_text_embedding_batch(texts, show_progress=False, **kwargs)
 
     async def aget_text_embedding_batch(
@@ -205,7 +218,11 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
         texts = inputs.check(inputs.iterate(texts), self.truncate)
-        with _failing_together(), self._bar(len(texts), show_progress):
+        with (
+            _whole_list(texts),
+            _failing_together(),
+            self._bar(len(texts), show_progress),
+        ):
             return await super().aget_text_embedding_batch(texts, show_progress=False, **kwargs)
 
     @contextmanager
@@ -219,6 +236,29 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
                 yield
             finally:
                 _advance.reset(token)
+
+
+@contextmanager
+def _whole_list(texts: list[str]) -> Iterator[None]:
+    """Inside, texts are a part of these."""
+    token = _whole.set(texts)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+@contextmanager
+def _located(part: list[str]) -> Iterator[None]:
+    """Name a bad text by its places in the caller's list, not in the part that LlamaIndex took."""
+    try:
+        yield
+    except InvalidInputError as error:
+        whole, bad = _whole.get(), {part[bad.index]: bad.reason for bad in error.invalid}
+        if whole is None or not bad:
+            raise
+        invalid = [InvalidText(i, bad[text]) for i, text in enumerate(whole) if text in bad]
+        raise type(error).of(invalid) from error
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class Session:
         now = time.monotonic()
         deadline = now + self._settings.timeout if call.deadline is None else call.deadline
         waiting = asyncio.get_running_loop().call_later(COLD_AFTER, self._tell_of_cold_start)
+        if not self._transport.may_be_cold:
+            waiting.cancel()  # then it is only busy
         try:
             async with asyncio.timeout(deadline - now) as timer:
                 result = await work(deadline)

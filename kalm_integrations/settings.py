@@ -176,10 +176,14 @@ class ClientSettings(EnvironmentSettings):
 
     @model_validator(mode="after")
     def _check(self) -> ClientSettings:
+        self._check_url()
         backend, profile = self.resolved_backend, self.profile
-        if backend == "http":
-            self._check_url()
-        elif backend == "local" and self.model not in (None, EMBEDDED.space.model):
+        if backend == "http" and self.base_url is None and not modal_is_configured():
+            raise ValueError(
+                'backend="http" needs base_url= or KALM_BASE_URL, or Modal\'s package and a token '
+                "to look it up"
+            )
+        if backend == "local" and self.model not in (None, EMBEDDED.space.model):
             raise ValueError(f'model={self.model!r}: backend="local" runs {EMBEDDED.space.model!r}')
         if (self.modal_key is None) != (self.modal_secret is None):
             raise ValueError("modal_key and modal_secret go together: pass both or neither")
@@ -191,16 +195,16 @@ class ClientSettings(EnvironmentSettings):
                 f"dimensions={self.dimensions}: {profile.space.model} has {offered}; "
                 "leave dimensions out for its native number"
             )
-        _ = self.query_template, self.document_template  # raise for an instruction that is wrong
+        for name in ("query_instruction", "document_instruction"):
+            if (instruction := getattr(self, name)) is not None:
+                try:
+                    prompts.resolve(instruction)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         return self
 
     def _check_url(self) -> None:
-        if self.base_url is None:  # looked up on Modal
-            if not modal_is_configured():
-                raise ValueError(
-                    'backend="http" needs base_url= or KALM_BASE_URL, or Modal\'s package and a '
-                    "token to look it up"
-                )
+        if self.base_url is None:
             return
         url = urlsplit(self.base_url)
         _ = url.port  # raises for one that is none

@@ -61,6 +61,8 @@ class ScriptedTransport:
         space: The identity that is reported.
     """
 
+    may_be_cold = True
+
     def __init__(
         self,
         faults: Iterable[Fault] = (),

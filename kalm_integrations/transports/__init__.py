@@ -14,7 +14,12 @@ class Transport(Protocol):
 
     A transport sends one request and translates what comes back. It neither retries nor checks
     vectors. It raises `KalmError`s, with indices counted within the request.
+
+    Attributes:
+        may_be_cold: Whether a late first answer may be that of a service that starts.
     """
+
+    may_be_cold: bool
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Send one request."""

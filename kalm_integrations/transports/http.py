@@ -25,6 +25,7 @@ from kalm_integrations.errors import (
     IdentityMismatchError,
     InvalidResponseError,
     KalmError,
+    NotFoundError,
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.transports import openai_answers
@@ -64,6 +65,8 @@ class _Reply:
 
 class HttpTransport:
     """One pool of connections to one base URL."""
+
+    may_be_cold = True
 
     def __init__(self, settings: ClientSettings) -> None:
         assert settings.base_url is not None
@@ -152,8 +155,8 @@ class HttpTransport:
     async def _ask_who(self) -> _Server:
         reply = await self._send("GET", self._base / "models", None, {}, 2**20, absent=True)
         if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
-            if IDENTITY_HEADER in reply.headers:
-                raise ConnectionFailedError("the service is there, but not all of it yet.")
+            if IDENTITY_HEADER in reply.headers:  # ours, under another path
+                raise NotFoundError(f"our server is there, but not at {self._base}.")
             return _Server(None, certain=False)
         try:
             (model, *_) = json.loads(reply.body)["data"]
@@ -266,6 +269,8 @@ class _Hidden(str):
 def api_root(base_url: str) -> URL:
     """The URL under which `/embeddings` is, whether `base_url` ends with `/v1` or not."""
     url = URL(base_url.rstrip("/"))
+    if url.name == "embeddings":  # where a request goes, often copied
+        url = url.parent
     return url if url.name == "v1" else url / "v1"
 
 

@@ -21,6 +21,8 @@ _services: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[EmbeddingSe
 class InProcessTransport:
     """All clients of a process share one service, and so one copy of the weights."""
 
+    may_be_cold = False
+
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         return await (await _service()).embed(request)
 

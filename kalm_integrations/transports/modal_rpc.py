@@ -40,6 +40,8 @@ T = TypeVar("T")
 class ModalTransport:
     """Calls the class's packed method. Modal's own client, one a process, has the connections."""
 
+    may_be_cold = True
+
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._methods: dict[str, Any] = {}
@@ -97,6 +99,8 @@ class ModalTransport:
 
 class DiscoveredHttpTransport:
     """backend="http" without a base_url: the HTTP door of the app, whose address Modal knows."""
+
+    may_be_cold = True
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings

@@ -163,11 +163,20 @@ class TestWhoIsThere:
         assert {type(result) for result in results} == {errors.AuthenticationError}
         assert len(server.received) == 1
 
-    def test_ours_that_is_not_all_there_yet_is_not_taken_for_another(self) -> None:
-        early = reply(404, **{IDENTITY_HEADER.replace("-", "_"): "abc"})
-        with self.models(early) as server, client_of(server) as client:
-            assert client.embed(["a"]).identity.space == EMBEDDED.space
-            assert json.loads(server.posted[0].body)["priority"] == "document"
+    def test_ours_under_another_path_is_not_taken_for_another_server(self) -> None:
+        elsewhere = reply(404, **{IDENTITY_HEADER.replace("-", "_"): "abc"})
+        with self.models(elsewhere) as server, client_of(server) as client:
+            with pytest.raises(errors.NotFoundError, match=rf"not at {server.url}/v1\. Check base"):
+                client.embed(["a"])
+            assert len(server.received) == 1
+
+    @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1/embeddings", "/v1/embeddings/"])
+    def test_the_ways_to_write_its_address(self, path: str) -> None:
+        with (
+            FaultyServer() as server,
+            KalmClient(base_url=server.url + path, model=MODEL) as client,
+        ):
+            assert len(client.embed(["a"])) == 1
 
     def test_a_server_without_the_route_is_another(self) -> None:
         with self.models(*[reply(404)] * 9, ours=False) as server, client_of(server) as client:

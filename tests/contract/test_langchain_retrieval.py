@@ -201,9 +201,10 @@ class TestParallel:
     def test_50_queries_over_http_to_the_real_engine(self, kind: str, tmp_path: Path) -> None:
         from modal_backend.engines.embedded import EmbeddedEngine
         from modal_backend.http_api import create_app
+        from modal_backend.http_guard import BearerKeys
         from modal_backend.service import EmbeddingService
 
-        app = create_app(EmbeddingService(EmbeddedEngine.load()), api_keys=[])
+        app = create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys(None))
         with serving(app) as url:
             with KalmModalEmbeddings(base_url=url, model=EMBEDDED.space.model) as embeddings:
                 with opened(kind, tmp_path, embeddings) as store:

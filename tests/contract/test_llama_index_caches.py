@@ -23,10 +23,17 @@ from llama_index.core.vector_stores import SimpleVectorStore
 from scripted import ScriptedTransport, vector_of
 
 from kalm_integrations import llama_index, profiles
-from kalm_integrations.errors import IdentityMismatchError, InvalidInputError, NotFoundError
+from kalm_integrations.errors import (
+    IdentityMismatchError,
+    InputTooLongError,
+    InvalidInputError,
+    InvalidText,
+    NotFoundError,
+)
 from kalm_integrations.llama_index import KalmModalEmbeddings
 from kalm_integrations.llama_index_cache import RoleCache
 from kalm_integrations.settings import ClientSettings
+from kalm_integrations.wire import EmbedRequest
 
 FACTS = ["K2 is 8,611 metres high.", "The Nile is long.", "Bread rises because of yeast."]
 KALM = {"backend": "http", "base_url": "http://nowhere"}
@@ -56,6 +63,11 @@ class TestPipelineCache:
         {"on_usage": print},
         {"vector_dtype": "float32"},
         {"model_name": "universal-sentence-encoder-multilingual-3"},
+        # What the default says, said aloud.
+        {"model": "universal-sentence-encoder-multilingual-3"},
+        {"dimensions": 512},
+        {"expected_identity": profiles.EMBEDDED.space},
+        {"base_url": "http://not-used"},
     )
 
     @pytest.mark.parametrize("tuning", TUNING, ids=lambda tuning: next(iter(tuning)))
@@ -80,6 +92,7 @@ class TestPipelineCache:
             (KALM, LOCAL),
             (KALM, {**KALM, "model": "another/model"}),
             (KALM, {**KALM, "dimensions": 256}),
+            (KALM, {**KALM, "base_url": "http://elsewhere"}),
             (KALM, {**KALM, "query_instruction": "question"}),
             (KALM, {**KALM, "document_instruction": "passage: {text}"}),
             (KALM, {**KALM, "truncate": "end"}),
@@ -101,7 +114,6 @@ class TestPipelineCache:
         # A new one must be put into TUNING above, or into a dump.
         tuning = {name for arguments in self.TUNING for name in arguments}
         assert tuning | llama_index._DUMPED >= ClientSettings.model_fields.keys()
-        assert not tuning & llama_index._DUMPED
 
     def test_it_survives_the_process(self, over: Any, tmp_path: Path) -> None:
         path, transport = str(tmp_path / "cache.json"), ScriptedTransport()
@@ -171,6 +183,17 @@ class TestEmbeddingsCache:
         assert model.embeddings_cache.get_all().keys() == {"K2"}
         assert model.embeddings_cache.delete("K2")
         assert store.get("K2", collection=model.cache_namespace) is None
+
+    def test_an_updated_copy_has_namespaces_of_its_own(self, over: Any) -> None:
+        model = over(ScriptedTransport(), KalmModalEmbeddings, embeddings_cache=SimpleKVStore())
+        model.get_query_embedding("K2")
+        model.get_text_embedding("K2")
+        copied = model.model_copy(
+            update={"query_instruction": "Q: {text}", "document_instruction": "D: {text}"}
+        )
+        assert copied.get_query_embedding("K2") == vector_of("Q: K2").tolist()
+        assert copied.get_text_embedding("K2") == vector_of("D: K2").tolist()
+        assert model.get_text_embedding("K2") == vector_of("K2").tolist()
 
     def test_a_store_that_is_set_later_is_kept_apart_too(self, over: Any) -> None:
         model = over(ScriptedTransport(), KalmModalEmbeddings)
@@ -278,6 +301,27 @@ class TestBatches:
             else:
                 model.get_text_embedding_batch(["a", "b", "c", "d", ""])
         assert transport.sent == sent
+
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_so_is_one_that_only_the_model_can_refuse(self, over: Any, asynchronous: bool) -> None:
+        def refuse(request: EmbedRequest) -> None:
+            if "long" in request.texts:
+                raise InputTooLongError.of([InvalidText(request.texts.index("long"), "is long")])
+
+        model = over(
+            ScriptedTransport(refuse=refuse),
+            KalmModalEmbeddings,
+            embed_batch_size=2,
+            embeddings_cache=SimpleKVStore(),
+        )
+        model.get_text_embedding_batch(["c"])  # cached: what is handed over is not the whole batch
+        texts = ["a", "b", "c", "long", "d", "long"]
+        with pytest.raises(InputTooLongError) as caught:
+            if asynchronous:
+                asyncio.run(model.aget_text_embedding_batch(texts))
+            else:
+                model.get_text_embedding_batch(texts)
+        assert [bad.index for bad in caught.value.invalid] == [3, 5]
 
     @pytest.mark.parametrize("num_workers", [None, 2])
     async def test_a_failing_batch_ends_its_siblings(self, over: Any, num_workers: Any) -> None:

@@ -135,12 +135,38 @@ def test_the_password_of_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(main())
 
 
-def test_settings_that_are_refused() -> None:
-    for wrong in ({"batch_size": 0}, {"modal_key": None}, {"api_key": "hunter2\x00"}, {"x": 1}):
+def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ({"batch_size": 0}, {"modal_key": ""}, {"api_key": "hunter2\x00"}, {"x": 1}):
+        for name, secret in SECRETS.items():
+            monkeypatch.setenv(f"KALM_{name.upper()}", secret)
         with pytest.raises(ConfigurationError) as caught:
-            KalmClient(**{"base_url": "http://there", **SECRETS, **wrong})  # type: ignore[arg-type]
-        shown = traceback.TracebackException.from_exception(caught.value)
+            KalmClient(**{"base_url": "http://there", **wrong})  # type: ignore[arg-type]
+        # This test's own frame, which holds them, is left out.
+        trace = caught.value.__traceback__
+        assert trace is not None
+        inside = caught.value.with_traceback(trace.tb_next)
+        shown = traceback.TracebackException.from_exception(inside, capture_locals=True)
         assert_clean(str(caught.value), *shown.format())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
+def test_assigning_and_copying(kind: type[KalmClient]) -> None:
+    client = made(kind)
+    with pytest.raises(AttributeError) as caught:
+        client.api_key = "hunter2-new"  # type: ignore[assignment,misc]
+    copied = client.model_copy(update={"api_key": "hunter2-new"})
+    assert copied.api_key is not None
+    assert copied.api_key.get_secret_value() == "hunter2-new"
+    assert_clean(caught.value, repr(copied), copied.model_dump())
+
+
+@pytest.mark.parametrize("backend", ["http", "local", "modal"])
+def test_a_base_url_may_hold_none(backend: str) -> None:
+    with pytest.raises(ConfigurationError, match="base_url holds a credential") as caught:
+        KalmClient(backend=backend, base_url="http://bob:hunter2@there")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="base_url is not like") as asked:
+        KalmClient(backend=backend, base_url="http://there?key=hunter2")  # type: ignore[arg-type]
+    assert_clean(caught.value, asked.value)
 
 
 def _query(client: Any) -> None:

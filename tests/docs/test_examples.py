@@ -184,10 +184,11 @@ def test_the_openai_client_goes_to_a_service_of_yours(run: Callable[..., str]) -
 
     from modal_backend.engines.embedded import EmbeddedEngine
     from modal_backend.http_api import create_app
+    from modal_backend.http_guard import BearerKeys
     from modal_backend.service import EmbeddingService
 
     service = EmbeddingService(EmbeddedEngine.load())
-    with serving(create_app(service, api_keys=[SecretStr("correct-horse")])) as url:
+    with serving(create_app(service, keys=BearerKeys([SecretStr("correct-horse")]))) as url:
         shown = run("openai_client.py", KALM_BASE_URL=f"{url}/v1/", KALM_API_KEY="correct-horse")
     assert "starting" not in shown
     assert re.search(r"tallest\?\n    0\.\d{3}  Die Zugspitze", shown)

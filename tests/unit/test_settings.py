@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
@@ -195,8 +195,37 @@ def test_an_empty_variable_is_an_unset_one(name, monkeypatch):
 
 @BY_FIELD
 def test_settings_are_fixed_once_they_were_checked(name):
-    with pytest.raises(ValidationError, match="frozen"):
-        setattr(local(), name, FIELDS[name][3])
+    made = local(api_key="k0")
+    with pytest.raises(AttributeError) as caught:
+        setattr(made, name, "hunter2")
+    assert str(caught.value) == f"{name} is fixed: construct another ClientSettings"
+    assert made == local(api_key="k0")
+
+
+def test_an_updated_copy_is_checked_like_any_other():
+    made = local(batch_size=7, api_key="k1")
+    copied = made.model_copy(update={"truncate": "end", "class_name": "Mine"})
+    assert (copied.truncate, copied.batch_size, copied.modal_class) == ("end", 7, "Mine")
+    assert copied.api_key == SecretStr("k1")
+    assert "k2-secret" not in repr(made.model_copy(update={"api_key": "k2-secret"}))
+    for wrong in ({"batch_size": 0}, {"query_instrution": "question"}, {"dimensions": 64}):
+        with pytest.raises(ConfigurationError):
+            made.model_copy(update=wrong)
+    assert made.model_copy() == made
+
+
+def test_an_argument_that_does_not_go_with_others_is_named_with_its_variable(monkeypatch):
+    for name, value in (
+        ("KALM_DIMENSIONS", "1024"),
+        ("KALM_QUERY_INSTRUCTION", "web_serch"),
+        ("KALM_MODAL_KEY", "id"),
+        ("KALM_BASE_URL", "http://u:hunter2@there"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ConfigurationError) as caught:
+            patch.setenv(name, value)
+            local()
+        assert f"(from {name})" in str(caught.value)
+        assert "hunter2" not in str(caught.value)
 
 
 def test_the_callback_is_an_argument_only(monkeypatch):
