@@ -24,7 +24,7 @@ from kalm_integrations.batching import Batch, plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.flight import Flight
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.io_thread import io_thread
+from kalm_integrations.io_thread import io_thread, is_ending
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 from kalm_integrations.session import Call, Session, SessionHolder
@@ -160,11 +160,13 @@ class KalmClient(ClientSettings):
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
-        io_thread().submit(self._sessions.close()).result()
+        if not is_ending():  # at exit all is closed already
+            io_thread().submit(self._sessions.close()).result()
 
     async def aclose(self) -> None:
         """`close`, without blocking the running event loop."""
-        await asyncio.wrap_future(io_thread().submit(self._sessions.close()))
+        if not is_ending():
+            await asyncio.wrap_future(io_thread().submit(self._sessions.close()))
 
     def __enter__(self) -> Self:
         return self

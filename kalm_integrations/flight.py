@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import InvalidInputError
@@ -91,4 +92,5 @@ class Flight:
         if future.cancelled() and is_ending():
             return  # who still waits is a daemon thread: woken, it would only print a traceback
         self._landed.append(future)
-        self._wake()
+        with suppress(RuntimeError):  # the caller's loop was closed: nobody waits any more
+            self._wake()

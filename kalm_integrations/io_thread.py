@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import math
 import os
+import selectors
+import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -19,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 _STOP_TIMEOUT = 5.0  # seconds that the interpreter's exit waits for calls to unwind
+_STAND_TIMEOUT = 5.0  # seconds that a fork and the thread wait for each other
 
 
 class Closable(Protocol):
@@ -29,11 +33,34 @@ class Closable(Protocol):
         ...
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that looks names up on daemon threads.
+
+    asyncio's own lookups are waited for when the interpreter exits, however long the name server
+    takes, and are refused once the main thread has ended, though others may go on embedding.
+    """
+
+    async def getaddrinfo(self, *args: Any, **hints: Any) -> list[Any]:
+        found: Future[list[Any]] = Future()
+        found.set_running_or_notify_cancel()
+
+        def look_up() -> None:
+            try:
+                found.set_result(socket.getaddrinfo(*args, **hints))
+            except Exception as error:  # noqa: BLE001 (raised where it is awaited)
+                found.set_exception(error)
+
+        threading.Thread(target=look_up, name="kalm-dns", daemon=True).start()
+        return await asyncio.wrap_future(found)
+
+
 class IOThread:
     """A daemon thread that runs an event loop until the process ends."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        self._selector = selectors.DefaultSelector()
+        self.loop = _Loop(self._selector)
+        self.loop.slow_callback_duration = math.inf  # under -X dev; a first import takes a while
         self.resources: set[Closable] = set()
         """What is open on the loop, to be closed when it ends."""
         self._thread = threading.Thread(target=self._run, name="kalm-io", daemon=True)
@@ -42,7 +69,8 @@ class IOThread:
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `coroutine` on the thread, with the caller's context variables.
 
-        Cancelling the future cancels the coroutine.
+        Cancelling the future cancels the coroutine. When the interpreter is ending, daemon
+        threads may still call; they get a future that is never done, and end with it.
 
         Raises:
             RuntimeError: The caller is the thread itself, which would wait for itself, or the
@@ -51,6 +79,9 @@ class IOThread:
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a blocking call on kalm's own I/O thread would never return")
+        if _ending and threading.current_thread() is not threading.main_thread():
+            coroutine.close()
+            return Future()
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         except RuntimeError:
@@ -76,16 +107,46 @@ class IOThread:
                 self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(_STOP_TIMEOUT)
 
+    def stand_still(self, go_on: threading.Event) -> None:
+        """Have the thread wait for `go_on` between two callbacks, where it imports nothing and
+        holds no lock."""
+        standing = threading.Event()
+
+        def stand() -> None:
+            standing.set()
+            go_on.wait(_STAND_TIMEOUT)
+
+        if threading.current_thread() is not self._thread:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(stand)
+                standing.wait(_STAND_TIMEOUT)
+
+    def let_go(self) -> None:
+        """In a forked child: give up the parent's connections.
+
+        They would stay open for the child's life, whatever the parent does with its own. Closed
+        as sockets they might be told to the selector, which is shared with the parent; so their
+        numbers are left to them, with nothing behind.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for key in (self._selector.get_map() or {}).values():  # None once the loop has ended
+            os.dup2(nothing, key.fd, inheritable=False)
+        os.close(nothing)
+
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        closing = [resource.close() for resource in self.resources]
-        self.loop.run_until_complete(asyncio.gather(*tasks, *closing, return_exceptions=True))
+        self.loop.run_until_complete(self._wind_up())
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
+
+    async def _wind_up(self) -> None:
+        closing = [asyncio.ensure_future(resource.close()) for resource in self.resources]
+        while tasks := asyncio.all_tasks() - {asyncio.current_task(), *closing}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # and more may have come
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
 _lock = threading.Lock()
@@ -103,14 +164,35 @@ def io_thread() -> IOThread:
         return _current
 
 
-def _forget_in_child() -> None:
+class _Fork(threading.local):
+    """The fork that this thread is making."""
+
+    over = threading.Event()
+
+
+_fork = _Fork()
+
+
+def _before_fork() -> None:
+    # What is half imported at the fork, or locked, would stay so in the child.
+    _fork.over = threading.Event()
+    if _current is not None:
+        _current.stand_still(_fork.over)
+
+
+def _after_fork_in_parent() -> None:
+    _fork.over.set()
+
+
+def _after_fork_in_child() -> None:
     # A forked child has the parent's objects but not its threads. The parent's loop must stay
     # untouched, even by the garbage collector: its selector is shared with the parent.
-    global _lock, _current
+    global _lock, _current, _ending
     if _current is not None:
+        _current.let_go()
         _abandoned.append(_current)
     _lock = threading.Lock()
-    _current = None
+    _current, _ending = None, False
 
 
 def is_running(thread: IOThread) -> bool:
@@ -132,4 +214,8 @@ def _stop_at_exit() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

@@ -215,12 +215,14 @@ class SessionHolder:
             settings = client.without_client()
             self._thread, self._session = thread, Session(settings, open_transport(settings))
             thread.resources.add(self._session)
-            weakref.finalize(self, _close_later, thread, self._session).atexit = False
+            self._end = weakref.finalize(self, _close_later, thread, self._session)
+            self._end.atexit = False
         return self._session
 
     async def close(self) -> None:
         session, self._session = self._session, None
         if session is not None and self._thread is io_thread():
+            self._end.detach()  # or every closed session would be kept
             self._thread.resources.discard(session)
             await session.close()
 

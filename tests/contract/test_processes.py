@@ -1,127 +1,184 @@
-"""Threads, forks, spawns, signals, interpreter exit: each with a real process.
-
-A hang is a failure: every script has a time limit.
-"""
+"""Processes that are forked, spawned and pooled, over both backends."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 
+import programs
 import pytest
-
-PREAMBLE = """
-import asyncio, multiprocessing, os, signal, sys, threading, time
-from kalm_integrations import KalmClient
-client = KalmClient(backend="local")
-def embed(text):
-    return client.embed([text]).vectors[0].tolist()
-"""
+from programs import SOON, Service, over_http, services
 
 
-def run(code: str, *, timeout: float = 60) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PREAMBLE + code],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout
+@pytest.fixture(scope="module", params=["local", "http"])
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    with services(request.param) as service:
+        yield service
 
 
-def test_a_forked_child_gets_connections_of_its_own() -> None:
-    out = run(
-        "before = embed('x')\n"
-        "pid = os.fork()\n"
-        "if pid == 0:\n"
-        "    same = embed('x') == before\n"
-        "    print('child', same, [t.name for t in threading.enumerate()], flush=True)\n"
-        "    os._exit(0)\n"
-        "os.waitpid(pid, 0)\n"
-        "print('parent', embed('x') == before)"
-    )
-    child, parent = out.splitlines()
-    assert child.startswith("child True ['MainThread', 'kalm-io'")
-    assert parent == "parent True"
+@pytest.fixture(scope="module")
+def local() -> Iterator[Service]:
+    with programs.local() as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[Service]:
+    with over_http() as service:
+        yield service
+
+
+def test_a_child_forked_after_first_use_works_and_so_does_its_parent(service: Service) -> None:
+    out = service.run("""
+        print(right(0))
+        print(ended_well(fork(lambda: right(1) and threads()[-1] == "kalm-io")))
+        print(right(2), threads()[0], threads()[-1])
+    """)
+    assert out == ["True", "True", "True MainThread kalm-io"]
+
+
+def test_parent_and_children_have_connections_of_their_own(http: Service) -> None:
+    http.peers.clear()
+    out = http.run("""
+        client = KalmClient(max_concurrency=1)
+        right(0)
+        def child():
+            return right(1) and right(2) and ended_well(fork(grandchild)) and right(3)
+        def grandchild():
+            return right(4)
+        print(ended_well(fork(child)), right(5))
+    """)
+    assert out == ["True True"]
+    parent, child, again, grandchild, child_again, parent_again = http.peers
+    assert child == again == child_again
+    assert parent == parent_again  # a child's end ends nothing of its parent's
+    assert len({parent, child, grandchild}) == 3
+
+
+def test_a_child_does_not_hold_the_connections_that_its_parent_closes(http: Service) -> None:
+    with http.start("""
+        right(0)
+        read, write = os.pipe()
+        child = fork(lambda: os.read(read, 1) and right(1))
+        client.close()
+        print("closed")
+        sys.stdin.readline()
+        os.write(write, b"!")
+        print(ended_well(child))
+    """) as program:
+        assert program.line() == "closed"
+        program.wait_until(lambda: not http.connections(), SOON)
+        program.tell()
+        assert program.finish() == ["True"]
+
+
+def test_the_end_of_a_child_that_used_nothing_is_quiet(service: Service) -> None:
+    out = service.run("""
+        right(0)
+        print(ended_well(fork(lambda: True)), right(1))
+        print(ended_well(fork(lambda: client.close() is None and gc.collect() >= 0)), right(2))
+    """)
+    assert out == ["True True", "True True"]
+
+
+def test_forks_by_threads_and_when_the_end_has_begun(http: Service) -> None:
+    """These children end at once: what they are in the midst of is their parent's."""
+    out = http.run("""
+        from concurrent.futures import ThreadPoolExecutor
+        from kalm_integrations import io_thread
+        def child(i):
+            def work():
+                thread = threading.Thread(target=lambda: os._exit(not right(i)))
+                thread.start()
+                thread.join()
+            return ended_well(fork(work))
+        right(0)
+        with ThreadPoolExecutor(4) as pool:
+            print(all(pool.map(child, range(8))), right(1))
+        io_thread._stop_at_exit()
+        print(child(2))
+    """)
+    assert out == ["True True", "True"]
+
+
+def test_forks_in_the_midst_of_calls(http: Service) -> None:
+    """Each vector, in each process, is of the text that was sent."""
+    out = http.run("""
+        right(0)
+        wrong, stop = [], threading.Event()
+        def work(first):
+            while not stop.is_set():
+                wrong.extend(i for i in range(first, first + 5) if not right(i))
+        workers = [threading.Thread(target=work, args=(first,)) for first in (0, 5, 10, 15)]
+        for worker in workers: worker.start()
+        children = []
+        for _ in range(5):
+            time.sleep(0.02)
+            children.append(fork(lambda: all(right(i) for i in range(20))))
+        print([ended_well(child) for child in children])
+        stop.set()
+        for worker in workers: worker.join()
+        print(wrong, threads()[0])
+    """)
+    assert out == ["[True, True, True, True, True]", "[] MainThread"]
+
+
+def test_a_fork_during_the_first_call_of_another_thread(http: Service) -> None:
+    """What that call was importing is whole in the children too."""
+    out = http.run("""
+        first = threading.Thread(target=client.warm_up)
+        first.start()
+        children = []
+        for _ in range(4):
+            time.sleep(0.03)
+            children.append(fork(lambda: right(1)))
+        print([ended_well(child) for child in children])
+        first.join()
+        print(right(2))
+    """)
+    assert out == ["[True, True, True, True]", "True"]
+
+
+def test_a_fork_while_another_thread_waits_for_its_answer(http: Service) -> None:
+    with http.start("""
+        right(0)
+        threading.Thread(target=client.embed, args=(["never"],), daemon=True).start()
+        sys.stdin.readline()
+        child = fork(lambda: right(1) and gc.collect() >= 0)
+        print(ended_well(child), right(2))
+        sys.stdin.readline()
+    """) as program:
+        program.wait_until(lambda: http.waiting == ["never"])
+        program.tell()
+        assert program.line() == "True True"
+        assert http.waiting == ["never"]  # the child's end did not end it
+        program.tell()
+        assert program.finish() == []
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_worker_processes(method: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    script = tmp_path / "script.py"
-    script.write_text(
-        PREAMBLE + "if __name__ == '__main__':\n"
-        f"    context = multiprocessing.get_context({method!r})\n"
-        "    here = embed('text 1')\n"
-        "    with context.Pool(2) as pool:\n"
-        "        there = pool.map(embed, ['text 0', 'text 1', 'text 2'], chunksize=1)\n"
-        "    print(there[1] == here, len(there))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, script], check=False, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "True 3\n", done.stderr
+def test_pools_of_processes(http: Service, method: str) -> None:
+    run_pool(http, method)
 
 
-def test_two_event_loops_and_blocking_calls_in_between() -> None:
-    out = run(
-        "async def main():\n"
-        "    return (await client.aembed(['x'])).vectors[0].tolist() == embed('x')\n"
-        "print(asyncio.run(main()), embed('x') is not None, asyncio.run(main()))\n"
-        "print([t.name for t in threading.enumerate() if t.name.startswith('kalm-io')])"
-    )
-    assert out.splitlines() == ["True True True", "['kalm-io']"]
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_pools_of_processes_with_engines_of_their_own(local: Service, method: str) -> None:
+    run_pool(local, method)
 
 
-def test_ctrl_c_ends_a_long_call_at_once() -> None:
-    code = (
-        PREAMBLE + "client.warm_up()\nprint('ready', flush=True)\n"
-        "try:\n"
-        "    client.embed([f'{i} ' * 500 for i in range(50_000)])\n"
-        "except KeyboardInterrupt:\n"
-        "    print('interrupted', len(embed('still works')))\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(1)
-        sent = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-        assert (out, err, process.returncode) == ("interrupted 512\n", "", 0)
-        assert time.monotonic() - sent < 10
-
-
-def test_a_thread_goes_on_when_the_main_one_has_ended() -> None:
-    out = run(
-        "def work():\n"
-        "    time.sleep(0.5)\n"
-        "    for i in range(20): embed(f'text {i}')\n"
-        "    print('done')\n"
-        "threading.Thread(target=work).start()"
-    )
-    assert out == "done\n"
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        "threading.Thread(target=client.embed, args=(TEXTS,), daemon=True).start()",
-        "next(parts := client.iter_embed(TEXTS))",
-    ],
-    ids=["a thread waits", "an iterator is open"],
-)
-def test_the_interpreter_exits_with_calls_in_flight(start: str) -> None:
-    began = time.monotonic()
-    out = run(
-        "TEXTS = [f'{i} ' * 300 for i in range(50_000)]\n"
-        f"client.warm_up()\n{start}\ntime.sleep(0.5)\nprint('bye')",
-        timeout=30,
-    )
-    assert out == "bye\n"
-    assert time.monotonic() - began < 20
+def run_pool(service: Service, method: str) -> None:
+    """The adapter travels to the workers in a pickle; its key, in the environment."""
+    out = service.run(f"""
+        import logging
+        from concurrent.futures import ProcessPoolExecutor
+        from kalm_integrations import KalmModalEmbeddings
+        embeddings = KalmModalEmbeddings()
+        texts = [f"text {{i}}" for i in range(12)]
+        embeddings.embed_query(texts[0])
+        context = multiprocessing.get_context({method!r})
+        # Two workers that load their engines may take a while, and would say so.
+        with ProcessPoolExecutor(2, context, logging.disable) as pool:
+            vectors = list(pool.map(embeddings.embed_query, texts))
+        print([is_of(vector, i) for i, vector in enumerate(vectors)].count(True))
+        print(is_of(embeddings.embed_query(texts[1]), 1))
+    """)
+    assert out == ["12", "True"]
