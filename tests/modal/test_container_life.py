@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import socketserver
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -285,3 +287,24 @@ def test_a_connection_that_did_not_survive_the_snapshot_does_not_break_the_first
     assert list(describe(FAULTY)["phases"]) == [*LIFE, "load_again", "canary_again"]
     (container,) = cold()
     assert "the peer has hung up" in container.log
+
+
+def isolation_works() -> bool:
+    command = ["unshare", "--mount", "--uts", "true"]
+    return sys.platform == "linux" and subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.skipif("not isolation_works()", reason="needs root and Linux namespaces")
+def test_it_comes_back_on_a_machine_of_another_name(
+    new_emulator: Callable[..., Emulator], expected: np.ndarray
+) -> None:
+    isolated = new_emulator(isolated=True)
+    isolated.deploy("modal_backend.app", cwd=ROOT, env={"KALM_DEPLOY_ENGINE": "embedded"})
+    with isolated.client() as caller:
+        service: Any = modal.Cls.from_name(REAL, CLASS, client=caller)()
+        vectors = service.embed.remote(TEXTS)
+    assert np.allclose(vectors, expected, atol=1e-6)
+    (container,) = isolated.containers(CLASS)
+    before, after = container.task_ids  # the machine is named after the task
+    assert before != after
+    assert isolated.starts(CLASS) == 1
