@@ -236,8 +236,8 @@ class IdentityMismatchError(KalmError):
 
     code = "identity_mismatch"
     remedy = (
-        "Vectors of two spaces must not meet in one index. Use the service, dimensions= and "
-        "document_instruction= that the index was made with; for a new index, the service's "
+        "Vectors of two spaces must not meet in one index. Use the service, model=, dimensions= "
+        "and document_instruction= that the index was made with; for a new index, the service's "
         "identity can be expected_identity=."
     )
 

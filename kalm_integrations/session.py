@@ -61,6 +61,7 @@ class Session:
         self._transport = transport
         self._verifier = Verifier(settings)
         self._told = False
+        self._failed: KalmError | None = None
         self._budget = RetryBudget(settings.max_retries * settings.max_concurrency)
         self._slots: dict[Role, asyncio.Semaphore] = {
             "query": asyncio.Semaphore(settings.max_concurrency),
@@ -108,8 +109,9 @@ class Session:
         except TimeoutError as error:
             if not timer.expired():
                 raise  # a deadline that the service kept
+            failed = f" The last attempt: {self._failed}" if self._failed else ""
             raise DeadlineExceededError(
-                f"no answer within timeout={self._settings.timeout:g} s."
+                f"no answer within timeout={self._settings.timeout:g} s.{failed}"
             ) from error
         finally:
             waiting.cancel()
@@ -176,8 +178,10 @@ class Session:
             try:
                 result = await attempt()
                 self._budget.earn()
+                self._failed = None
                 return result
             except KalmError as error:
+                self._failed = error
                 delay = delay_before(retry, error, self._settings.max_retries)
                 if delay is None or time.monotonic() + delay >= deadline:
                     raise

@@ -14,16 +14,16 @@ import modal
 import modal.experimental
 from pydantic import SecretStr
 
-from kalm_integrations.errors import EngineLoadError
 from modal_backend import rpc
 from modal_backend.engines import Engine
 from modal_backend.image import HF_HOME, JIT_VOLUME, image_of
 from modal_backend.life import Life
-from modal_backend.settings import DeploySettings
+from modal_backend.settings import DeploySettings, check_available
 from modal_backend.stock import STOCK_PORT, stock_command
 from modal_backend.tags import tags_of
 
 settings = DeploySettings()
+check_available(settings)
 app = modal.App(settings.app_name, tags=tags_of(settings))
 image = image_of(settings)
 
@@ -64,7 +64,7 @@ before_snapshot: Callable[[Any], Any] = (
     enable_memory_snapshot=settings.snapshot != "off",
     experimental_options={"enable_gpu_snapshot": True} if settings.on_gpu else {},
 )
-@modal.concurrent(max_inputs=settings.concurrency)
+@modal.concurrent(max_inputs=settings.concurrency, target_inputs=settings.concurrency // 2)
 class VLLMEmbeddingSnapshot:
     """One loaded engine behind two doors.
 
@@ -85,7 +85,7 @@ class VLLMEmbeddingSnapshot:
         self.door = create_app(
             self.life.service,
             keys=self.keys,
-            max_inside=settings.concurrency // 2,
+            max_inside=settings.http_concurrency,
             phases=self.life.phases,
         )
 
@@ -137,8 +137,6 @@ class VLLMEmbeddingSnapshot:
 
 async def _load() -> Engine:
     """The engine of this deployment, loaded without holding up the loop."""
-    if settings.engine == "vllm":
-        raise EngineLoadError("the vLLM engine is not in this version yet.")
     from modal_backend.engines.embedded import EmbeddedEngine
 
     return await asyncio.to_thread(EmbeddedEngine.load)

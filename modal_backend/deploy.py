@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from kalm_integrations.errors import ConfigurationError, KalmError, ModalTokenError
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.settings import DEFAULT_APP
-from modal_backend.settings import DeploySettings
+from modal_backend.settings import DeploySettings, check_available
 from modal_backend.tags import IDENTITY_TAG, tags_of
 
 
@@ -44,11 +45,11 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
         ModalTokenError: Modal refused the token, or there is none.
         KalmError: Modal failed.
     """
-    if settings.engine == "vllm":
-        raise ConfigurationError(
-            "the vLLM engine is not in this version yet: pass --engine embedded."
-        )
+    check_available(settings)
+    _check_variables()
     console = Console(file=sys.stdout, highlight=False)
+    console.print("Asking Modal what is deployed")
+    _check_secrets(settings)
     before = deployed_tags(settings.app_name, settings.environment_name)
     _check_identity(settings, before, accept_new_identity)
     console.print(_costs(settings))
@@ -61,7 +62,36 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
             app.deploy(environment_name=settings.environment_name)
     except modal.exception.Error as error:
         raise _ours(error) from error
-    console.print(_what_next(settings), markup=False)
+    console.print(_what_next(settings), markup=False, soft_wrap=True)
+
+
+def _check_variables() -> None:
+    known = set(DeploySettings.variables().values())
+    prefix = DeploySettings.variable_prefix
+    for name in sorted(os.environ):
+        if name.startswith(prefix) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigurationError(f"{name}: there is no such setting.{hint}")
+
+
+def _check_secrets(settings: DeploySettings) -> None:
+    """Ask for the Secrets now: once the app is being built, Modal's own words name no remedy."""
+    wanted = [(settings.api_key_secret, "KALM_API_KEY")] if settings.needs_bearer else []
+    wanted += [(settings.hf_secret, "HF_TOKEN")] if settings.hf_secret and settings.on_gpu else []
+    for name, key in wanted:
+        try:
+            modal.Secret.from_name(
+                name, environment_name=settings.environment_name, required_keys=[key]
+            ).hydrate()
+        except modal.exception.NotFoundError as error:
+            raise ConfigurationError(
+                f"there is no Secret {name!r} with {key} on Modal. Create it: "
+                f"modal secret create {name} {key}=..., for a key of ours for instance the output "
+                "of `openssl rand -hex 32`."
+            ) from error
+        except modal.exception.Error as error:
+            raise _ours(error) from error
 
 
 def _ours(error: Exception) -> KalmError:
@@ -93,10 +123,10 @@ def _costs(settings: DeploySettings) -> Table:
     table.add_column("$", justify="right")
     table.add_row("one container, an hour", f"{hour:.2f}")
     table.add_row(
-        f"at most ({settings.max_containers} containers), an hour",
+        f"at most (--max-containers {settings.max_containers}), an hour",
         f"{hour * settings.max_containers:.2f}",
     )
-    table.add_row(f"idle ({settings.min_containers} containers kept up), a day", f"{idle:.2f}")
+    table.add_row(f"idle (--min-containers {settings.min_containers}), a day", f"{idle:.2f}")
     table.add_row(
         f"the wait of {settings.scaledown_window} s after the last call, each time",
         f"{hour * settings.scaledown_window / 3600:.3f}",
@@ -114,20 +144,22 @@ def _what_next(settings: DeploySettings) -> str:
         arguments["environment_name"] = settings.environment_name
     if settings.engine == "embedded":
         arguments["model"] = EMBEDDED.space.model
-    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    shown = ", ".join(["backend='modal'", *(f"{k}={v!r}" for k, v in arguments.items())])
+    variables = "".join(f"KALM_{name.upper()}={value} " for name, value in arguments.items())
     first = {"embedded": "some 10 seconds", "vllm": "some minutes"}[settings.engine]
     return f"""
 Deployed. With your Modal token, over RPC:
 
-    from kalm_integrations import KalmModalEmbeddings
+    from kalm_integrations import KalmClient
 
-    embeddings = KalmModalEmbeddings({shown})
-    print(embeddings.embed_query("How tall is K2?")[:3])
+    client = KalmClient({shown})
+    print(client.embed(["How tall is K2?"], role="query").vectors[0][:3].tolist())
 
-Over HTTP add backend="http" and {_credentials(settings)}.
+KalmModalEmbeddings of LangChain and of LlamaIndex take the same arguments.
+Over HTTP it is backend="http", with {_credentials(settings)}.
 The first start takes {first} and writes the snapshot; later ones come back from it.
 
-Check it:    kalm doctor --wake
+Check it:    {variables}kalm doctor --wake
 See its log: modal app logs {settings.app_name}
 """
 

@@ -121,7 +121,11 @@ class HttpGuard:
             await _refuse(refusal, scope, receive, send_with_names)
             return
         if self._inside == self._max_inside:
-            full = ServiceUnavailableError("this door has as many requests as it may.", RETRY_AFTER)
+            full = ServiceUnavailableError(
+                f"this container has {self._inside} requests over HTTP, which is all it takes; "
+                "--concurrency and --max-containers of `kalm deploy` raise that.",
+                RETRY_AFTER,
+            )
             await _refuse(full, scope, receive, send_with_names)
             return
         self._inside += 1

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kalm_integrations.client import KalmClient
+from kalm_integrations.errors import KalmError
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.transports.modal_rpc import deployed
 from modal_backend.settings import DeploySettings
@@ -27,7 +28,7 @@ def prove(settings: DeploySettings) -> None:
         settings: Name the app, and the engine whose identity is expected.
 
     Raises:
-        KalmError: It is not deployed, does not start, or serves other vectors.
+        SystemExit: It is not deployed, does not start, or serves other vectors.
     """
     arguments: dict[str, Any] = {
         "backend": "modal",
@@ -36,7 +37,14 @@ def prove(settings: DeploySettings) -> None:
     }
     if settings.engine == "embedded":
         arguments["model"] = EMBEDDED.space.model
-    client = KalmClient(**arguments)
+    try:
+        _prove(KalmClient(**arguments), settings)
+    except KalmError as error:
+        # Modal would show it at the end of a page of traceback.
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+def _prove(client: KalmClient, settings: DeploySettings) -> None:
     start = time.perf_counter()
     identity = client.warm_up()
     first = time.perf_counter() - start

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kalm_integrations.environment import EnvironmentSettings
+from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.settings import DEFAULT_APP
+from modal_backend import engines
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
@@ -42,6 +44,19 @@ GPUS: Final = {
 _WEIGHTS_GIB: Final = {"none": 22, "fp8": 13}
 _ROOM_GIB: Final = 6  # KV cache, activations, CUDA graphs
 _CPU_DOLLARS, _GIB_DOLLARS = 0.0000131, 0.00000222  # a core and a GiB of memory, each second
+
+
+def check_available(settings: DeploySettings) -> None:
+    """Refuse what this version has no engine for, before it is deployed.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if settings.engine not in engines.AVAILABLE:
+        raise ConfigurationError(
+            f"engine={settings.engine!r} is not in this version yet: take --engine embedded, or "
+            "set KALM_DEPLOY_ENGINE=embedded."
+        )
 
 
 def _split(value: Any) -> Any:
@@ -90,8 +105,9 @@ class DeploySettings(EnvironmentSettings):
     scaledown_window: int = Field(300, ge=2, le=3600)
     """Seconds that an idle container waits for the next call."""
 
-    concurrency: int = Field(64, ge=8, le=1000)
-    """Calls that a container works on at a time; HTTP may take half of them."""
+    concurrency: int = Field(128, ge=8, le=1000)
+    """Calls that a container takes at a time; HTTP may take three quarters of them. From half of
+    them on, another container is started, up to `max_containers`."""
 
     timeout: int = Field(600, ge=10, le=86_400)
     """Seconds that a call may take."""
@@ -129,6 +145,8 @@ class DeploySettings(EnvironmentSettings):
             self._check_gpus()
         elif self.quantization != "none":
             raise ValueError(f"quantization={self.quantization!r}: the embedded engine has none")
+        elif self.gpu != type(self).model_fields["gpu"].default:
+            raise ValueError(f"gpu={','.join(self.gpu)!r}: the embedded engine runs on a CPU")
         return self
 
     def _check_gpus(self) -> None:
@@ -174,6 +192,11 @@ class DeploySettings(EnvironmentSettings):
         gpu = max((GPUS[name.removesuffix("!")].dollars for name in self.gpu), default=0.0)
         machine = self.cpu * _CPU_DOLLARS + self.memory_mib / 1024 * _GIB_DOLLARS
         return 3600 * (machine + (gpu if self.on_gpu else 0.0)) * (1.75 if self.region else 1.0)
+
+    @property
+    def http_concurrency(self) -> int:
+        """Calls that may come over HTTP at a time, so that they leave RPC its share."""
+        return self.concurrency * 3 // 4
 
     @property
     def needs_bearer(self) -> bool:

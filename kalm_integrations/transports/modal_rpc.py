@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -142,6 +143,9 @@ def deployed(settings: ClientSettings) -> Any:
             f'backend="modal" needs Modal\'s client: {install_command("modal")}.'
         ) from error
     _leave_parents_channels_alone()
+    hpack = logging.getLogger("hpack")  # under Modal's client; its DEBUG lines show the token
+    if hpack.level < logging.INFO:
+        hpack.setLevel(logging.INFO)
     return modal.Cls.from_name(
         settings.app_name, settings.modal_class, environment_name=settings.environment_name
     )()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import Truncate
+
+AVAILABLE: Final = frozenset({"embedded"})
+"""The engines of this version."""
 
 
 @dataclass(frozen=True, slots=True)

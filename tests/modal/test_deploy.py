@@ -19,6 +19,7 @@ from modal_emulator import Emulator, gpu_choices
 ROOT = Path(__file__).parents[2]
 CLASS = "VLLMEmbeddingSnapshot"
 APP = "vllm-embedding-snapshot"
+NEXT_VERSION = Path(__file__).parent / "apps" / "next_version.py"
 KALM = [sys.executable, "-m", "kalm_integrations.cli"]
 EMBEDDED = {"KALM_DEPLOY_ENGINE": "embedded"}
 
@@ -47,11 +48,46 @@ class TestKalmDeploy:
     def test_it_ends_with_a_snippet_that_works(self, run: Any, emulator: Emulator) -> None:
         shown = run(*KALM, "deploy", "--engine", "embedded", "--max-containers", "2").stdout
         assert re.search(r"one container, an hour\s+│\s+0\.06", shown)
-        assert re.search(r"at most \(2 containers\), an hour\s+│\s+0\.13", shown)
-        assert re.search(r"idle \(0 containers kept up\), a day\s+│\s+0\.00", shown)
+        assert re.search(r"at most \(--max-containers 2\), an hour\s+│\s+0\.13", shown)
+        assert re.search(r"idle \(--min-containers 0\), a day\s+│\s+0\.00", shown)
         snippet = "\n".join(re.findall(r"^    (.*)$", shown.partition("over RPC:")[2], re.M))
         assert len(json.loads(run(sys.executable, "-W", "error", "-c", snippet).stdout)) == 3
+        (check,) = re.findall(r"^Check it: +(.*) kalm doctor --wake$", shown, re.M)
+        variables = dict(pair.split("=") for pair in check.split())
+        assert "All good" in run(*KALM, "doctor", "--wake", **variables).stdout
         assert not emulator.unimplemented
+
+    @pytest.mark.parametrize("columns", ["40", "80"])
+    def test_the_snippet_is_whole_on_a_narrow_terminal(self, run: Any, columns: str) -> None:
+        name = "a-rather-long-application-name-of-the-search-team"
+        command = [*KALM, "deploy", "--engine", "embedded", "--app-name", name]
+        shown = run(*command, COLUMNS=columns).stdout
+        snippet = "\n".join(re.findall(r"^    (.*)$", shown.partition("over RPC:")[2], re.M))
+        compile(snippet, "snippet", "exec")
+        assert f"app_name='{name}'" in snippet
+        assert f"KALM_APP_NAME={name} kalm doctor" not in shown  # the model's name stands between
+        assert f"KALM_APP_NAME={name} KALM_MODEL=" in shown
+
+    def test_what_this_version_lacks_is_refused_however_it_is_deployed(
+        self, run: Any, emulator: Emulator
+    ) -> None:
+        before = len(emulator.created)
+        assert "not in this version" in run(*KALM, "deploy", status=2).stderr
+        with pytest.raises(AssertionError, match="not in this version"):
+            emulator.deploy("modal_backend.app", cwd=ROOT)
+        assert len(emulator.created) == before
+
+    def test_a_secret_that_is_missing_and_a_misspelt_variable(
+        self, run: Any, emulator: Emulator
+    ) -> None:
+        before = len(emulator.created)
+        bearer = [*KALM, "deploy", "--engine", "embedded", "--auth", "proxy+bearer"]
+        refused = run(*bearer, "--api-key-secret", "nowhere", status=2)
+        assert "modal secret create nowhere KALM_API_KEY=" in refused.stderr
+        assert "What " not in refused.stdout
+        misspelt = run(*KALM, "deploy", status=2, **EMBEDDED, KALM_DEPLOY_MAXCONTAINERS="3")
+        assert "Did you mean KALM_DEPLOY_MAX_CONTAINERS?" in misspelt.stderr
+        assert len(emulator.created) == before
 
     def test_other_vectors_do_not_replace_these_without_a_word(
         self, run: Any, emulator: Emulator
@@ -59,7 +95,7 @@ class TestKalmDeploy:
         run(*KALM, "deploy", "--engine", "embedded")
         deployed = len(emulator.created)
         # The app as `modal deploy` would make it of other settings, under the same name.
-        emulator.deploy("modal_backend.app", cwd=ROOT, env={"KALM_DEPLOY_ENGINE": "vllm"})
+        emulator.deploy(NEXT_VERSION, cwd=ROOT)
         assert len(emulator.created) > deployed
         deployed = len(emulator.created)
         refused = run(*KALM, "deploy", "--engine", "embedded", status=2).stderr
@@ -84,7 +120,7 @@ class TestDeployRequest:
     def deployed(self, emulator: Emulator) -> Callable[..., Any]:
         def deployed(**settings: str) -> Any:
             variables = {f"KALM_DEPLOY_{name.upper()}": value for name, value in settings.items()}
-            emulator.deploy("modal_backend.app", cwd=ROOT, env=variables)
+            emulator.deploy(NEXT_VERSION, cwd=ROOT, env=variables)
             return emulator.function(f"{settings.get('app_name', APP)}/{CLASS}")
 
         return deployed
@@ -98,7 +134,7 @@ class TestDeployRequest:
         assert (made.timeout_secs, made.startup_timeout_secs) == (600, 1200)
         assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (1, 300)
         assert made.autoscaler_settings.min_containers == 0
-        assert made.max_concurrent_inputs == 64
+        assert (made.max_concurrent_inputs, made.target_concurrent_inputs) == (128, 64)
         assert made.checkpointing_enabled
         assert dict(made.experimental_options) == {"enable_gpu_snapshot": "True"}
         assert {mount.mount_path for mount in made.volume_mounts} == {
@@ -144,7 +180,7 @@ class TestDeployRequest:
         assert made.resources.memory_mb == 28 * 1024
         assert (made.timeout_secs, made.startup_timeout_secs) == (120, 300)
         assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (3, 60)
-        assert made.max_concurrent_inputs == 32
+        assert (made.max_concurrent_inputs, made.target_concurrent_inputs) == (32, 16)
         assert not made.checkpointing_enabled
         assert list(made.scheduler_placement.regions) == ["eu"]
         assert not made.method_definitions["http"].webhook_config.requires_proxy_auth
