@@ -22,6 +22,7 @@ from kalm_integrations.profiles import EMBEDDED, KALM
 from modal_backend.tags import IDENTITY_TAG, VERSION_TAG
 
 ROOT = Path(__file__).parents[2]
+NEXT_VERSION = Path(__file__).parent / "apps" / "next_version.py"  # has vLLM
 APP, CLASS = "vllm-embedding-snapshot", "VLLMEmbeddingSnapshot"
 SERVICE = f"{APP}/{CLASS}"
 DEPLOYED = ("token", "app", "app version", "app identity")
@@ -78,7 +79,7 @@ def kalm(deployed: Emulator) -> None:
             "KALM_DEPLOY_QUANTIZATION": quantization,
             "KALM_DEPLOY_GPU": gpu,
         }
-        deployed.deploy("modal_backend.app", cwd=ROOT, env=settings)
+        deployed.deploy(NEXT_VERSION, cwd=ROOT, env=settings)
 
 
 @pytest.fixture(scope="module")
