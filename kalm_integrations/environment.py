@@ -120,7 +120,12 @@ def _declaring(cls: type[EnvironmentSettings]) -> type[EnvironmentSettings]:
     )
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question to put behind a message, if there is a name like this one."""
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    hint = did_you_mean(name, known)
     return f"{name}: there is no such argument.{hint} There are {', '.join(known)}."

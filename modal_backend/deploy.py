@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from typing import Any
@@ -11,6 +10,7 @@ import modal
 from rich.console import Console
 from rich.table import Table
 
+from kalm_integrations.environment import did_you_mean
 from kalm_integrations.errors import ConfigurationError, KalmError, ModalTokenError
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.settings import DEFAULT_APP
@@ -70,9 +70,9 @@ def _check_variables() -> None:
     prefix = DeploySettings.variable_prefix
     for name in sorted(os.environ):
         if name.startswith(prefix) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigurationError(f"{name}: there is no such setting.{hint}")
+            raise ConfigurationError(
+                f"{name}: there is no such setting.{did_you_mean(name, known)}"
+            )
 
 
 def _check_secrets(settings: DeploySettings) -> None:

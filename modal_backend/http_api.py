@@ -41,7 +41,7 @@ from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, pack
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.http_guard import BearerKeys, HttpGuard
 from modal_backend.metrics import CONTENT_TYPE, Metrics
-from modal_backend.openai_schema import EmbeddingsBody, render, render_error
+from modal_backend.openai_schema import EmbeddingsBody, error_headers, render, render_error
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -166,10 +166,7 @@ class _Door:
         request.state.end = error.code
         if error.status >= 500:
             log.warning("request %s: %s", request.state.request_id, error)
-        headers = {}
-        if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
-            headers["Retry-After"] = str(math.ceil(error.retry_after))
-        return _json_error(error, headers)
+        return _json_error(error, error_headers(error))
 
     def _check_model(self, name: str | None) -> None:
         served = self._service.identity.model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import math
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.wire import IDENTITY_HEADER, REQUEST_ID_HEADER
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.metrics import Metrics
-from modal_backend.openai_schema import render_error
+from modal_backend.openai_schema import error_headers, render_error
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +154,5 @@ def _digest(key: bytes) -> bytes:
 
 async def _refuse(error: KalmError, scope: Scope, receive: Receive, send: Send) -> None:
     scope["state"]["end"] = error.code
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
-    answer = Response(render_error(error), error.status, headers, "application/json")
+    answer = Response(render_error(error), error.status, error_headers(error), "application/json")
     await answer(scope, receive, send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from typing import Any, Literal
 
 import orjson
@@ -18,6 +19,7 @@ from kalm_integrations.errors import (
     ConfigurationError,
     InvalidArgumentError,
     KalmError,
+    ServiceUnavailableError,
 )
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import (
@@ -153,6 +155,15 @@ def render_error(error: KalmError) -> bytes:
     described["type"] = "invalid_request_error" if error.status < 500 else "server_error"
     described["param"] = f"input[{invalid[0]['index']}]" if invalid else None
     return orjson.dumps({"error": described})
+
+
+def error_headers(error: KalmError) -> dict[str, str]:
+    """What goes with an error: who may enter, or when to come back."""
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
+        return {"Retry-After": str(math.ceil(error.retry_after))}
+    return {}
 
 
 def _is_ids(member: object) -> bool:

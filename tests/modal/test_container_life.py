@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import re
 import socketserver
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -24,6 +22,7 @@ import numpy as np
 import pytest
 from modal_emulator import Emulator
 from modal_emulator.container import Container
+from modal_emulator.sandbox import isolation_works  # noqa: F401 (skipif asks it by name)
 
 from kalm_integrations import KalmClient
 from kalm_integrations.errors import CanaryFailedError, EngineLoadError
@@ -287,11 +286,6 @@ def test_a_connection_that_did_not_survive_the_snapshot_does_not_break_the_first
     assert list(describe(FAULTY)["phases"]) == [*LIFE, "load_again", "canary_again"]
     (container,) = cold()
     assert "the peer has hung up" in container.log
-
-
-def isolation_works() -> bool:
-    command = ["unshare", "--mount", "--uts", "true"]
-    return sys.platform == "linux" and subprocess.run(command, check=False).returncode == 0
 
 
 @pytest.mark.skipif("not isolation_works()", reason="needs root and Linux namespaces")

@@ -1,6 +1,5 @@
 """What a deployment says, and what of it a container finds in place."""
 
-import subprocess
 import sys
 import venv
 from pathlib import Path
@@ -10,6 +9,7 @@ import modal
 import pytest
 from modal_emulator import Emulator, gpu_choices
 from modal_emulator.images import Image, Layer
+from modal_emulator.sandbox import isolation_works  # noqa: F401 (skipif asks it by name)
 from modal_proto import api_pb2
 from toy import parts_app
 
@@ -111,11 +111,6 @@ def test_containers_may_run_another_interpreter(new_emulator: Any, tmp_path: Pat
     assert seen["executable"] == str(python)
     assert here in seen["path"]
     assert seen["env"]["EXTRA"] == "set"
-
-
-def isolation_works() -> bool:
-    command = ["unshare", "--mount", "--uts", "true"]
-    return sys.platform == "linux" and subprocess.run(command, check=False).returncode == 0
 
 
 @pytest.mark.skipif("not isolation_works()", reason="needs root and Linux namespaces")

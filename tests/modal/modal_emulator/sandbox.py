@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,3 +148,9 @@ def marked_processes(container: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def isolation_works() -> bool:
+    """Whether this user, on this machine, may have `isolated` containers."""
+    command = ["unshare", "--mount", "--uts", "true"]
+    return sys.platform == "linux" and subprocess.run(command, check=False).returncode == 0
