@@ -9,13 +9,18 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Final
 
 log = logging.getLogger(__name__)
+
+VOLUME: Final = ".cache/vllm-jit"
+"""Where the volume is, below the container's home."""
+_LOCAL: Final = ".cache/vllm"  # where vLLM looks by itself
 
 
 def fetch() -> None:
     """Copy what the volume has to where vLLM looks. A cache that fails is only slow."""
-    _copy(_volume(), _local())
+    _copy(Path.home() / VOLUME, Path.home() / _LOCAL)
 
 
 def store() -> bool:
@@ -24,15 +29,7 @@ def store() -> bool:
     Returns:
         Whether anything was: then the volume wants to be committed.
     """
-    return _copy(_local(), _volume())
-
-
-def _volume() -> Path:
-    return Path.home() / ".cache" / "vllm-jit"
-
-
-def _local() -> Path:
-    return Path.home() / ".cache" / "vllm"
+    return _copy(Path.home() / _LOCAL, Path.home() / VOLUME)
 
 
 def _copy(source: Path, target: Path) -> bool:

@@ -16,7 +16,7 @@ from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED, KALM, KALM_FP8, profile_of
 from kalm_integrations.settings import DEFAULT_APP
-from modal_backend.engines.vllm.config import VLLMOptions
+from modal_backend.engines.vllm.config import VLLMOptions, kv_room
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
@@ -45,7 +45,7 @@ GPUS: Final = {
     "B200": Gpu(180, True, 0.001736),
 }
 _WEIGHTS_GIB: Final = {"none": 22, "fp8": 13}
-_KV_GIB: Final = 1.25 * 2 * 48 * 8 * 256 * 2 / 2**30  # a token of KaLM's; see kv_cache_bytes
+_TOKEN_BYTES: Final = 2 * 48 * 8 * 256 * 2  # keys and values of a token of KaLM's, in bf16
 _ROOM_GIB: Final = 3  # activations, CUDA graphs, CUDA itself
 _USABLE: Final = 0.95  # of what is printed on a card
 VLLM_ONLY: Final = (
@@ -176,8 +176,9 @@ class DeploySettings(EnvironmentSettings):
             kind = GPUS.get(name.removesuffix("!"))
             if kind is None:
                 raise ValueError(f"gpu={name!r}: it is one of {', '.join(GPUS)}")
-            tokens = max(2 * VLLMOptions().max_num_batched_tokens, self.max_model_len or 0)
-            needed = _WEIGHTS_GIB[self.quantization] + tokens * _KV_GIB + _ROOM_GIB
+            step = VLLMOptions().max_num_batched_tokens
+            kv_gib = kv_room(step, self.max_model_len or 0, _TOKEN_BYTES) / 2**30
+            needed = _WEIGHTS_GIB[self.quantization] + kv_gib + _ROOM_GIB
             if self.model == KALM.space.model and kind.gib * _USABLE < needed:
                 raise ValueError(
                     f"gpu={name!r} has {kind.gib} GiB; weights, KV cache and working memory take "

@@ -104,18 +104,28 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
     return asked
 
 
+def kv_room(step: int, longest: int, token: int) -> int:
+    """Bytes for two full steps, or for the longest text: more is of no use to a pooling model.
+
+    Args:
+        step: Most tokens in a step.
+        longest: Tokens of the longest text.
+        token: Bytes of one token's keys and values.
+    """
+    # Layers of a sliding window are kept in blocks of their own, padded to the others' number.
+    return int(1.25 * max(2 * step, longest) * token) + 2**20
+
+
 def kv_cache_bytes(model_config: Any, step: int) -> int:
-    """Room for two full steps, or for the longest text: more is of no use to a pooling model.
+    """`kv_room` of a model.
 
     Args:
         model_config: vLLM's, of the arguments.
         step: Most tokens in a step.
     """
-    tokens = max(2 * step, model_config.max_model_len)
     heads = model_config.get_total_num_kv_heads() * model_config.get_head_size()
     numbers = 2 * model_config.get_total_num_hidden_layers() * heads
-    # Layers of a sliding window are kept in blocks of their own, padded to the others' number.
-    return int(1.25 * tokens * numbers * model_config.dtype.itemsize) + 2**20
+    return kv_room(step, model_config.max_model_len, numbers * model_config.dtype.itemsize)
 
 
 def identity_of(weights: Weights, inspected: Mapping[str, Any]) -> SpaceIdentity:

@@ -148,9 +148,7 @@ class VLLMEngine:
             if llm is not None:
                 await process.shut_down(llm)
             guard.finish()
-            if not isinstance(error, Exception):
-                raise
-            if isinstance(error, KalmError):
+            if isinstance(error, KalmError) or not isinstance(error, Exception):
                 raise
             raise EngineLoadError(
                 f"vLLM could not load {weights.folder}: {type(error).__name__}: {error}."
