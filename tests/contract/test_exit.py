@@ -6,27 +6,8 @@ import signal
 import time
 from collections.abc import Iterator
 
-import programs
 import pytest
-from programs import Program, Service, over_http, services
-
-
-@pytest.fixture(scope="module", params=["local", "http"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with services(request.param) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def local() -> Iterator[Service]:
-    with programs.local() as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def http() -> Iterator[Service]:
-    with over_http() as service:
-        yield service
+from programs import Program, Service, over_http
 
 
 @pytest.fixture(scope="module")

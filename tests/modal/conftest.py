@@ -44,11 +44,7 @@ def modal_client(emulator: Emulator) -> Iterator[modal.Client]:
 
 
 @pytest.fixture
-def modal_env(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+def modal_env(emulator: Emulator) -> Iterator[Emulator]:
     """Makes code that reads its credentials from the environment talk to the emulator."""
-    for name, value in emulator.client_env.items():
-        monkeypatch.setenv(name, value)
-    with emulator.client() as client:
-        modal.Client._set_env_client(client)
+    with emulator.in_this_process():
         yield emulator
-    modal.Client._set_env_client(None)

@@ -46,12 +46,8 @@ def emulator(new_emulator: Callable[..., Emulator]) -> Iterator[Emulator]:
     emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-before"})
     emulator.deploy("modal_backend.app", cwd=ROOT, env=variables)
     emulator.deploy(FAULTY_APP, cwd=ROOT, env={**variables, "KALM_DEPLOY_APP_NAME": FAULTY})
-    with pytest.MonkeyPatch.context() as patch, emulator.client() as client:
-        for name, value in emulator.client_env.items():
-            patch.setenv(name, value)
-        modal.Client._set_env_client(client)
+    with emulator.in_this_process():
         yield emulator
-        modal.Client._set_env_client(None)
     assert not emulator.unimplemented
 
 

@@ -4,7 +4,6 @@ every run, their vectors tell texts apart, and each thing that can be wrong move
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import texts as some
 import torch
-import transformers
 from reference import cosines, hidden_states, load, reference_vectors, token_ids
 from retrieval_set import PASSAGES, QUERIES, RIGHT, recall_at_1
 from tiny_models import (
@@ -33,16 +31,6 @@ LENGTHS = (2, 3, 8, 31, 32, 33, 64, 65, 150, 300, 700)
 GEMMA_IDS = [2, 299, 308, 343, 380, 329, 327, 386, 556, 349, 70]
 GEMMA_VECTOR = [-0.0329, -0.0925, -0.0159, 0.0909]
 QWEN_VECTOR = [0.1735, 0.1270, -0.0527, -0.0577]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,8 @@ def emulator() -> Iterator[Emulator]:
     with Emulator(stop_grace=30, container_env=surroundings) as emulator:
         settings = {"KALM_DEPLOY_MODEL": MODEL, "KALM_DEPLOY_ENFORCE_EAGER": "1"}
         emulator.deploy("modal_backend.app", cwd=ROOT, env=settings)
-        with pytest.MonkeyPatch.context() as patch, emulator.client() as client:
-            for name, value in emulator.client_env.items():
-                patch.setenv(name, value)
-            modal.Client._set_env_client(client)
+        with emulator.in_this_process():
             yield emulator
-            modal.Client._set_env_client(None)
         assert not emulator.unimplemented
 
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import modal
+import pytest
 from aiohttp import web
 from modal_proto import api_pb2
 
@@ -117,6 +118,18 @@ class Emulator:
             credentials or self.options.credentials,
         ) as client:
             yield client
+
+    @contextmanager
+    def in_this_process(self) -> Iterator[modal.Client]:
+        """Code that reads its credentials from the environment talks to the emulator."""
+        with pytest.MonkeyPatch.context() as patch, self.client() as client:
+            for name, value in self.client_env.items():
+                patch.setenv(name, value)
+            modal.Client._set_env_client(client)
+            try:
+                yield client
+            finally:
+                modal.Client._set_env_client(None)
 
     def cli(
         self,
