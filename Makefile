@@ -39,7 +39,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/pytest
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/pytest tests/vllm
+	$(VLLM_VENV)/bin/pytest tests/vllm --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
