@@ -44,7 +44,7 @@ def modal_client(emulator: Emulator) -> Iterator[modal.Client]:
 
 
 @pytest.fixture
-def modal_env(emulator: Emulator) -> Iterator[Emulator]:
+def modal_env(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """Makes code that reads its credentials from the environment talk to the emulator."""
-    with emulator.in_this_process():
+    with emulator.in_this_process(monkeypatch):
         yield emulator

@@ -46,7 +46,7 @@ def emulator(new_emulator: Callable[..., Emulator]) -> Iterator[Emulator]:
     emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-before"})
     emulator.deploy("modal_backend.app", cwd=ROOT, env=variables)
     emulator.deploy(FAULTY_APP, cwd=ROOT, env={**variables, "KALM_DEPLOY_APP_NAME": FAULTY})
-    with emulator.in_this_process():
+    with pytest.MonkeyPatch.context() as patch, emulator.in_this_process(patch):
         yield emulator
     assert not emulator.unimplemented
 

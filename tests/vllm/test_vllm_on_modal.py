@@ -38,7 +38,7 @@ def emulator() -> Iterator[Emulator]:
     with Emulator(stop_grace=30, container_env=surroundings) as emulator:
         settings = {"KALM_DEPLOY_MODEL": MODEL, "KALM_DEPLOY_ENFORCE_EAGER": "1"}
         emulator.deploy("modal_backend.app", cwd=ROOT, env=settings)
-        with emulator.in_this_process():
+        with pytest.MonkeyPatch.context() as patch, emulator.in_this_process(patch):
             yield emulator
         assert not emulator.unimplemented
 

@@ -120,11 +120,12 @@ class Emulator:
             yield client
 
     @contextmanager
-    def in_this_process(self) -> Iterator[modal.Client]:
-        """Code that reads its credentials from the environment talks to the emulator."""
-        with pytest.MonkeyPatch.context() as patch, self.client() as client:
-            for name, value in self.client_env.items():
-                patch.setenv(name, value)
+    def in_this_process(self, patch: pytest.MonkeyPatch) -> Iterator[modal.Client]:
+        """Code that reads its credentials from the environment talks to the emulator, until
+        `patch` is undone."""
+        for name, value in self.client_env.items():
+            patch.setenv(name, value)
+        with self.client() as client:
             modal.Client._set_env_client(client)
             try:
                 yield client
