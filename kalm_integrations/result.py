@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,10 +44,10 @@ class EmbeddingResult:
     identity: VectorIdentity
     usage: Usage
 
-    @cached_property
+    @property
     def vectors(self) -> NDArray[np.float32]:
         """Shape (texts, dimensions), float32, each row of unit length."""
-        return self.packed.astype(np.float32, copy=False)
+        return _unpacked(self)
 
     def to_lists(self) -> list[list[float]]:
         """One list of Python floats a text, as LangChain and LlamaIndex take them."""
@@ -77,10 +77,10 @@ class EmbeddedBatch:
     usage: Usage
     rejected: tuple[InvalidText, ...] = ()
 
-    @cached_property
+    @property
     def vectors(self) -> NDArray[np.float32]:
         """Shape (n, dimensions), float32, each row of unit length."""
-        return self.packed.astype(np.float32, copy=False)
+        return _unpacked(self)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -105,6 +105,16 @@ class PartialResult:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def _unpacked(answer: EmbeddingResult | EmbeddedBatch) -> NDArray[np.float32]:
+    # Kept, but not by cached_property: Python 3.11 guards that by one lock for all instances, and
+    # a process forked while another thread holds it waits for ever.
+    kept = answer.__dict__
+    if "_vectors" not in kept:
+        kept["_vectors"] = answer.packed.astype(np.float32, copy=False)
+    vectors: NDArray[np.float32] = kept["_vectors"]
+    return vectors
 
 
 def to_lists(vectors: NDArray[np.floating[Any]]) -> list[list[float]]:

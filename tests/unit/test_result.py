@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,3 +170,26 @@ def test_what_is_missing_is_exactly_what_was_not_finished(case):
 
 def test_usage_adds_up():
     assert sum([Usage(10, 1), Usage(5, 2)], Usage()) == Usage(tokens=15, requests=3)
+
+
+def test_no_result_waits_for_another_one():
+    """A lock that they share would stay taken for ever in a process that is forked meanwhile."""
+
+    class Slow(np.ndarray):  # type: ignore[type-arg]
+        def astype(self, *arguments: Any, **named: Any) -> Any:
+            begun.set()
+            assert go_on.wait(10)
+            return np.asarray(self).astype(*arguments, **named)
+
+    begun, go_on = threading.Event(), threading.Event()
+    slow = replace(result("float16"), packed=np.eye(3, 4, dtype=np.float16).view(Slow))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: slow.vectors)
+        assert begun.wait(10)
+        other = pool.submit(lambda: result("float16").vectors)
+        try:
+            np.testing.assert_array_equal(other.result(timeout=5), np.eye(3, 4))
+        finally:
+            go_on.set()
+        np.testing.assert_array_equal(first.result(), np.eye(3, 4))
+    assert slow.vectors is slow.vectors
