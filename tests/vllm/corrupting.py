@@ -1,6 +1,6 @@
 """A worker that can be told to corrupt the model it has loaded, and to mend it again.
 
-Stands in for `Inspection` (`worker_extension_cls`), so it runs in the engine core's process. What
+Stands in for `Extension` (`worker_extension_cls`), so it runs in the engine core's process. What
 happens to a model between a snapshot and its restore, or a wrong load that vLLM does not notice,
 happens to real memory: to the weights, to the tables of the rotary embedding, to one bit.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from modal_backend.engines.vllm.inspection import Inspection
+from modal_backend.engines.vllm.extension import Extension
 
 LAYER = 3
 """The one that is corrupted, and the one of which a whole layer is: both of the sliding window."""
@@ -60,8 +60,8 @@ class Model:
         return self.modules[f"model.layers.{layer}.{linear}"]
 
 
-class Corrupting(Inspection):
-    """`Inspection`, and corruption by name."""
+class Corrupting(Extension):
+    """`Extension`, and corruption by name."""
 
     def corrupt_model(self, how: str) -> None:
         """One of `CORRUPTIONS`; what an earlier one did is mended before."""

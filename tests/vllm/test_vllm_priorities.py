@@ -141,6 +141,23 @@ async def test_without_priorities_they_would_wait_for_every_document(
         assert await overtaking(engine, order) > 2 * RUNNING
 
 
+async def test_a_query_does_not_wait_for_the_rest_of_a_long_document(
+    engine: VLLMEngine, gemma: Path, order: list[str]
+) -> None:
+    """Eight steps each; of the one that was begun, only a part is computed before the query."""
+    long = [some.text_of_tokens(gemma, 2000, seed=seed) for seed in range(5)]
+    overtaken = []
+    for _ in range(5):
+        async with queued(engine, ["the first, which is done", *long]):
+            async with standing_still(engine):
+                before, there = len(order), unfinished(engine)
+                query = asyncio.create_task(embed(engine, ["a query"], "query"))
+                await until(lambda there=there: unfinished(engine) == there + 1)
+            await query
+            overtaken.append(order[before:].index("query"))
+    assert overtaken.count(0) >= 3, overtaken  # now and then one was all but done
+
+
 async def test_one_call_of_500_documents_is_overtaken_too(
     engine: VLLMEngine, documents: list[str], order: list[str]
 ) -> None:

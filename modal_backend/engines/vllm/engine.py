@@ -214,12 +214,14 @@ class VLLMEngine:
         if not self._can_sleep:
             log.warning("this platform has no sleep mode: the engine stays as it is")
             return
+        await self._answered(self._llm.collective_rpc("free_host_copies"))
         await self._answered(self._llm.sleep(level=1, mode="wait"))
 
     async def wake(self) -> None:
         """Be ready again."""
         self._check_alive()
         if self._asleep and self._can_sleep:
+            await self._answered(self._llm.collective_rpc("keep_host_copies"))
             await self._answered(self._llm.wake_up())
         self._asleep = False
 

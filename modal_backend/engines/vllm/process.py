@@ -29,6 +29,10 @@ ENVIRONMENT: Final = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     # The weights are here, checked and pinned; nothing is asked for elsewhere.
     "HF_HUB_OFFLINE": "1",
+    # A larger piece of pinned host memory is neither rounded up to a power of two, a seventh of a
+    # sleeping engine, nor kept for another use. (Do not set pinned_max_round_threshold_mb instead:
+    # in torch 2.13 such a piece is then used again for a larger one.)
+    "PYTORCH_ALLOC_CONF": "pinned_max_cached_size_mb:16",
 }
 """What vLLM, torch and the hub's libraries read; what is set already stays."""
 

@@ -1,18 +1,30 @@
-"""What vLLM's worker is asked about the model that it loaded. Runs in the engine core's process."""
+"""What vLLM's worker is asked to do for us. Runs in the engine core's process."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-class Inspection:
-    """Added to vLLM's worker class by `worker_extension_cls` (vLLM docs, "RLHF utilities").
+class Extension:
+    """Added to vLLM's worker class by `worker_extension_cls` (vLLM docs, "RLHF utilities")."""
 
-    What the front-end's configuration says is what was to be loaded; this is what was.
-    """
+    kalm_host_copies: tuple[Any, ...] = ()
+
+    def keep_host_copies(self) -> None:
+        """Before waking: hold on to the host memory that the weights slept in. vLLM would wait for
+        every piece to be freed, a second for 10 GiB."""
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        held = get_mem_allocator_instance().pointer_to_data.values()
+        self.kalm_host_copies = tuple(allocation.cpu_backup_tensor for allocation in held)
+
+    def free_host_copies(self) -> None:
+        """Before sleeping again: they would be there twice."""
+        self.kalm_host_copies = ()
 
     def inspect_model(self) -> dict[str, Any]:
-        """Built-in types only: it travels between processes."""
+        """What was loaded; the front-end's configuration says what was to be. Built-in types only:
+        it travels between processes."""
         model = self.get_model()  # type: ignore[attr-defined]
         modules = list(model.modules())
         pooler = model.pooler.poolers_by_task["embed"]
