@@ -20,13 +20,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import random
 import signal
 import statistics
 import subprocess
@@ -36,6 +34,9 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
+
+from cuda_checkpoint import Driver, gpu_used, memory_of, state_now, tree
+from model_shape import text_of, write_model
 
 GIB = 2**30
 ENGINE_ARGS: dict[str, Any] = {
@@ -62,7 +63,6 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "steps-of-8k": ({"max_num_batched_tokens": 8192}, ("alive",)),
     "awake": ({}, ("awake", "alive", "awake interrupted")),
     "core-only": ({}, ("asleep core only", "alive", "asleep interrupted")),
-    "in-process": ({}, ("asleep",)),  # vLLM's LLM, its core in the caller's process
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -72,71 +72,7 @@ ENVIRONMENT = {
 }
 
 
-# --- the model ---------------------------------------------------------------------------------
-
-
-def write_model(folder: pathlib.Path, tiny: bool) -> None:
-    """A config of the 12 B shape (or a tiny one) and a tokenizer of bytes: BOS, then one a byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    shape = {
-        "hidden_size": 64 if tiny else 3840,
-        "intermediate_size": 128 if tiny else 15360,
-        "num_hidden_layers": 6 if tiny else 48,
-        "num_attention_heads": 4 if tiny else 16,
-        "num_key_value_heads": 2 if tiny else 8,
-        "head_dim": 32 if tiny else 256,
-        "query_pre_attn_scalar": 32 if tiny else 256,
-        "vocab_size": 512 if tiny else 262208,
-    }
-    config = {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        **shape,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-        "sliding_window_pattern": 6,  # five local layers, then a global one
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    special = ["<pad>", "<eos>", "<bos>"]
-    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "pad_token": "<pad>",
-                "eos_token": "<eos>",
-                "bos_token": "<bos>",
-                "model_max_length": 131072,
-            }
-        )
-    )
-
-
-def text_of(tokens: int, seed: int) -> str:
-    """A text of so many tokens, BOS counted."""
-    pick = random.Random(seed)  # noqa: S311
-    return "".join(pick.choices("etaoin shrdlu cmfwyp", k=tokens - 1))
+# --- what is embedded --------------------------------------------------------------------------
 
 
 TEXTS = [
@@ -144,140 +80,6 @@ TEXTS = [
     "Grüße aus Köln: 東京の天気、погода в Москве.",
 ]
 QUERY = text_of(24, 1)
-
-
-# --- the driver --------------------------------------------------------------------------------
-
-
-class LockArgs(ctypes.Structure):
-    """CUcheckpointLockArgs."""
-
-    _fields_ = [
-        ("timeout_ms", ctypes.c_uint),
-        ("reserved0", ctypes.c_uint),
-        ("reserved1", ctypes.c_uint64 * 7),
-    ]
-
-
-def serve_driver() -> None:
-    """Answer (call, pid) lines by calling the driver. A process of its own: the driver acts on
-    other processes, and the one under test must not gain CUDA state by being watched."""
-    cuda = ctypes.CDLL("libcuda.so.1")
-    initialised = cuda.cuInit(0)
-    cuda.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-    states = ["running", "locked", "checkpointed", "failed"]
-    for line in sys.stdin:
-        call, pid = json.loads(line)
-        state = ctypes.c_int(-1)
-        lock = LockArgs(timeout_ms=60_000)
-        argument = {"Lock": ctypes.byref(lock), "GetState": ctypes.byref(state)}.get(call)
-        started = time.perf_counter()
-        code = initialised or getattr(cuda, f"cuCheckpointProcess{call}")(pid, argument)
-        answer: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3)}
-        if code:
-            name = ctypes.c_char_p()
-            cuda.cuGetErrorName(code, ctypes.byref(name))
-            answer["error"] = (name.value or b"?").decode()
-        elif call == "GetState":
-            answer["state"] = states[state.value]
-        print(json.dumps(answer), flush=True)
-
-
-class Driver:
-    """The driver's checkpoint calls, made from a helper process."""
-
-    def __init__(self) -> None:
-        self._helper = subprocess.Popen(
-            [sys.executable, __file__, "--driver"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self._helper.pid
-        self._lock = threading.Lock()
-
-    def call(self, call: str, pid: int) -> dict[str, Any]:
-        """Make one call; its seconds, and its state or error."""
-        assert self._helper.stdin
-        assert self._helper.stdout
-        with self._lock:
-            self._helper.stdin.write(json.dumps([call, pid]) + "\n")
-            self._helper.stdin.flush()
-            line = self._helper.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the helper has ended"}
-        return answer
-
-    def move(self, calls: Sequence[str], pids: Sequence[int]) -> dict[str, Any]:
-        """Make calls in turn, each for all processes; a process is left out of those that its
-        state does not allow, so that a half-done checkpoint is still unlocked."""
-        before = {"Lock": "running", "Checkpoint": "locked", "Restore": "checkpointed"}
-        seen: dict[str, Any] = {}
-        for call in calls:
-            for pid in pids:
-                state = self.call("GetState", pid).get("state")
-                if state == before.get(call, "locked"):
-                    seen[f"{call} {pid}"] = self.call(call, pid)
-                else:
-                    seen[f"{call} {pid}"] = {"error": f"not tried: {state}"}
-        for pid in pids:
-            seen[f"state {pid}"] = self.call("GetState", pid).get("state")
-        failed = any("error" in answer for answer in seen.values() if isinstance(answer, dict))
-        return seen | ({"failed": "a call of the driver"} if failed else {})
-
-
-# --- what is seen ------------------------------------------------------------------------------
-
-
-def tree(root: int) -> list[int]:
-    """The process and all that came of it."""
-    parents = {}
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
-def memory_of(pid: int) -> dict[str, Any]:
-    """Name, resident GiB by kind, open GPU device files."""
-    proc = pathlib.Path(f"/proc/{pid}")
-    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
-    row: dict[str, Any] = {"name": status["Name"]}
-    for key in ("VmRSS", "RssAnon", "RssShmem", "VmLck"):
-        row[key] = round(int(status.get(key, "0 kB").split()[0]) / 2**20, 2)
-    links = []
-    for link in (proc / "fd").iterdir():
-        with contextlib.suppress(OSError):
-            links.append(str(link.readlink()))
-    row["nvidia_fds"] = sum("/nvidia" in link for link in links)
-    row["threads"] = int(status["Threads"])
-    return row
-
-
-def gpu_used() -> float | None:
-    """GiB in use on the first GPU, as nvidia-smi says."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        return round(float(done.stdout.splitlines()[0]) / 1024, 2)
-    return None
-
-
-def state_now() -> dict[str, Any]:
-    """GPU and host memory: of every process of ours, and of the machine."""
-    processes = {}
-    for pid in tree(os.getpid()):
-        with contextlib.suppress(OSError):
-            processes[str(pid)] = memory_of(pid)
-    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    meminfo = {line.split(":")[0]: int(line.split()[1]) / 2**20 for line in lines}
-    return {
-        "gpu_gib": gpu_used(),
-        "host_available_gib": round(meminfo["MemAvailable"], 1),
-        "processes": processes,
-    }
 
 
 # --- the engines -------------------------------------------------------------------------------
@@ -336,39 +138,6 @@ class AsyncEngine:
 
     def close(self) -> None:
         self.engine.shutdown(timeout=1)
-
-
-class InProcessEngine:
-    """vLLM's LLM with its core in this process, one call at a time on a thread."""
-
-    def __init__(self, args: dict[str, Any]) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM, PoolingParams
-
-        self.llm, self._params = LLM(**args), PoolingParams
-
-    async def embed(self, text: str, priority: int = 0, dimensions: int | None = None) -> Any:
-        """One text's vector."""
-        params = self._params(task="embed", dimensions=dimensions)
-        (out,) = self.llm.encode([text], params, pooling_task="embed", use_tqdm=False)
-        return out.outputs.data
-
-    async def sleep(self) -> None:
-        self.llm.sleep(level=1)
-
-    async def wake(self) -> None:
-        self.llm.wake_up()
-
-    async def health(self) -> dict[str, Any]:
-        """What the engine says of itself."""
-        return {}
-
-    def resolved(self) -> dict[str, Any]:
-        """What vLLM made of the arguments."""
-        return {"cudagraph_mode": str(self.llm.llm_engine.vllm_config.compilation_config)[:300]}
-
-    def close(self) -> None:
-        del self.llm
 
 
 # --- one experiment ----------------------------------------------------------------------------
@@ -459,7 +228,7 @@ class Experiment:
             args |= {"enable_sleep_mode": False, "enforce_eager": True, "dtype": "float32"}
             args |= {"hf_overrides": {"matryoshka_dimensions": [64, 32]}}
             args |= {"kv_cache_memory_bytes": GIB, "max_num_seqs": 64}
-        self.engine = (InProcessEngine if self.name == "in-process" else AsyncEngine)(args)
+        self.engine = AsyncEngine(args)
 
     async def cycle(self, kind: str) -> None:
         """Checkpoint and restore, and look at the vectors. Kind: "asleep" or "awake"; "core only"
@@ -638,14 +407,11 @@ def main() -> None:
         nargs="+",
         choices=EXPERIMENTS,
         metavar="NAME",
-        default=[name for name in EXPERIMENTS if name != "in-process"],
+        default=list(EXPERIMENTS),
         help=f"of {', '.join(EXPERIMENTS)}",
     )
     parser.add_argument("--experiment", choices=EXPERIMENTS, help=argparse.SUPPRESS)
-    parser.add_argument("--driver", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.driver:
-        return serve_driver()
     out = options.out.resolve()
     work = (options.work or out / "work").resolve()
     out.mkdir(parents=True, exist_ok=True)

