@@ -16,7 +16,11 @@ import pytest
 import texts as some
 from running import embed
 
-from kalm_integrations.errors import DeadlineExceededError, ServiceUnavailableError
+from kalm_integrations.errors import (
+    DeadlineExceededError,
+    ServiceUnavailableError,
+    TransportError,
+)
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import EmbedRequest
 from modal_backend.admission import RETRY_AFTER, Admission
@@ -93,16 +97,18 @@ async def standing_still(engine: VLLMEngine) -> AsyncIterator[None]:
 
 
 @pytest.fixture
-def order(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """ "document" or "query", each when its vector is there."""
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
     order: list[str] = []
-    fill = engine._fill
+    put = RequestOutputCollector.put
 
-    async def noting(row: Any, tokens: list[int], priority: int) -> None:
-        await fill(row, tokens, priority)
-        order.append("document" if len(tokens) > 100 else "query")
+    def noting(self: Any, output: Any) -> None:
+        put(self, output)
+        order.append("document" if len(output.prompt_token_ids) > 100 else "query")
 
-    monkeypatch.setattr(engine, "_fill", noting)
+    monkeypatch.setattr(RequestOutputCollector, "put", noting)
     return order
 
 
@@ -246,6 +252,33 @@ async def test_a_deadline_of_one_call_is_not_anothers(
             documents, role="document", truncate="error", deadline=time.monotonic() + 0.05
         )
     assert len((await neighbour).vectors) == 30
+    assert await is_free(engine)
+
+
+async def test_a_text_that_vllm_refuses_fails_its_own_call_only(
+    engine: VLLMEngine, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other texts leave the engine."""
+    encode = engine._tokenizer.encode
+
+    def wrongly(texts: list[str], *args: Any) -> Any:
+        ids, too_long = encode(texts, *args)
+        ids[:] = [[10**6] if text == "wrong" else ids[row] for row, text in enumerate(texts)]
+        return ids, too_long
+
+    right = (await embed(engine, documents[:30])).vectors
+    monkeypatch.setattr(engine._tokenizer, "encode", wrongly)
+    refused, *others = await asyncio.gather(
+        embed(engine, [*documents[:100], "wrong"]),
+        *(embed(engine, documents[:30]) for _ in range(3)),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, TransportError)
+    assert "out of vocabulary" in str(refused)
+    assert refused.__cause__ is refused.__context__ is None
+    for output in others:
+        assert not isinstance(output, BaseException)
+        assert np.abs(output.vectors - right).max() < 1e-5
     assert await is_free(engine)
 
 

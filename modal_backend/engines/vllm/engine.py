@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -66,7 +67,6 @@ class VLLMEngine:
         can_sleep: bool,
     ) -> None:
         from vllm.inputs.engine import tokens_input
-        from vllm.pooling_params import PoolingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.identity = identity
@@ -84,9 +84,7 @@ class VLLMEngine:
         self._turns = Turns()
         self._worker = Worker("kalm-tokenizer")
         self._numbers = itertools.count()
-        # Without a task, token vectors come back instead of one vector for each text. Whether they
-        # are normalized is each request's to say; left out, it is the configuration's.
-        self._params = PoolingParams(task="embed", use_activation=True)
+        self._params = _params()
         self._input = tokens_input
         self._dead_error = EngineDeadError
 
@@ -258,25 +256,33 @@ class VLLMEngine:
 
     async def _vectors(self, ids: list[list[int]], priority: int) -> np.ndarray[Any, Any]:
         vectors = np.empty((len(ids), self.dimensions[0]), dtype=np.float32)
-        failure = None
+        # Not `AsyncLLM.encode`: that needs a task for each text, and CPUs have short ones to carry
+        # at 1,500 a second. vLLM keeps what is there until it is asked for.
+        requests: list[Any] = []
+        failure: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as requests:
-                for row, tokens in enumerate(ids):
-                    requests.create_task(self._fill(vectors[row], tokens, priority))
-                    if row % _PIECE_TEXTS == _PIECE_TEXTS - 1:
-                        await asyncio.sleep(0)
-        except BaseExceptionGroup as group:
-            failure = _translation(group.exceptions[0], self._dead_error)
-        if failure is not None:  # out here, or vLLM's exceptions would be its context
-            raise failure
+            for number, tokens in enumerate(ids, 1):
+                requests.append(await self._request(tokens, priority))
+                if number % _PIECE_TEXTS == 0:
+                    await asyncio.sleep(0)
+            for row, request in zip(vectors, requests, strict=True):
+                output = await request.get()
+                row[:] = output.outputs.data.numpy()
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            failure = error
+            if not self._closed:
+                with suppress(self._dead_error):  # a dead core has nothing left to drop
+                    await self._llm.abort([each.request_id for each in requests], internal=True)
+        if failure is not None:
+            # Out here, or vLLM's exceptions would be its context; nor are its frames for callers.
+            raise _translation(failure, self._dead_error).with_traceback(None)
         return vectors
 
-    async def _fill(self, row: np.ndarray[Any, Any], tokens: list[int], priority: int) -> None:
+    async def _request(self, tokens: list[int], priority: int) -> Any:
+        """Hand a text to vLLM; where its answer will be."""
         request_id = f"kalm-{next(self._numbers)}"
         prompt = self._input(tokens)
-        outputs = self._llm.encode(prompt, self._params, request_id, priority=priority)
-        (output,) = [output async for output in outputs]
-        row[:] = output.outputs.data.numpy()
+        return await self._llm.add_request(request_id, prompt, self._params, priority=priority)
 
     async def _answered(self, work: Awaitable[Any]) -> None:
         """Wait for vLLM's answer; it never comes from a core that dies meanwhile."""
@@ -301,6 +307,22 @@ class VLLMEngine:
         self._check_alive()
         if self._asleep:
             raise ServiceUnavailableError("the engine is asleep.", retry_after=1.0)
+
+
+def _params() -> Any:
+    """What every request asks for."""
+    from vllm.pooling_params import PoolingParams
+
+    class Shared(PoolingParams):  # type: ignore[misc]
+        """vLLM would make a deep copy for each text, which costs as much as tokenizing a short one
+        does. Nothing changes them here, and the core gets its own."""
+
+        def clone(self) -> PoolingParams:
+            return self
+
+    # Without a task, token vectors come back instead of one vector for each text. Whether they
+    # are normalized is each request's to say; left out, it is the configuration's.
+    return Shared(task="embed", use_activation=True)
 
 
 def _stopping() -> KalmError:
