@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final
 
+from kalm_integrations.documents import SUFFIXES, files, left_out
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.quickstart.corpus import Corpus, Question, Text
 
-SUFFIXES: Final = (".md", ".markdown", ".txt", ".rst")
 CHUNK: Final = 1000  # characters
 OVERLAP: Final = 100
 MOST_CHUNKS: Final = 20_000
@@ -20,8 +18,6 @@ MOST_CHUNKS: Final = 20_000
 
 _QUESTIONS: Final = 3
 _LONGEST: Final = 100  # characters of a heading
-_SHOWN: Final = 5  # files that could not be read
-_NOT_DOCUMENTS: Final = frozenset({"node_modules", "site-packages", "venv", "__pycache__"})
 _FENCED = re.compile(r"^(```|~~~).*?(^\1|\Z)", re.MULTILINE | re.DOTALL)
 _HASHES = re.compile(r"#{1,6}[ \t]")
 _UNDERLINE = re.compile(r"([=~^\"*+#-])\1{2,}")
@@ -41,12 +37,12 @@ def read(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {folder}")
     documents, unread = _documents(folder)
-    left_out = _listed(unread)
+    unread_ones = left_out(unread)
     texts = _split(documents)
     if not texts:
         raise ConfigurationError(
             f"{folder} has no text in files named {', '.join('*' + end for end in SUFFIXES)}"
-            + left_out
+            + unread_ones
         )
     if len(texts) > MOST_CHUNKS:
         raise ConfigurationError(
@@ -55,25 +51,17 @@ def read(folder: Path) -> Corpus:
         )
     return Corpus(
         texts,
-        f"{len(texts):,} pieces of {len(documents):,} files in {folder}{left_out}",
+        f"{len(texts):,} pieces of {len(documents):,} files in {folder}{unread_ones}",
         [Question(text) for text in _spread(documents) or [texts[0].content[:_LONGEST]]],
         "headings of these files, to show something; ask your own",
     )
-
-
-def _listed(unread: list[str]) -> str:
-    if not unread:
-        return ""
-    more = len(unread) - _SHOWN
-    shown = [*unread[:_SHOWN], f"{more} more"] if more > 0 else unread
-    return f"; left out: {', '.join(shown)}"
 
 
 def _documents(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Texts by file name, and for each file that could not be read, which and why."""
     documents: dict[str, str] = {}
     unread: list[str] = []
-    for path in _files(folder):
+    for path in files(folder):
         name = path.relative_to(folder).as_posix()
         try:
             documents[name] = path.read_text("utf-8-sig")
@@ -82,18 +70,6 @@ def _documents(folder: Path) -> tuple[dict[str, str], list[str]]:
         except OSError as error:
             unread.append(f"{name} ({error.strerror})")
     return documents, unread
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if name[0] != "." and name not in _NOT_DOCUMENTS
-        )
-        for name in sorted(files):
-            path = Path(parent, name)
-            # a named pipe would be waited for
-            if name.lower().endswith(SUFFIXES) and name[0] != "." and path.is_file():
-                yield path
 
 
 def _split(documents: dict[str, str]) -> list[Text]:
