@@ -12,6 +12,8 @@ from rich.table import Table
 
 from kalm_integrations.environment import did_you_mean
 from kalm_integrations.errors import ConfigurationError, KalmError, ModalTokenError
+from kalm_integrations.profiles import KALM
+from modal_backend import gpus
 from modal_backend.settings import DeploySettings
 from modal_backend.tags import IDENTITY_TAG, tags_of
 
@@ -128,7 +130,15 @@ def _costs(settings: DeploySettings) -> Table:
         f"the wait of {settings.scaledown_window} s after the last call, each time",
         f"{hour * settings.scaledown_window / 3600:.3f}",
     )
-    table.caption = "Modal's list prices of November 2026; see modal.com/pricing for today's."
+    if settings.on_gpu and settings.model == KALM.space.model and not settings.enforce_eager:
+        rates = [gpus.rate(name.removesuffix("!"), settings.quantization) for name in settings.gpu]
+        kind = "measured" if all(rate.measured for rate in rates) else "calculated"
+        million = 1e6 * hour / 3600 / min(rate.tokens for rate in rates)
+        table.add_row(f"a million tokens, always busy ({kind})", f"{million:.3f}")
+    table.caption = (
+        "Modal's list prices of November 2026; see modal.com/pricing for today's.\n"
+        "`kalm cost` compares GPUs, for your corpus and your traffic."
+    )
     table.caption_justify = "left"
     return table
 

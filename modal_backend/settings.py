@@ -16,38 +16,13 @@ from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED, KALM, KALM_FP8, profile_of
 from kalm_integrations.settings import DEFAULT_APP
-from modal_backend.engines.vllm.config import VLLMOptions, kv_room
+from modal_backend import gpus
+from modal_backend.gpus import Quantization
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
 
 
-class Gpu:
-    """What matters here of a GPU: memory, whether it computes in fp8, $ a second.
-
-    Prices: modal.com/pricing, 11/2026, without a region.
-    """
-
-    def __init__(self, gib: int, fp8: bool, dollars: float) -> None:
-        self.gib = gib
-        self.fp8 = fp8
-        self.dollars = dollars
-
-
-GPUS: Final = {
-    "L4": Gpu(24, True, 0.000222),
-    "A10": Gpu(24, False, 0.000306),
-    "L40S": Gpu(48, True, 0.000542),
-    "A100-40GB": Gpu(40, False, 0.000583),
-    "A100-80GB": Gpu(80, False, 0.000694),
-    "H100": Gpu(80, True, 0.001097),
-    "H200": Gpu(141, True, 0.001261),
-    "B200": Gpu(180, True, 0.001736),
-}
-_WEIGHTS_GIB: Final = {"none": 22, "fp8": 13}
-_TOKEN_BYTES: Final = 2 * 48 * 8 * 256 * 2  # keys and values of a token of KaLM's, in bf16
-_ROOM_GIB: Final = 3  # activations, CUDA graphs, CUDA itself
-_USABLE: Final = 0.95  # of what is printed on a card
 VLLM_ONLY: Final = (
     "model",
     "revision",
@@ -58,7 +33,10 @@ VLLM_ONLY: Final = (
     "gpu_memory_utilization",
 )
 """Settings that mean nothing to the embedded engine."""
-_CPU_DOLLARS, _GIB_DOLLARS = 0.0000131, 0.00000222  # a core and a GiB of memory, each second
+REGION: Final = 1.75
+"""What a pinned region multiplies prices by, at most."""
+WINDOWS: Final = (2, 3600)
+"""Seconds that `scaledown_window` may be."""
 
 
 def _split(value: Any) -> Any:
@@ -96,7 +74,7 @@ class DeploySettings(EnvironmentSettings):
     gpu: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("A100-40GB",)
     """GPU types, the first that is free is taken; "!" pins ("H100!" is never an H200)."""
 
-    quantization: Literal["none", "fp8"] = "none"
+    quantization: Quantization = "none"
     """"fp8" halves the weights and is half as fast again, on GPUs that compute in it; another
     vector space than "none"."""
 
@@ -120,7 +98,7 @@ class DeploySettings(EnvironmentSettings):
     max_containers: int = Field(1, ge=1, le=100)
     """Most containers, and so most $ an hour."""
 
-    scaledown_window: int = Field(300, ge=2, le=3600)
+    scaledown_window: int = Field(300, ge=WINDOWS[0], le=WINDOWS[1])
     """Seconds that an idle container waits for the next call."""
 
     concurrency: int = Field(128, ge=8, le=1000)
@@ -173,22 +151,18 @@ class DeploySettings(EnvironmentSettings):
         if not self.gpu:
             raise ValueError("gpu names none")
         for name in self.gpu:
-            kind = GPUS.get(name.removesuffix("!"))
-            if kind is None:
-                raise ValueError(f"gpu={name!r}: it is one of {', '.join(GPUS)}")
-            step = VLLMOptions().max_num_batched_tokens
-            kv_gib = kv_room(step, self.max_model_len or 0, _TOKEN_BYTES) / 2**30
-            needed = _WEIGHTS_GIB[self.quantization] + kv_gib + _ROOM_GIB
-            if self.model == KALM.space.model and kind.gib * _USABLE < needed:
-                raise ValueError(
-                    f"gpu={name!r} has {kind.gib} GiB; weights, KV cache and working memory take "
-                    f"{needed / _USABLE:.0f}: take a larger one"
-                )
-            if self.quantization == "fp8" and not kind.fp8:
-                raise ValueError(
-                    f"gpu={name!r} does not compute in fp8 and would give other vectors: leave it "
-                    'out, or quantization="none"'
-                )
+            gpus.gpu_named(name)
+            if wrong := gpus.lacks_fp8(name, self.quantization):
+                raise ValueError(f'gpu={name!r} {wrong}: leave it out, or quantization="none"')
+            if self.model != KALM.space.model:
+                continue  # of others, nobody has told us what they need
+            if wrong := gpus.too_small(name, self.quantization, self.max_model_len):
+                raise ValueError(f"gpu={name!r} {wrong}: take a larger one{self._or_fp8(name)}")
+
+    def _or_fp8(self, name: str) -> str:
+        """A hint, where it helps."""
+        none = gpus.lacks_fp8(name, "fp8") or gpus.too_small(name, "fp8", self.max_model_len)
+        return "" if none else ', or quantization="fp8", which is another vector space'
 
     @property
     def on_gpu(self) -> bool:
@@ -197,22 +171,22 @@ class DeploySettings(EnvironmentSettings):
 
     @property
     def memory_mib(self) -> int:
-        """Host memory: an engine asleep lies in it whole (28 GiB in bf16, measured)."""
-        if not self.on_gpu:
-            return 2048
-        return {"none": 40, "fp8": 28}[self.quantization] * 1024
+        """Host memory."""
+        return (gpus.HOST_GIB[self.quantization] if self.on_gpu else 2) * 1024
 
     @property
     def cpu(self) -> float:
-        """Cores: the engine's core process, the tokenizer, the doors."""
-        return 4.0 if self.on_gpu else 1.0
+        """Cores."""
+        return gpus.CORES if self.on_gpu else 1.0
 
     @property
     def dollars_per_hour(self) -> float:
         """Of one container, at its dearest GPU."""
-        gpu = max((GPUS[name.removesuffix("!")].dollars for name in self.gpu), default=0.0)
-        machine = self.cpu * _CPU_DOLLARS + self.memory_mib / 1024 * _GIB_DOLLARS
-        return 3600 * (machine + (gpu if self.on_gpu else 0.0)) * (1.75 if self.region else 1.0)
+        if self.on_gpu:
+            second = gpus.container_dollars(self.gpu, self.quantization)
+        else:
+            second = gpus.machine_dollars(self.cpu, self.memory_mib / 1024)
+        return 3600 * second * (REGION if self.region else 1.0)
 
     @property
     def http_concurrency(self) -> int:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from kalm_integrations.errors import ConfigurationError
-from modal_backend.settings import GPUS, DeploySettings
+from modal_backend import deploy
+from modal_backend.gpus import GPUS, rate
+from modal_backend.settings import DeploySettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
 
@@ -24,10 +27,10 @@ def refused(**arguments: object) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"gpu": "T4"}, r"gpu='T4': it is one of L4, A10"),
+        ({"gpu": "T4"}, r"gpu='T4': there is no such GPU\. There are L4, A10"),
+        ({"gpu": "l40"}, r"gpu='l40': there is no such GPU\. Did you mean L40S\? There are L4"),
         ({"gpu": ""}, "gpu names none"),
-        ({"gpu": "L4"}, r"gpu='L4' has 24 GiB; .* take 34: take a larger one\."),
-        ({"gpu": "L4", "quantization": "fp8"}, r"gpu='L4' has 24 GiB; .* take 25: "),
+        ({"gpu": "L4"}, r"gpu='L4' has 24 GiB; .* take \d\d: take a larger one"),
         ({"gpu": "H100,A10"}, r"gpu='A10' has 24 GiB; .* take a larger one\."),
         ({"gpu": "L40S,A100-40GB", "quantization": "fp8"}, "'A100-40GB' does not compute in fp8"),
         ({"engine": "embedded", "quantization": "fp8"}, "the embedded engine has none"),
@@ -86,6 +89,35 @@ def test_whatever_is_taken_holds_the_weights_and_gives_the_vectors_it_names(gpu,
     kind = GPUS[gpu]
     assert kind.gib >= (28 if quantization == "none" else 19)
     assert kind.fp8 or taken.quantization == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, r"a million tokens, always busy \(calculated\) +│ +(\S+)"),
+        ({"gpu": "H100!"}, r"a million tokens, always busy \(measured\) +│ +(\S+)"),
+        ({"gpu": "H100,L40S"}, r"a million tokens, always busy \(calculated\) +│ +(\S+)"),
+        ({"engine": "embedded"}, None),
+        ({"model": "some/model"}, None),
+        ({"enforce_eager": True}, None),
+    ],
+)
+def test_a_deployment_is_told_the_price_of_a_million_tokens_and_how_it_is_known(
+    arguments: dict[str, object], said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = DeploySettings(**arguments)
+    Console(width=100).print(deploy._costs(made))
+    shown = capsys.readouterr().out
+    assert "`kalm cost` compares GPUs" in shown
+    if said is None:
+        assert "million" not in shown
+        return
+    found = re.search(said, shown)
+    assert found
+    # Of several GPUs, the dearest with the slowest one's speed: no run costs more.
+    slowest = min(rate(name.removesuffix("!"), "none").tokens for name in made.gpu)
+    expected = made.dollars_per_hour / 3600 / slowest * 1e6
+    assert float(found[1]) == pytest.approx(expected, abs=0.0006)
 
 
 def test_the_page_lists_every_setting_with_its_default() -> None:
