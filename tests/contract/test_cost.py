@@ -70,6 +70,7 @@ class TestTable:
         for gpu, column in (("H100", "measured"), ("L40S", "calculated")):
             line = next(line for line in lines if re.match(rf"{gpu} +bf16", line))
             assert re.search(r"[\d,]+$", line[: head.index(column) + len(column)])
+            assert len(re.findall(r"\d,\d{3}", line)) == 1
 
     def test_it_says_where_figures_are_from(self, cost: Cost) -> None:
         shown = " ".join(cost().split())

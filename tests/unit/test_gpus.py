@@ -166,6 +166,7 @@ class TestRates:
         kind = GPUS[gpu]
         assert kind.fp8 is None or kind.fp8 / kind.bf16 == pytest.approx(2, rel=0.02)
         assert kind.peak("none") == 1e12 * kind.bf16
+        assert kind.peak("fp8") == 1e12 * (kind.fp8 or kind.bf16)
 
 
 class TestColdStart:
