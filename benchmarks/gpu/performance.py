@@ -53,10 +53,10 @@ class Variant:
 
 FP8: Final = {"quantization": "fp8"}
 VARIANTS: Final = {
-    "bf16": Variant(),
+    "bf16": Variant(measure=("throughput", "service", "alone", "steps", "asleep")),
     "fp8": Variant(
         options=FP8,
-        measure=("throughput", "service", "alone", "asleep", "asleep, trimmed", "host cache"),
+        measure=("throughput", "service", "alone", "asleep", "asleep, trimmed"),
     ),
     # One engine, whose steps are made smaller while it runs.
     "steps bf16": Variant(
@@ -69,10 +69,8 @@ VARIANTS: Final = {
     "first version": Variant(
         options={"enforce_eager": True, "gpu_memory_utilization": 0.9},
         arguments={"scheduler_cls": None, "async_scheduling": None},
-        measure=("throughput", "alone", "awake", "asleep"),
+        measure=("alone", "awake", "asleep"),
     ),
-    "not ahead": Variant(arguments={"async_scheduling": False}, measure=("throughput", "alone")),
-    "pageable": Variant(options=FP8, measure=("asleep, pageable",)),
 }
 
 
@@ -115,7 +113,7 @@ def client(url: str, identity: str, tiny: bool) -> Iterator[Row]:
         model=space.model,
         expected_identity=space,
     ) as kalm:
-        for row in workloads.rates(tiny, partial(kalm.embed, role="document")):
+        for row in workloads.rates(tiny, partial(kalm.embed, role="document"), times=2):
             yield row | {"through": "service"}
         taken = []
         for number in range(20 if tiny else 200):

@@ -82,8 +82,6 @@ class Running:
             "awake": lambda: self.snapshot("awake"),
             "asleep": lambda: self.snapshot("asleep"),
             "asleep, trimmed": lambda: self.snapshot("asleep", _trim),
-            "asleep, pageable": lambda: self.snapshot("asleep", _make_pageable),
-            "host cache": self.host_cache,
             "kernels": self.profile,
         }
         return kinds[what]()
@@ -159,11 +157,14 @@ class Running:
     async def steps(self) -> AsyncIterator[Row]:
         """A bulk job alone, and with queries between, at several sizes of a step; by our scheduler,
         and by vLLM's priorities alone."""
-        sizes = (128, 256) if self.tiny else STEPS
+        most = self.resolved()["step_tokens"]
+        sizes = [step for step in ((128, 256) if self.tiny else STEPS) if step <= most]
         for step in sizes:
             await self._inside(_set_step, step, True)
             yield await self._bulk(step, queries=False)
             yield await self._bulk(step, queries=True)
+        if most <= 2048:
+            return
         for fill in (64,) if self.tiny else (256, 1024):
             await self._inside(_set_step, sizes[1], True, fill)
             yield await self._bulk(sizes[1], queries=True) | {"fill": fill}
@@ -220,6 +221,8 @@ class Running:
         before = await self._vectors()
         what = state if prepare is None else f"{state}, {prepare.__name__}"
         pids = [self.engine._cores[0].pid, os.getpid()]
+        if not self.tiny:
+            yield {"step": "allocations", "gib": await self._inside(_allocations)}
         if prepare is not None:
             await self._inside(prepare)
         start = time.perf_counter()
@@ -264,17 +267,6 @@ class Running:
             "lowest_cosine": round(float((before * after).sum(1).min()), 7),
             **_memory(pids),
             **_failed(seen),
-        }
-
-    async def host_cache(self) -> AsyncIterator[Row]:
-        """Awake after a sleep: give the host memory back that torch keeps."""
-        start = time.perf_counter()
-        await self._inside(_empty_host_cache)
-        seconds = round(time.perf_counter() - start, 2)
-        yield {
-            "step": "host cache emptied",
-            "seconds": seconds,
-            **_memory([self.engine._cores[0].pid]),
         }
 
     async def _vectors(self) -> Any:
@@ -360,15 +352,14 @@ def _trim(worker: Any) -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _empty_host_cache(worker: Any) -> None:
+def _allocations(worker: Any) -> dict[str, float]:
+    """GiB on the GPU: by vLLM's tag, and what torch has use for."""
     import torch
+    from vllm.device_allocator import get_mem_allocator_instance
 
-    torch._C._host_emptyCache()
-
-
-def _make_pageable(worker: Any) -> None:
-    import torch
-    from vllm.device_allocator import cumem
-
-    cumem.PIN_MEMORY = False
-    torch._C._host_emptyCache()
+    found: dict[str, float] = {}
+    for allocation in get_mem_allocator_instance().pointer_to_data.values():
+        found[allocation.tag] = found.get(allocation.tag, 0.0) + allocation.handle[1] / 2**30
+    found["in use"] = torch.cuda.memory_allocated() / 2**30
+    found["reserved"] = torch.cuda.memory_reserved() / 2**30
+    return {name: round(gib, 2) for name, gib in found.items()}

@@ -45,7 +45,7 @@ def percentiles(seconds: Sequence[float]) -> Row:
     }
 
 
-def rates(tiny: bool, embed: Callable[[list[str]], Any], times: int = 2) -> Iterator[Row]:
+def rates(tiny: bool, embed: Callable[[list[str]], Any], times: int = 1) -> Iterator[Row]:
     """Tokens a second of each workload, after a small one to warm up."""
     embed(texts_of([24, 128, 512]))
     for name, tokens in lengths(tiny).items():
