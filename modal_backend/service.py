@@ -7,6 +7,7 @@ from copy import copy
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kalm_integrations import inputs
 from kalm_integrations.errors import (
@@ -102,11 +103,13 @@ class EmbeddingService:
             raise InvalidResponseError(
                 f"the engine gave {output.vectors.shape} for {len(texts)} texts."
             )
-        if wrong := first_wrong(output.vectors):  # most callers over HTTP check nothing
-            row, what = wrong
-            raise InvalidResponseError(f"texts[{row}] got {what}.")
+        _check(output.vectors)
+        vectors = output.vectors
+        if request.dimensions is not None and request.dimensions != vectors.shape[1]:
+            vectors = _cut(vectors, request.dimensions)
+            _check(vectors)
         return EmbedAnswer(
-            vectors=np.ascontiguousarray(output.vectors, dtype=request.dtype),
+            vectors=np.ascontiguousarray(vectors, dtype=request.dtype),
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
         )
@@ -114,3 +117,19 @@ class EmbeddingService:
     async def close(self) -> None:
         """Close the engine."""
         await self.engine.close()
+
+
+def _check(vectors: NDArray[np.float32]) -> None:
+    if wrong := first_wrong(vectors):  # most callers over HTTP check nothing
+        row, what = wrong
+        raise InvalidResponseError(f"texts[{row}] got {what}.")
+
+
+def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """The first `dimensions` numbers of each vector, of unit length again."""
+    short = vectors[:, :dimensions]
+    lengths = np.linalg.norm(short, axis=1, keepdims=True)
+    cut: NDArray[np.float32] = np.divide(
+        short, lengths, out=np.zeros_like(short), where=lengths > 0
+    )
+    return cut

@@ -32,9 +32,11 @@ def with_value(value: float, row: int) -> Any:
     return spoil
 
 
-async def served(spoil: Any, dtype: Any = "float32") -> Any:
-    request = EmbedRequest(texts=TEXTS, role="document", dtype=dtype)
-    return (await EmbeddingService(ScriptedEngine(spoil)).embed(request)).vectors
+async def served(spoil: Any, dtype: Any = "float32", dimensions: int | None = None) -> Any:
+    request = EmbedRequest(texts=TEXTS, role="document", dtype=dtype, dimensions=dimensions)
+    engine = ScriptedEngine(spoil)
+    engine.dimensions = (512, 64, 8)
+    return (await EmbeddingService(engine).embed(request)).vectors
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -57,3 +59,26 @@ async def test_a_wrong_vector_is_never_handed_out(spoil: Any, said: str, dtype: 
 async def test_rounding_is_no_fault() -> None:
     vectors = await served(row_times(1.0005, 0, 1, 2, 3))
     assert np.allclose(vectors, vectors_of(TEXTS, "float32"), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dimensions", [None, 512, 64, 8])
+async def test_vectors_are_cut_to_the_dimensions_asked_for(
+    dimensions: int | None, dtype: str
+) -> None:
+    vectors = await served(lambda vectors: vectors, dtype, dimensions)
+    right = vectors_of(TEXTS, "float32")[:, :dimensions]
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    assert vectors.dtype == dtype
+    assert vectors.flags.c_contiguous
+    np.testing.assert_allclose(vectors, right, atol=1e-6 if dtype == "float32" else 5e-4)
+
+
+async def test_a_vector_of_which_nothing_is_left_is_not_handed_out() -> None:
+    def begins_with_zeros(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        vectors[2] = 0
+        vectors[2, 9] = 1
+        return vectors
+
+    with pytest.raises(InvalidResponseError, match=r"texts\[2\] got a vector of length 0\.0000"):
+        await served(begins_with_zeros, dimensions=8)
