@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> bool:
         ConfigurationError: An argument cannot be, or does not go with another.
     """
     from kalm_integrations.cost import report
-    from kalm_integrations.doctor.report import write
+    from kalm_integrations.terminal import write
     from modal_backend import costs
     from modal_backend.settings import WINDOWS, DeploySettings
 

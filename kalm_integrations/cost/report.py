@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from kalm_integrations.cost.corpus import Corpus
-from kalm_integrations.doctor.report import wrapped
+from kalm_integrations.terminal import wrapped
 from modal_backend import gpus
 from modal_backend.costs import API_PRICES, MONTH, Choice
 from modal_backend.gpus import HOST_GIB, MEASURED, REFERENCE

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from kalm_integrations.doctor import checks, here, report
 from kalm_integrations.doctor.checks import Check, Finding, Patient
+from kalm_integrations.terminal import wrapped, write
 
 
 def run(*, wake: bool, as_json: bool, golden: bool = False) -> bool:
@@ -32,18 +33,18 @@ def run(*, wake: bool, as_json: bool, golden: bool = False) -> bool:
             found = checks.skipped(check, patient, findings)
             if found is None and check.wakes and waits:
                 limit = f"{patient.settings.timeout:g} s (KALM_TIMEOUT)"
-                report.write(f"  waiting for the service, for up to {limit}")
+                write(f"  waiting for the service, for up to {limit}")
                 waits = False
             found = report.clean(found or checks.made(check, patient))
             findings[check.name] = found
             if not as_json:
-                report.write(report.lines(found))
+                write(report.lines(found))
         if patient.client is not None:
             patient.client.close()
     if as_json:
-        report.write(report.document(findings.values(), patient))
+        write(report.document(findings.values(), patient))
     else:
-        report.write("\n" + report.wrapped(report.summary(findings.values(), patient)))
+        write("\n" + wrapped(report.summary(findings.values(), patient)))
     return report.good(findings.values())
 
 

@@ -17,9 +17,8 @@ from kalm_integrations.errors import (
     InvalidResponseError,
 )
 from kalm_integrations.extras import install_command
-from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.io_thread import io_thread
-from kalm_integrations.transports import open_transport
+from kalm_integrations.transports import reported
 
 QUESTION: Final = "How tall is K2?"
 RELATED: Final = "K2 is 8,611 metres high."
@@ -67,15 +66,7 @@ def _identity(patient: Patient) -> Finding:
     if patient.mismatch is not None:
         raise patient.mismatch
     settings = patient.settings
-
-    async def ask() -> SpaceIdentity | None:
-        transport = open_transport(settings)
-        try:
-            return await transport.wake()
-        finally:
-            await transport.close()
-
-    served = patient.served = io_thread().submit(ask()).result()
+    served = patient.served = io_thread().submit(reported(settings)).result()
     if served is None:
         return Finding.warn(
             "the service reports no identity: only its model's name, the dimensions and the "

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Final
@@ -14,12 +11,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from kalm_integrations.doctor.checks import Finding, Patient, Status
+from kalm_integrations.terminal import printable, wrapped
 from kalm_integrations.version import __version__
 
 _MARKS: Final[dict[Status, str]] = {"ok": "✓", "warn": "!", "fail": "✗", "skipped": "-"}
-_PLAIN: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
 _MARGIN: Final = 16
-_WIDEST: Final = 100
 _TOOK_LONG: Final = 0.5  # seconds that a line mentions
 _SECRETS: Final = (
     "KALM_API_KEY",
@@ -28,16 +24,6 @@ _SECRETS: Final = (
     "MODAL_TOKEN_ID",
     "MODAL_TOKEN_SECRET",
 )
-
-
-def write(text: str) -> None:
-    """Print at once, also to a terminal that has no check marks."""
-    try:
-        "".join(map(chr, _PLAIN)).encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        text = text.translate(_PLAIN)  # rather than a question mark for each of them
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def lines(finding: Finding) -> str:
@@ -81,18 +67,6 @@ def summary(findings: Iterable[Finding], patient: Patient) -> str:
     return said + (" Nothing was woken; `kalm doctor --wake` has it embed." if asleep else "")
 
 
-def wrapped(text: str, head: str = "") -> str:
-    """`text` in the terminal's width, after `head`."""
-    return textwrap.fill(
-        text,
-        max(60, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns)),
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
 def clean(finding: Finding) -> Finding:
     """Without secrets, and without anything that could steer a terminal.
 
@@ -104,8 +78,7 @@ def clean(finding: Finding) -> Finding:
 def _clean(text: str) -> str:
     for secret in _secrets():
         text = text.replace(secret, "***")
-    tidy = "\n".join(" ".join(line.split()) for line in text.splitlines())
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in tidy)
+    return printable(text)
 
 
 def _secrets() -> list[str]:

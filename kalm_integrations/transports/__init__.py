@@ -51,3 +51,12 @@ def open_transport(settings: ClientSettings) -> Transport:
     from kalm_integrations.transports.in_process import InProcessTransport
 
     return InProcessTransport()
+
+
+async def reported(settings: ClientSettings) -> SpaceIdentity | None:
+    """The identity that the service reports, compared with nothing. On the I/O thread only."""
+    transport = open_transport(settings)
+    try:
+        return await transport.wake()
+    finally:
+        await transport.close()

@@ -1,0 +1,45 @@
+"""Text for a terminal: in its width, in its character set, and without anything that steers it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from typing import Final, TextIO
+
+_PLAIN: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
+_WIDEST: Final = 100
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Print at once, also to a terminal that has no check marks.
+
+    Args:
+        text: Without the line's end.
+        stream: None is stdout.
+    """
+    stream = stream or sys.stdout
+    try:
+        "".join(map(chr, _PLAIN)).encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = text.translate(_PLAIN)  # rather than a question mark for each of them
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def wrapped(text: str, head: str = "") -> str:
+    """`text` in the terminal's width, after `head`."""
+    return textwrap.fill(
+        text,
+        max(60, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns)),
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def printable(text: str) -> str:
+    """`text` with its lines kept and every other control character replaced."""
+    tidy = "\n".join(" ".join(line.split()) for line in text.splitlines())
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in tidy)
