@@ -7,12 +7,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from kalm_served import KEY, LOADING, Serving, end
 from reference import cosines, reference_vectors, token_ids
 from texts import many
 from tiny_models import tiny_gemma3
@@ -30,69 +29,13 @@ from kalm_integrations import KalmClient
 from kalm_integrations.langchain import KalmModalEmbeddings as ForLangChain
 from kalm_integrations.llama_index import KalmModalEmbeddings as ForLlamaIndex
 
-KEY = "correct-horse"
 NAME = "tiny-gemma"
 TEXTS = many(40)
-LOADING = 120  # seconds that a load may take on a machine that has other things to do
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gemma3(tmp_path_factory.mktemp("models") / NAME)
-
-
-class Serving:
-    """`kalm serve` in a process group of its own, as in a terminal."""
-
-    def __init__(self, log: Path, *arguments: str | Path) -> None:
-        self._log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "kalm_integrations.cli", "serve", "--port", "0", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # As on one GPU: the core runs the model itself, without one more process for it.
-                env=os.environ
-                | {
-                    "KALM_API_KEY": KEY,
-                    "OMP_NUM_THREADS": "1",
-                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                },
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    @property
-    def url(self) -> str:
-        self.wait_until(lambda: "\nkalm serve: ready: " in self.log, LOADING)
-        (url,) = re.findall(
-            r"^kalm serve: ready: .*, on (http://127\.0\.0\.1:\d+)$", self.log, re.M
-        )
-        return str(url)
-
-    def wait_until(self, true: Callable[[], Any], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < deadline, self.log
-            assert self.process.poll() is None, self.log
-            time.sleep(0.02)
-
-    def others(self) -> list[psutil.Process]:
-        """The processes that it has started, and those that they have."""
-        return list(psutil.Process(self.process.pid).children(recursive=True))
-
-    def core(self) -> psutil.Process:
-        (core,) = (other for other in self.others() if other.name().startswith("VLLM::EngineCor"))
-        return core
-
-    def ends(self, seconds: float) -> tuple[int, str]:
-        """Its exit status, and the last of our lines."""
-        status = self.process.wait(seconds)
-        return status, [line for line in self.log.splitlines() if line.startswith("kalm serve")][-1]
 
 
 @pytest.fixture
@@ -102,12 +45,6 @@ def started() -> Iterator[list[Serving]]:
     with ExitStack() as stack:
         stack.callback(lambda: [end(one) for one in serving])
         yield serving
-
-
-def end(serving: Serving) -> None:
-    if serving.process.poll() is None:
-        serving.process.kill()  # CoreGuard does the rest
-        serving.process.wait()
 
 
 def start(log: Path, folder: Path) -> Serving:
