@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import SecretStr
 
 import kalm_integrations
-from kalm_integrations import cost
+from kalm_integrations import cost, evaluation
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.extras import install_command
 
@@ -269,6 +269,7 @@ VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (
     _add_deploy,
     _add_doctor,
     cost.add,
+    evaluation.add,
 )
 """Each adds a command with its defaults: what to `run`, which says whether all went well, and
 the `extra` that it needs."""

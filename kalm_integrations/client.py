@@ -285,9 +285,9 @@ class KalmClient(ClientSettings):
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Progress]:
+def progress_bar(total: int, what: str = "Embedding") -> Iterator[Progress]:
     """A bar on stderr, or a widget in a notebook; yields what moves it on."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="Embedding", unit=" texts") as bar:
+    with tqdm(total=total, desc=what, unit=" texts") as bar:
         yield bar.update

@@ -31,6 +31,31 @@ def read(folder: Path) -> Corpus:
     Raises:
         ConfigurationError: It is no folder, or has nothing to index, or too much.
     """
+    documents, texts, origin = _pieces(folder)
+    if len(texts) > MOST_CHUNKS:
+        raise ConfigurationError(
+            f"{folder} has {len(texts):,} pieces of text, and more than {MOST_CHUNKS:,} take too "
+            "long for a quickstart: name a smaller folder"
+        )
+    return Corpus(
+        texts,
+        origin,
+        [Question(text) for text in _spread(documents) or [texts[0].content[:_LONGEST]]],
+        "headings of these files, to show something; ask your own",
+    )
+
+
+def pieces(folder: Path) -> tuple[list[Text], str]:
+    """The pieces of all documents in `folder`, however many, and what they are, for the user.
+
+    Raises:
+        ConfigurationError: It is no folder, or has no text.
+    """
+    _, texts, origin = _pieces(folder)
+    return texts, origin
+
+
+def _pieces(folder: Path) -> tuple[dict[str, str], list[Text], str]:
     folder = folder.expanduser()
     if folder.is_file():
         raise ConfigurationError(f"{folder} is a file: name the folder that it is in")
@@ -44,17 +69,8 @@ def read(folder: Path) -> Corpus:
             f"{folder} has no text in files named {', '.join('*' + end for end in SUFFIXES)}"
             + unread_ones
         )
-    if len(texts) > MOST_CHUNKS:
-        raise ConfigurationError(
-            f"{folder} has {len(texts):,} pieces of text, and more than {MOST_CHUNKS:,} take too "
-            "long for a quickstart: name a smaller folder"
-        )
-    return Corpus(
-        texts,
-        f"{len(texts):,} pieces of {len(documents):,} files in {folder}{unread_ones}",
-        [Question(text) for text in _spread(documents) or [texts[0].content[:_LONGEST]]],
-        "headings of these files, to show something; ask your own",
-    )
+    origin = f"{len(texts):,} pieces of {len(documents):,} files in {folder}{unread_ones}"
+    return documents, texts, origin
 
 
 def _documents(folder: Path) -> tuple[dict[str, str], list[str]]:

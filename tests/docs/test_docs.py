@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations import inputs, langchain_errors, prompts
+from kalm_integrations import evaluation, inputs, langchain_errors, prompts
 from kalm_integrations.errors import KalmError, subclasses
+from kalm_integrations.evaluation import report
+from kalm_integrations.evaluation.quantization import USUAL_KS
+from kalm_integrations.evaluation.texts import MOST_DERIVED, TEXT_COLUMN
 from kalm_integrations.settings import ClientSettings
 from modal_backend import admission, http_api, service
 
@@ -102,6 +106,30 @@ def test_langchains_errors_are_documented_as_they_are() -> None:
         "any other `KalmError" if ours is KalmError else ours.__name__: theirs
         for ours, theirs in langchain_errors.FAMILY.items()
     }
+
+
+def test_every_argument_of_eval_is_documented_with_its_default() -> None:
+    kinds = argparse.ArgumentParser().add_subparsers()
+    evaluation.add(kinds)
+    (within,) = kinds.choices["eval"]._subparsers._group_actions  # type: ignore[union-attr]
+    actions = within.choices["quantization"]._actions  # type: ignore[index,call-overload]
+    taken = {action.option_strings[-1]: action.default for action in actions[1:]}  # less --help
+    documented = {
+        name: default.strip("`")
+        for names, default, _ in rows("docs/evaluate.md", "Arguments")
+        for name in re.findall("--[a-z-]+", names)
+    }
+    assert documented.keys() == taken.keys()
+    assert documented["--sample"] == str(taken["--sample"])
+    assert documented["--k"] == ",".join(map(str, USUAL_KS))
+    assert documented["--text-column"] == TEXT_COLUMN
+    assert documented["--queries"] == f"first sentences of up to {MOST_DERIVED} documents"
+
+
+def test_the_report_of_eval_is_explained_as_it_explains_itself() -> None:
+    shown = " ".join((ROOT / "docs/evaluate.md").read_text().split())
+    for line in (report._COSINE, report._OVERLAP, report._ORDER, report._NOT_TOLD):
+        assert line in shown
 
 
 def test_the_limits_of_the_http_door() -> None:

@@ -23,6 +23,7 @@ import pytest
 from modal_emulator import Emulator
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings
+from kalm_integrations.cli import main
 from kalm_integrations.errors import AuthenticationError, KalmError
 from kalm_integrations.llama_index import KalmModalEmbeddings as LlamaIndexEmbeddings
 from kalm_integrations.profiles import EMBEDDED
@@ -240,3 +241,24 @@ class TestNothingIsLost:
 
 def _llama_index(arguments: dict[str, Any]) -> Callable[[list[str]], list[list[float]]]:
     return LlamaIndexEmbeddings(**arguments).get_text_embedding_batch
+
+
+def test_two_apps_are_compared_by_their_names(
+    deploy: Any,
+    service: Emulator,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    deploy(app_name="another")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS[:40]))
+    where = ["--baseline", "vllm-embedding-snapshot", "--candidate", "another"]
+    arguments = [*where, "--corpus", str(corpus), "--json"]
+    assert main(["eval", "quantization", *arguments]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert [found[side]["where"] for side in ("baseline", "candidate")] == where[1::2]
+    assert found["baseline"]["identity"] == EMBEDDED.space.to_dict()
+    assert found["overlap"][0]["least"] == 1
+    where[3] = "missing"
+    assert main(["eval", "quantization", *where, "--corpus", str(corpus)]) == 1
+    assert "kalm eval quantization: the candidate, missing: " in capfd.readouterr().err
