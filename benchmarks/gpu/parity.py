@@ -3,8 +3,7 @@
     python benchmarks/gpu/parity.py --out results          # a GPU of 80 GB, 10 minutes
     python benchmarks/gpu/parity.py --tiny --out results   # no GPU: tries the script
 
-The engine as it is deployed (`VLLMEngine`: compiled, CUDA graphs, bf16, steps of 8,192 tokens, many
-calls at once) against transformers in float32, on the same random weights: one text of each length
+The engine as it is deployed (`VLLMEngine`: compiled, CUDA graphs, bf16, many calls at once) against transformers in float32, on the same random weights: one text of each length
 from 2 to 8,192 tokens, alone and among others. The weights lie where a download would leave KaLM's,
 so the engine's own checks of pooling, attention, dtype, dimensions and scheduler are in force.
 
