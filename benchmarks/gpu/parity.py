@@ -3,9 +3,10 @@
     python benchmarks/gpu/parity.py --out results          # a GPU of 80 GB, 10 minutes
     python benchmarks/gpu/parity.py --tiny --out results   # no GPU: tries the script
 
-The engine as it is deployed (`VLLMEngine`: compiled, CUDA graphs, bf16, many calls at once) against transformers in float32, on the same random weights: one text of each length
-from 2 to 8,192 tokens, alone and among others. The weights lie where a download would leave KaLM's,
-so the engine's own checks of pooling, attention, dtype, dimensions and scheduler are in force.
+The engine as it is deployed (`VLLMEngine`: compiled, CUDA graphs, bf16, many calls at once) against
+transformers in float32, on the same random weights: one text of each length from 2 to 8,192 tokens,
+alone and among others. The weights lie where a download would leave KaLM's, so the engine's own
+checks of pooling, attention, dtype, dimensions and scheduler are in force.
 
 Accepted: cosine >= 0.999 for every text in bf16; different texts stay below 0.9, so that a mix-up
 shows. fp8 is another space: its cosines are told, not judged.
