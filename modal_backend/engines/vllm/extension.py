@@ -14,7 +14,10 @@ class Extension:
         """Before waking: hold on to the host memory that the weights slept in. vLLM would wait for
         every piece to be freed, a second for 10 GiB."""
         from vllm.device_allocator import get_mem_allocator_instance
+        from vllm.platforms import current_platform
 
+        if not current_platform.is_sleep_mode_available():  # a sleep that moves no memory
+            return
         held = get_mem_allocator_instance().pointer_to_data.values()
         self.kalm_host_copies = tuple(allocation.cpu_backup_tensor for allocation in held)
 
