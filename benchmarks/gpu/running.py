@@ -68,6 +68,7 @@ class Running:
             "step": "load",
             "step_tokens": config.scheduler_config.max_num_batched_tokens,
             "async_scheduling": config.scheduler_config.async_scheduling,
+            "graph_mode": str(config.compilation_config.cudagraph_mode),
             "graphs": len(sizes),
             "graph_sizes": [min(sizes, default=0), max(sizes, default=0)],
         }

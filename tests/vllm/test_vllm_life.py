@@ -12,13 +12,18 @@ from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
+import torch
 from running import SMALL, children, embed, left_behind, running
+from vllm import device_allocator
+from vllm.device_allocator import AllocationData
+from vllm.platforms import current_platform
 
 from kalm_integrations.errors import (
     ContainerFailedError,
@@ -31,6 +36,7 @@ from modal_backend import canary
 from modal_backend.engines.vllm import engine as vllm_engine
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.engines.vllm.engine import VLLMEngine
+from modal_backend.engines.vllm.extension import Extension
 from modal_backend.life import Life
 from modal_backend.weights import locate
 
@@ -160,6 +166,23 @@ def give_sleep(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     sleep = engine._llm.sleep
     monkeypatch.setattr(engine, "_can_sleep", True)
     monkeypatch.setattr(engine._llm, "sleep", lambda level, mode: sleep(0 * level, mode))
+
+
+async def test_the_memory_that_the_weights_slept_in_is_not_freed_while_it_wakes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for vLLM's allocator, which needs a GPU."""
+    allocation = AllocationData((0, 8, 0, 0), "weights", torch.ones(8))
+    allocator = SimpleNamespace(pointer_to_data={0: allocation})
+    monkeypatch.setattr(device_allocator, "get_mem_allocator_instance", lambda: allocator)
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda *_: True)
+    copy = weakref.ref(allocation.cpu_backup_tensor)
+    worker = Extension()
+    worker.keep_host_copies()
+    allocation.cpu_backup_tensor = None  # what vLLM does when it is copied back
+    assert copy() is not None
+    worker.free_host_copies()
+    assert copy() is None
 
 
 # --- closed

@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
+from modal_backend.engines.vllm import process
+from modal_backend.engines.vllm.config import arguments
 from modal_backend.engines.vllm.engine import VLLMEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -87,6 +89,35 @@ async def test_four_hundred_calls_at_once_change_nothing(engine: VLLMEngine, poo
         for number in range(400)
     ]
     assert await embed_all(engine, calls, pool) >= EXACT
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def ahead(gemma: Path) -> AsyncIterator[VLLMEngine]:
+    """Over `gemma`, scheduling ahead, as on a GPU."""
+
+    def asked(*positional: Any, **named: Any) -> dict[str, Any]:
+        return arguments(*positional, **named) | {"worker_extension_cls": "ahead.Ahead"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "arguments", asked)
+        async with running(gemma) as engine:
+            yield engine
+
+
+async def test_steps_that_are_scheduled_ahead_change_nothing(
+    ahead: VLLMEngine, pool: Texts, ladder: Texts
+) -> None:
+    """Documents of several steps, and queries that make steps small, all at once."""
+    assert await ahead._llm.collective_rpc("steps_ahead") == [2]
+    random = np.random.default_rng(1)
+    calls: list[Call] = [
+        ("query" if number % 5 == 0 else "document", [int(random.integers(len(pool.texts)))], 0)
+        for number in range(300)
+    ]
+    long = asyncio.gather(*(embed(ahead, [text]) for text in ladder.texts))
+    assert await embed_all(ahead, calls, pool) >= EXACT
+    found = np.concatenate([output.vectors for output in await long])
+    assert cosines(found, ladder.vectors).min() >= EXACT
 
 
 @settings(
