@@ -46,7 +46,7 @@ def of_files(path: Path) -> Corpus:
     """
     path = path.expanduser()
     if not path.exists():
-        raise ConfigurationError(f"--corpus: there is no {path}")
+        raise ConfigurationError(f"--corpus: there is no {path}.")
     sizes: list[int] = []
     unread: list[str] = []
     for file in [path] if path.is_file() else files(path):
@@ -60,7 +60,7 @@ def of_files(path: Path) -> Corpus:
         kinds = "" if path.is_file() else f" in files named {', '.join('*' + s for s in SUFFIXES)}"
         raise ConfigurationError(
             f"--corpus: {path} has no text{kinds}{left_out(unread)}. Of anything else, give "
-            "--texts and --tokens-per-text"
+            "--texts and --tokens-per-text."
         )
     tokens = sum(map(estimate_tokens, filter(None, sizes)))
     named = "1 file" if len(sizes) == 1 else f"{len(sizes):,} files"

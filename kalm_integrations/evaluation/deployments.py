@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from kalm_integrations.assembly import Assembly
 from kalm_integrations.client import KalmClient
@@ -24,6 +25,8 @@ from kalm_integrations.prompts import Role
 from kalm_integrations.transports import reported
 
 Name = Literal["baseline", "candidate"]
+
+_APP: Final = re.compile(r"[^\s:/]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def connect(baseline: str, candidate: str, dimensions: int | None) -> list[Deplo
     if one.model != other.model:
         raise ConfigurationError(
             f"the baseline serves {one.model}, the candidate {other.model}: rankings by two "
-            "models differ by far more than by a quantization. Name two deployments of one model"
+            "models differ by far more than by a quantization. Name two deployments of one model."
         )
     return [one, other]
 
@@ -120,6 +123,11 @@ class _Asking:
 
     @classmethod
     def make(cls, name: Name, where: str) -> Self:
+        if "://" not in where and not _APP.fullmatch(where):
+            raise ConfigurationError(
+                f"--{name} {where}: this is neither a URL nor an app's name. Did you mean "
+                f"http://{where} ?"
+            )
         arguments: dict[str, Any] = {"backend": "modal", "app_name": where, "base_url": None}
         if "://" in where:
             arguments = {"backend": "http", "base_url": where}

@@ -86,7 +86,7 @@ def _read(asked: Asked) -> tuple[Texts, Texts, NDArray[np.int64] | None]:
     """Documents, queries, and the document that each query was taken from, if it was."""
     files = [asked.corpus] if asked.queries is None else [asked.corpus, asked.queries]
     if asked.text_column is not None and not any(map(texts.is_json_lines, files)):
-        raise ConfigurationError("--text-column is for JSON Lines (*.jsonl)")
+        raise ConfigurationError("--text-column is for JSON Lines (*.jsonl).")
     # Only what the variables say of texts; where the services are, the arguments say.
     truncate = ClientSettings(backend="local", model=None, dimensions=None).truncate
     corpus, *asking = (texts.read(path, asked.text_column, truncate) for path in files)
@@ -102,11 +102,11 @@ def _ks(asked: Sequence[int] | None, ranked: int, derived: bool) -> list[int]:
     if derived:
         ranks += ", the one that the query was taken from left out"
     if ranked < 2:
-        raise ConfigurationError(f"{ranks}: there must be at least two")
+        raise ConfigurationError(f"{ranks}: there must be at least two.")
     if asked is None:
         return [k for k in USUAL_KS if k < ranked]
     if wrong := [k for k in asked if k >= ranked]:
-        raise ConfigurationError(f"--k {max(wrong)}: there are {ranks}, and k must be less")
+        raise ConfigurationError(f"--k {max(wrong)}: there are {ranks}, and k must be less.")
     return sorted({1, *asked})
 
 
@@ -117,7 +117,7 @@ def _probed(sides: Sequence[Deployment], queries: Texts) -> int:
     if found[0] != found[1]:
         raise ConfigurationError(
             f"the baseline's vectors have {found[0]} dimensions, the candidate's {found[1]}: "
-            "--dimensions asks both for the same"
+            "--dimensions asks both for the same."
         )
     return found[0]
 

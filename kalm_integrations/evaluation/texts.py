@@ -94,7 +94,7 @@ def read(path: Path, column: str | None, truncate: Truncate) -> Texts:
     if path.suffix.lower() not in _PLAIN:
         raise ConfigurationError(
             f"{path} is neither a folder, nor JSON Lines (*.jsonl), nor plain text with one text "
-            "a line (*.txt)"
+            "a line (*.txt)."
         )
     return _distinct(_lines(path), str(path), truncate)
 
@@ -138,7 +138,7 @@ def _distinct(named: Iterable[tuple[str, str]], origin: str, truncate: Truncate)
     if refused:
         raise _refusal(refused)
     if not places:
-        raise ConfigurationError(f"{origin} has no text")
+        raise ConfigurationError(f"{origin} has no text.")
     return Texts([*places], [*places.values()], origin, len(places), total - len(places))
 
 
@@ -162,13 +162,13 @@ def _objects(path: Path, column: str) -> Iterator[tuple[str, str]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigurationError(f"{place} is not JSON: {error}") from None
+            raise ConfigurationError(f"{place} is not JSON: {error}.") from None
         if not isinstance(value, dict):
-            raise ConfigurationError(f"{place} is no JSON object, but {type(value).__name__}")
+            raise ConfigurationError(f"{place} is no JSON object, but {type(value).__name__}.")
         if column not in value:
             there = ", ".join(map(repr, value)) or "nothing"
             raise ConfigurationError(
-                f"{place} has no {column!r}, but {there}: --text-column names the text"
+                f"{place} has no {column!r}, but {there}: --text-column names the text."
             )
         yield place, value[column]
 
@@ -184,9 +184,9 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 except UnicodeDecodeError as error:
                     raise ConfigurationError(
                         f"{place} is not UTF-8: byte {error.object[error.start]:#04x} at "
-                        f"position {error.start}"
+                        f"position {error.start}."
                     ) from None
                 if text and not text.isspace():
                     yield place, text
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
+        raise ConfigurationError(f"{path}: {error.strerror}.") from None

@@ -526,6 +526,7 @@ def test_wrong_arguments(
     [
         (("http://127.0.0.1:9", "http://"), "the candidate, http://: base_url is not like https"),
         (("", "http://127.0.0.1:9"), "the baseline, : app_name: "),
+        (("127.0.0.1:9", "http://127.0.0.1:9"), "Did you mean http://127.0.0.1:9 ?"),
         (("ftp://x", "http://127.0.0.1:9"), "base_url is not like https://host"),
         (("http://127.0.0.1:9", "http://me:hunter@x"), "base_url holds a credential"),
     ],

@@ -55,7 +55,7 @@ def test_the_budget_of_a_cold_start() -> None:
 
 
 def test_the_data_sheets() -> None:
-    (said,) = re.findall(r"TFLOP/s in bf16: (.*?); fp8 is twice that", PAGE)
+    (said,) = re.findall(r"TFLOP/s in bf16: (.*?); fp8 is about twice that", PAGE)
     for name, kind in gpus.GPUS.items():
         known = name.partition("-")[0]
         found = re.search(rf"\b{known}(?: and \w+)? ([\d,]+)", said)
