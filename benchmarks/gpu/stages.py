@@ -113,6 +113,5 @@ def machine() -> Row:
         "gpu": gpu,
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "kernel": platform.release(),
         **versions,
     }
