@@ -37,10 +37,11 @@ class QueriesFirst(AsyncScheduler):  # type: ignore[misc]  # vLLM is not install
     def schedule(self, *arguments: Any, **named: Any) -> Any:
         """See vLLM's."""
         self._queries = [query for query in self._queries if not query.is_finished()]
-        begun = sum(
-            request.priority != PRIORITY["query"] and _left(request) > 0 for request in self.running
-        )
         queries = [left for left in map(_left, self._queries) if left > 0]
+        begun = 0
+        if queries:
+            documents = (each for each in self.running if each.priority != PRIORITY["query"])
+            begun = sum(_left(document) > 0 for document in documents)
         step, share = step_for(queries, begun, self.step, self.fill)
         self.max_num_scheduled_tokens = step
         self.scheduler_config.long_prefill_token_threshold = share
