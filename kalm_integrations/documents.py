@@ -26,10 +26,15 @@ def files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def left_out(unread: Sequence[str]) -> str:
+def unread(name: str, error: OSError | UnicodeDecodeError) -> str:
+    """A file that could not be read, and why."""
+    return f"{name} ({error.strerror if isinstance(error, OSError) else 'not UTF-8'})"
+
+
+def left_out(files: Sequence[str]) -> str:
     """What to say, after all else, of files that could not be read."""
-    if not unread:
+    if not files:
         return ""
-    more = len(unread) - _SHOWN
-    shown = [*unread[:_SHOWN], f"{more} more"] if more > 0 else unread
+    more = len(files) - _SHOWN
+    shown = [*files[:_SHOWN], f"{more} more"] if more > 0 else files
     return f"; left out: {', '.join(shown)}"

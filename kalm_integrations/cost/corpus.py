@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from kalm_integrations.batching import estimate_tokens
-from kalm_integrations.documents import SUFFIXES, files, left_out
+from kalm_integrations.documents import SUFFIXES, files, left_out, unread
 from kalm_integrations.errors import ConfigurationError
 
 _PIECE: Final = 2**20  # bytes that are read at a time: a corpus may be larger than the memory
@@ -48,23 +48,21 @@ def of_files(path: Path) -> Corpus:
     if not path.exists():
         raise ConfigurationError(f"--corpus: there is no {path}.")
     sizes: list[int] = []
-    unread: list[str] = []
+    skipped: list[str] = []
     for file in [path] if path.is_file() else files(path):
         try:
             sizes.append(sum(_sizes(file)))
-        except UnicodeDecodeError:
-            unread.append(f"{file.name} (not UTF-8)")
-        except OSError as error:
-            unread.append(f"{file.name} ({error.strerror})")
+        except (OSError, UnicodeDecodeError) as error:
+            skipped.append(unread(file.name, error))
     if not sum(sizes):
         kinds = "" if path.is_file() else f" in files named {', '.join('*' + s for s in SUFFIXES)}"
         raise ConfigurationError(
-            f"--corpus: {path} has no text{kinds}{left_out(unread)}. Of anything else, give "
+            f"--corpus: {path} has no text{kinds}{left_out(skipped)}. Of anything else, give "
             "--texts and --tokens-per-text."
         )
     tokens = sum(map(estimate_tokens, filter(None, sizes)))
     named = "1 file" if len(sizes) == 1 else f"{len(sizes):,} files"
-    return Corpus(tokens, f"estimated, 4 bytes a token, {named} of {path}{left_out(unread)}")
+    return Corpus(tokens, f"estimated, 4 bytes a token, {named} of {path}{left_out(skipped)}")
 
 
 def _sizes(file: Path) -> Iterator[int]:

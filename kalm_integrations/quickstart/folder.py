@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final
 
-from kalm_integrations.documents import SUFFIXES, files, left_out
+from kalm_integrations.documents import SUFFIXES, files, left_out, unread
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.quickstart.corpus import Corpus, Question, Text
 
@@ -61,8 +61,8 @@ def _pieces(folder: Path) -> tuple[dict[str, str], list[Text], str]:
         raise ConfigurationError(f"{folder} is a file: name the folder that it is in")
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {folder}")
-    documents, unread = _documents(folder)
-    unread_ones = left_out(unread)
+    documents, skipped = _documents(folder)
+    unread_ones = left_out(skipped)
     texts = _split(documents)
     if not texts:
         raise ConfigurationError(
@@ -76,16 +76,14 @@ def _pieces(folder: Path) -> tuple[dict[str, str], list[Text], str]:
 def _documents(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Texts by file name, and for each file that could not be read, which and why."""
     documents: dict[str, str] = {}
-    unread: list[str] = []
+    skipped: list[str] = []
     for path in files(folder):
         name = path.relative_to(folder).as_posix()
         try:
             documents[name] = path.read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            unread.append(f"{name} (not UTF-8)")
-        except OSError as error:
-            unread.append(f"{name} ({error.strerror})")
-    return documents, unread
+        except (OSError, UnicodeDecodeError) as error:
+            skipped.append(unread(name, error))
+    return documents, skipped
 
 
 def _split(documents: dict[str, str]) -> list[Text]:
