@@ -172,10 +172,12 @@ async def engine(out: Path, tiny: bool, quantization: str) -> AsyncIterator[Row]
         loaded = time.perf_counter() - start
         start = time.perf_counter()
         await engine.warm_up()
+        (inspected,) = await engine._llm.collective_rpc("inspect_model")
         yield {
             "step": "load",
             "seconds": round(loaded, 1),
             "warm_up_seconds": round(time.perf_counter() - start, 1),
+            "graph_mode": inspected["cuda_graphs"],
             "identity": engine.identity.to_dict(),
             "dimensions": engine.dimensions,
             "max_tokens": engine.max_tokens,

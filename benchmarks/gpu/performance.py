@@ -49,11 +49,10 @@ class Variant:
 
 
 FP8: Final = {"quantization": "fp8"}
+MEASURED: Final = ("throughput", "service", "alone", "steps", "asleep", "asleep")
 VARIANTS: Final = {
-    "bf16": Variant(measure=("throughput", "service", "alone", "steps")),
-    "fp8": Variant(options=FP8, measure=("throughput", "service", "alone", "steps")),
-    "snapshot bf16": Variant(measure=("alone", "asleep", "asleep")),
-    "snapshot fp8": Variant(options=FP8, measure=("alone", "asleep", "asleep")),
+    "bf16": Variant(measure=MEASURED),
+    "fp8": Variant(options=FP8, measure=MEASURED),
     # One engine, whose steps are made smaller while it runs.
     "steps bf16": Variant(
         options={"max_num_batched_tokens": 16_384},
@@ -62,14 +61,11 @@ VARIANTS: Final = {
     "steps fp8": Variant(
         options={"max_num_batched_tokens": 16_384, **FP8}, measure=("steps", "kernels")
     ),
-    # Of pooling models vLLM makes graphs in pieces only; FlashAttention 3 could do more.
-    "whole graphs": Variant(
-        arguments={"worker_extension_cls": "whole_graphs.WholeGraphs"},
-        measure=("alone", "throughput", "asleep"),
-    ),
+    # vLLM's worker: of pooling models it makes graphs in pieces.
+    "graphs in pieces": Variant(arguments={"worker_cls": "auto"}, measure=("alone", "throughput")),
     "first version": Variant(
         options={"enforce_eager": True, "gpu_memory_utilization": 0.9},
-        arguments={"scheduler_cls": None, "async_scheduling": None},
+        arguments={"scheduler_cls": None, "async_scheduling": None, "worker_cls": "auto"},
         measure=("alone", "awake", "asleep"),
     ),
 }
@@ -88,7 +84,7 @@ async def ours(out: Path, tiny: bool, variant: Variant) -> AsyncIterator[Row]:
             "step": "load",
             "seconds": round(loaded, 1),
             "warm_up_seconds": round(time.perf_counter() - start, 1),
-            **running.resolved(),
+            **await running.resolved(),
         }
         for what in variant.measure:
             try:

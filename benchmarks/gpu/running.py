@@ -59,8 +59,9 @@ class Running:
         weights = Weights(folder.name, "random", folder)
         return cls(await VLLMEngine.load(weights, VLLMOptions(**chosen)), tiny)
 
-    def resolved(self) -> Row:
+    async def resolved(self) -> Row:
         """What vLLM made of it."""
+        (inspected,) = await self.engine._llm.collective_rpc("inspect_model")
         config = self.engine._llm.vllm_config
         sizes = config.compilation_config.cudagraph_capture_sizes or []
         return {
@@ -68,7 +69,7 @@ class Running:
             "step": "load",
             "step_tokens": config.scheduler_config.max_num_batched_tokens,
             "async_scheduling": config.scheduler_config.async_scheduling,
-            "graph_mode": str(config.compilation_config.cudagraph_mode),
+            "graph_mode": inspected["cuda_graphs"],
             "graphs": len(sizes),
             "graph_sizes": [min(sizes, default=0), max(sizes, default=0)],
         }
@@ -107,11 +108,13 @@ class Running:
         await self.embed(workloads.texts_of([24, 128, 512]))
         for name, tokens in workloads.lengths(self.tiny).items():
             texts, taken = workloads.texts_of(tokens), []
+            busy = _Busy()
             for _ in range(2):
                 start = time.perf_counter()
                 await self.embed(texts)
                 taken.append(time.perf_counter() - start)
-            yield workloads.rate(name, sum(tokens), taken) | {"through": "engine"}
+            row = workloads.rate(name, sum(tokens), taken)
+            yield row | {"through": "engine", "loop_busy": busy.share()}
 
     async def alone(self) -> AsyncIterator[Row]:
         """One query after the other."""
@@ -147,8 +150,10 @@ class Running:
             stdout=asyncio.subprocess.PIPE,
         )
         assert child.stdout
+        busy = _Busy()
         async for line in child.stdout:
-            yield json.loads(line)
+            yield json.loads(line) | {"loop_busy": busy.share()}
+            busy = _Busy()
         if await child.wait():
             raise RuntimeError("the client failed")
         server.should_exit = True
@@ -157,7 +162,7 @@ class Running:
     async def steps(self) -> AsyncIterator[Row]:
         """A bulk job alone, and with queries between, at several sizes of a step; by our scheduler,
         and by vLLM's priorities alone."""
-        most = self.resolved()["step_tokens"]
+        most = (await self.resolved())["step_tokens"]
         sizes = [step for step in ((128, 256) if self.tiny else STEPS) if step <= most]
         for step in sizes:
             await self._inside(_set_step, step, True)
@@ -265,6 +270,18 @@ class Running:
         most = 1024 if self.tiny else 8000
         counts = [n for n in (2, 9, 24, 64, 128, 512, 1500, 3000, 8000) if n <= most]
         return np.concatenate([await self._call([text_of(n, n)], "document") for n in counts])
+
+
+class _Busy:
+    """How much of the time this thread, which has the event loop, is at work."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.thread_time()
+
+    def share(self) -> float:
+        """Since it was made."""
+        wall, busy = self._start
+        return round((time.thread_time() - busy) / (time.perf_counter() - wall), 2)
 
 
 def _seconds(seen: Row, call: str) -> float:

@@ -43,6 +43,7 @@ class Extension:
             "windows": sorted(window for window in windows if window),
             "dtypes": sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()}),
             "linear": sorted({_scheme(m) for m in modules if hasattr(m, "quant_method")} - {""}),
+            "cuda_graphs": self.vllm_config.compilation_config.cudagraph_mode.name,  # type: ignore[attr-defined]
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
 

@@ -111,6 +111,8 @@ def start(weights: Weights, options: VLLMOptions) -> tuple[Any, dict[str, Any]]:
     model = AsyncEngineArgs(**asked).create_model_config()
     if not model.is_chunked_prefill_supported:  # a step takes whole texts
         asked["max_num_batched_tokens"] = max(options.max_num_batched_tokens, model.max_model_len)
+    if current_platform.is_cuda():
+        asked["worker_cls"] = "modal_backend.engines.vllm.worker.WholeGraphs"
     if options.gpu_memory_utilization is None:
         asked["kv_cache_memory_bytes"] = kv_cache_bytes(model, asked["max_num_batched_tokens"])
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**asked)), asked
