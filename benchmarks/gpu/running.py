@@ -311,6 +311,7 @@ def _set_step(worker: Any, step: int, ours: bool, fill: int = 512) -> None:
 
     gc.unfreeze()  # vLLM freezes what it has loaded
     (scheduler,) = [o for o in gc.get_objects() if type(o).__name__ == "QueriesFirst"]
+    gc.freeze()  # or each collection, one of them in `wake`, takes a second
     scheduler.step, scheduler.fill = step, min(fill, step // 2)
     scheduler.max_num_scheduled_tokens = step
     scheduler.scheduler_config.long_prefill_token_threshold = 0

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,29 @@ async def test_of_an_unknown_model_only_the_norm_is_stated(gemma: Path) -> None:
     assert asked["trust_remote_code"] is False
     assert "max_model_len" not in asked
     assert "quantization" not in asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "attention", "made", "splits"),
+    [
+        ("PIECEWISE", "ALWAYS", "FULL", 1),  # FlashAttention 3, on a Hopper card
+        ("PIECEWISE", "UNIFORM_BATCH", "PIECEWISE", 32),  # FlashAttention 2
+        ("NONE", "ALWAYS", "NONE", 32),  # eager
+    ],
+)
+async def test_graphs_are_of_the_whole_model_where_attention_can_be_part_of_one(
+    asked: str, attention: str, made: str, splits: int
+) -> None:
+    from vllm.config import AttentionConfig, CompilationConfig, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from modal_backend.engines.vllm.worker import make_whole
+
+    compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode[asked])
+    config = SimpleNamespace(compilation_config=compilation, attention_config=AttentionConfig())
+    make_whole(config, AttentionCGSupport[attention])
+    assert compilation.cudagraph_mode == CUDAGraphMode[made]
+    assert config.attention_config.flash_attn_max_num_splits_for_cuda_graph == splits
 
 
 async def test_options_reach_vllm(gemma: Path) -> None:

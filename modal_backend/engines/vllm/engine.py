@@ -9,6 +9,7 @@ Runs on one event loop, the one that `load` was awaited in (docs/gpu.md says wha
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 from collections.abc import Awaitable, Sequence
@@ -184,7 +185,9 @@ class VLLMEngine:
 
     async def warm_up(self) -> None:
         """Embed a short text, one of more than a step, and a full step of documents: what is
-        compiled or allocated at first use is there before the first caller."""
+        compiled or allocated at first use is there before the first caller. What is in memory then
+        stays, so Python's collector is told to leave it alone: looking through it took half a
+        second, in which no caller was answered."""
         self._check_usable()
         step = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
         long = "warm up " * min(self.max_tokens, step + 1)
@@ -192,6 +195,8 @@ class VLLMEngine:
         for texts in (["warm up"], [long], batch):
             for role in PRIORITY:
                 await self.embed(texts, role=role, truncate="end", deadline=None)
+        gc.collect()
+        gc.freeze()
 
     async def died(self) -> KalmError:
         """Wait until the engine core has died; what callers are to be told then."""
@@ -238,6 +243,7 @@ class VLLMEngine:
         finally:
             self._guard.finish(self._cores)
             self._llm = None
+            gc.unfreeze()
 
     async def _tokenized(
         self, texts: Sequence[str], role: Role, truncate: Truncate

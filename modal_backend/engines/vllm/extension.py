@@ -43,9 +43,17 @@ class Extension:
             "windows": sorted(window for window in windows if window),
             "dtypes": sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()}),
             "linear": sorted({_scheme(m) for m in modules if hasattr(m, "quant_method")} - {""}),
-            "cuda_graphs": self.vllm_config.compilation_config.cudagraph_mode.name,  # type: ignore[attr-defined]
+            "cuda_graphs": _graphs(self.model_runner),  # type: ignore[attr-defined]
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
+
+
+def _graphs(runner: Any) -> str:
+    """Of what CUDA graphs are made; vLLM's configuration no longer says what it did then."""
+    for holder in ("cudagraph_manager", "cudagraph_dispatcher"):  # vLLM's new runner, its old one
+        if (graphs := getattr(runner, holder, None)) is not None:
+            return str(graphs.cudagraph_mode.name)
+    return "NONE"
 
 
 def _attention(module: Any) -> bool:
