@@ -59,7 +59,8 @@ CORES: Final = 4.0
 """What a container asks for: the engine's core process, the tokenizer, the doors."""
 
 HOST_GIB: Final = {"none": 40, "fp8": 28}
-"""Host memory: an engine asleep lies in it whole (28 GiB in bf16, measured)."""
+"""Host memory: an engine asleep lies in it whole, 26.6 and 16.6 GiB measured; loading
+it takes more for a while."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +250,7 @@ class ColdStart:
 
     Attributes:
         container: Seconds until a container runs: Modal's own figure, not ours.
-        wake: Seconds of restore, wake and canary: measured on an H100, docs/gpu.md.
+        wake: Seconds of restore, wake and canary: measured on an H100, docs/performance.md.
         gib: The snapshot: host memory that was measured there.
     """
 
@@ -262,7 +263,7 @@ class ColdStart:
         return self.container + self.wake + self.gib * 2**30 / 1e9 / gb_per_second
 
 
-COLD_STARTS: Final = {"none": ColdStart(1.0, 2.0, 29), "fp8": ColdStart(1.0, 1.5, 17)}
+COLD_STARTS: Final = {"none": ColdStart(1.0, 2.1, 26.6), "fp8": ColdStart(1.0, 1.4, 16.6)}
 READING: Final = (1.0, 2.5)
 """GB/s from Modal's storage, as Modal says; what our snapshots do there, nobody has measured."""
 
