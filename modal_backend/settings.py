@@ -62,14 +62,14 @@ class DeploySettings(EnvironmentSettings):
     and its sibling have a profile here."""
 
     revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")
-    """Its commit, all 40 digits; None is the one that we pin for a model that we know, else the
+    """Its commit, all 40 digits; without it the one that we pin for a model that we know, else the
     newest that was downloaded."""
 
     app_name: str = Field(DEFAULT_APP, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The app's name on Modal."""
 
     environment_name: str | None = None
-    """The environment on Modal; None is the token's own."""
+    """The environment on Modal; without it the token's own."""
 
     gpu: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("A100-40GB",)
     """GPU types, the first that is free is taken; "!" pins ("H100!" is never an H200)."""
@@ -79,14 +79,14 @@ class DeploySettings(EnvironmentSettings):
     vector space than "none"."""
 
     max_model_len: int | None = Field(None, ge=256, le=32_768)
-    """Longest text, in tokens; None is 8192 for KaLM, 512 for its sibling, and the model's own
+    """Longest text, in tokens; without it 8192 for KaLM, 512 for its sibling, and the model's own
     limit for others."""
 
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs: a faster first start, and slower ever after."""
 
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
-    """Share of the GPU that weights and KV cache may fill; None takes what two steps need, which
+    """Share of the GPU that weights and KV cache may fill; without it what two steps need, which
     is enough for embedding and keeps snapshots small."""
 
     snapshot: Snapshot = "asleep"

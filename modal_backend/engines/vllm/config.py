@@ -26,9 +26,13 @@ _POOLINGS: Final = {"LastPool": "last", "MeanPool": "mean", "CLSPool": "cls"}
 _ATTENTION: Final = {"decoder": "causal", "encoder_only": "bidirectional"}
 _DTYPES: Final = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 _UNQUANTIZED: Final = "UnquantizedLinearMethod"
-_GRAPH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Tokens of the steps that are kept as CUDA graphs; another step is padded to the next. vLLM's own
-51 would take 0.2 GiB more of a snapshot."""
+_GRAPH_SIZES: Final = (
+    *(8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    *(768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384),
+)
+"""Tokens of the steps that are kept as CUDA graphs, up to a full one; another is padded to the
+next. To launch a step's kernels one by one takes a CPU as long as a fast card takes to compute
+2,000 tokens in fp8. vLLM's own sizes end at 512, and are 51."""
 _DTYPE_ARGUMENT: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -54,7 +58,7 @@ class VLLMOptions:
     dtype: Dtype = "auto"
     quantization: Literal["none", "fp8"] = "none"
     max_model_len: int | None = None
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 1024
     max_num_seqs: int = 512
     enforce_eager: bool = False
     gpu_memory_utilization: float | None = None
@@ -80,6 +84,7 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
     pooler = PoolerConfig(use_activation=True)
     if space.declared:
         pooler = PoolerConfig(use_activation=True, seq_pooling_type=space.pooling.upper())
+    step = options.max_num_batched_tokens
     asked: dict[str, Any] = {
         "model": str(weights.folder),
         "served_model_name": weights.name,
@@ -87,7 +92,7 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
         "convert": "embed",
         "pooler_config": pooler,
         "dtype": _DTYPE_ARGUMENT.get(dtype, "auto"),
-        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "max_num_batched_tokens": step,
         "max_num_seqs": options.max_num_seqs,
         "scheduling_policy": "priority",
         "scheduler_cls": "modal_backend.engines.vllm.scheduler.QueriesFirst",
@@ -95,7 +100,10 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
         "enable_sleep_mode": can_sleep,
         "enable_prefix_caching": options.prefix_caching,
         "enforce_eager": options.enforce_eager,
-        "cudagraph_capture_sizes": None if options.enforce_eager else list(_GRAPH_SIZES),
+        "cudagraph_capture_sizes": None if options.enforce_eager else graph_sizes(step),
+        # Layers of a sliding window would free their blocks earlier; six lists of blocks for each
+        # text cost the CPUs more than that saves of texts that are as short as ours.
+        "disable_hybrid_kv_cache_manager": True,
         "disable_log_stats": True,
         "trust_remote_code": False,
         "worker_extension_cls": "modal_backend.engines.vllm.extension.Extension",
@@ -110,6 +118,15 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
     return asked
 
 
+def graph_sizes(step: int) -> list[int]:
+    """Sizes of the steps that are kept as CUDA graphs.
+
+    Args:
+        step: Most tokens in a step, which is one of them.
+    """
+    return [*(size for size in _GRAPH_SIZES if size < step), step]
+
+
 def kv_room(step: int, longest: int, token: int) -> int:
     """Bytes for two full steps, or for the longest text: more is of no use to a pooling model.
 
@@ -118,7 +135,7 @@ def kv_room(step: int, longest: int, token: int) -> int:
         longest: Tokens of the longest text.
         token: Bytes of one token's keys and values.
     """
-    # Layers of a sliding window are kept in blocks of their own, padded to the others' number.
+    # A text's last block of 16 tokens is not full.
     return int(1.25 * max(2 * step, longest) * token) + 2**20
 
 
