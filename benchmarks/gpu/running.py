@@ -26,7 +26,7 @@ _ENVIRONMENT: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on a CPU too, the core runs the model itself
 }
-STEPS: Final = (1024, 2048, 4096, 8192, 16_384)
+STEPS: Final = (1024, 1536, 2048, 4096, 8192, 16_384)
 
 
 class Running:
