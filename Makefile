@@ -16,7 +16,7 @@ export QUICKSTART_Q := $(value Q)
 export QUICKSTART_DOCS := $(value DOCS)
 unexport Q DOCS
 
-.PHONY: help quickstart test test-vllm clean
+.PHONY: help quickstart test test-vllm notebooks clean
 .NOTPARALLEL:
 
 help:
@@ -25,12 +25,13 @@ help:
 	@echo 'make quickstart DOCS=path    index a folder of Markdown and text files'
 	@echo 'make test                    ruff, mypy, pytest'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
+	@echo 'make notebooks               run the notebooks of examples/ again, in place'
 	@echo 'make clean                   remove $(VENV), $(VLLM_VENV) and all caches'
 	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with, once'
 	@echo 'VLLM_PYTHON=python3.12       and $(VLLM_VENV); python3.11 if it is there'
 
 quickstart: $(VENV)/.quickstart
-	@$(VENV)/bin/kalm quickstart $${QUICKSTART_DOCS:+"--docs=$$QUICKSTART_DOCS"} $${QUICKSTART_Q:+"--question=$$QUICKSTART_Q"}
+	@$(VENV)/bin/kalm quickstart $${QUICKSTART_DOCS:+"--corpus=$$QUICKSTART_DOCS"} $${QUICKSTART_Q:+"--question=$$QUICKSTART_Q"}
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check
@@ -40,6 +41,9 @@ test: $(VENV)/.dev
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/pytest tests/vllm --numprocesses 2 --dist loadfile
+
+notebooks: $(VENV)/.dev
+	$(VENV)/bin/python tests/notebooks.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,24 +1,39 @@
-"""The command `kalm`. Exit status: 0 fine, 1 failed, 2 wrong usage, 130 interrupted."""
+"""The command `kalm`: docs/cli.md has its commands, exit statuses and JSON."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-from pydantic import SecretStr
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import kalm_integrations
-from kalm_integrations import cost, evaluation
+from kalm_integrations import cost, deploy_options, evaluation, serve_options
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.extras import install_command
+from kalm_integrations.usage import Parser, UsageError, add_json, path
 
 if TYPE_CHECKING:
-    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+    from kalm_integrations.usage import Verbs
+
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+INTERRUPTED: Final = 130  # 128 and the number of the signal, as shells count
+NOBODY_READS: Final = 141
+
+
+class Failure(NamedTuple):
+    """What ends a command before it has done its work."""
+
+    status: int
+    command: str
+    code: str
+    message: str
+    remedy: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,37 +46,103 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
 
     Raises:
-        SystemExit: Of argparse: wrong usage (2), `--help` or `--version` (0).
+        SystemExit: Of status 0 by `--help` and `--version`, of 143 by SIGTERM to `kalm serve`.
     """
+    _prepare_streams()
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, where it can still be told that nobody reads
+    except BrokenPipeError:
+        _discard_output()
+        return NOBODY_READS
+    except OSError as error:  # a full disk
+        _discard_output()
+        sys.stderr.write(f"kalm: the output cannot be written: {error.strerror}.\n")
+        return FAILED
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich's way to say so
+            return NOBODY_READS
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    arguments = argparse.Namespace(verb="", extra="")
+    try:
+        _parser().parse_args(argv, arguments)
+        return 0 if arguments.run(arguments) else FAILED
+    except BrokenPipeError:
+        raise
+    except (UsageError, KalmError, ImportError, OSError) as error:
+        failure = _explained(error, arguments)
+    sys.stderr.write(f"{failure.command}: {failure.message} {failure.remedy}".strip() + "\n")
+    if "--json" in argv:  # also where the arguments were not understood
+        said = {name: getattr(failure, name) for name in ("code", "message", "remedy")}
+        content = {"error": said | {"exit_status": failure.status}}
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    return failure.status
+
+
+def _explained(
+    error: UsageError | KalmError | ImportError | OSError, arguments: argparse.Namespace
+) -> Failure:
+    command = f"kalm {arguments.verb}".strip()
+    if isinstance(error, UsageError):
+        command = error.command
+        failure = (WRONG_USAGE, command, ConfigurationError.code, str(error), "")
+    elif isinstance(error, KalmError):
+        status = WRONG_USAGE if isinstance(error, ConfigurationError) else FAILED
+        said = str(error).removesuffix(error.remedy).strip()
+        failure = (status, command, error.code, said, error.remedy)
+    elif isinstance(error, ImportError):
+        install = install_command(arguments.extra)
+        remedy = f"This command needs more: {install}"
+        failure = (FAILED, command, "missing_package", str(error), remedy)
+    else:
+        named = f"{error.filename}: " if error.filename else ""
+        failure = (FAILED, command, "os_error", f"{named}{error.strerror or error}", "")
+    made = Failure(*failure)
+    if made.status == WRONG_USAGE:  # the error's own remedy speaks of docstrings
+        made = made._replace(remedy=f"`{command} --help` lists what it takes.")
+    ended = made.message.endswith((".", "?", "!"))
+    return made if ended else made._replace(message=f"{made.message}.")
+
+
+def _prepare_streams() -> None:
+    """Have all three, and have them show every character in some way."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us, as `>&-` does
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every character
             stream.reconfigure(errors="replace")
-    arguments = _parser().parse_args(argv)
-    try:
-        return 0 if arguments.run(arguments) else 1
-    except ConfigurationError as error:
-        return _fail(arguments, str(error), status=2)
-    except KalmError as error:
-        return _fail(arguments, str(error), status=1)
-    except ImportError as error:
-        install = install_command(arguments.extra)
-        return _fail(arguments, f"{error}. This command needs more: {install}", status=1)
-    except KeyboardInterrupt:
-        return 130
 
 
-def _fail(arguments: argparse.Namespace, message: str, *, status: int) -> int:
-    sys.stderr.write(f"kalm {arguments.verb}: {message}\n")
-    return status
+def _discard_output() -> None:
+    """Or Python, which writes the rest of it when it ends, would complain of the same again."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kalm", description="KaLM embeddings for LangChain, LlamaIndex and numpy."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="kalm",
+        usage="kalm [-h] [--version] COMMAND ...",
+        description="KaLM embeddings for LangChain, LlamaIndex and numpy.",
+        epilog="kalm COMMAND --help lists a command's options. Services and keys are read from "
+        "KALM_* variables. Exit status: 0 fine, 1 failed or found a problem, 2 wrong usage, "
+        "130 interrupted.",
     )
     version = f"kalm-integrations {kalm_integrations.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    verbs = parser.add_subparsers(dest="verb", metavar="command", required=True)
+    parser.add_argument("--version", action="version", version=version, help="show the version")
+    verbs = parser.add_subparsers(
+        title="commands", dest="verb", metavar="COMMAND", required=True, prog="kalm"
+    )
     for add in VERBS:
         add(verbs)
     return parser
@@ -70,178 +151,35 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quickstart(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "quickstart",
-        help="index real text through LangChain and LlamaIndex, and ask it a few questions",
+        help="index real text in two frameworks, and ask it a few questions",
         description="Index real text in a vector store through LangChain and through LlamaIndex, "
         "with the embedded engine, and ask it a few questions.",
     )
     parser.add_argument(
-        "--docs",
-        type=Path,
+        "--corpus",
+        type=path,
         metavar="PATH",
         help="a folder of Markdown, reStructuredText and text files; "
         "without it, the docstrings of Python's standard library",
     )
-    parser.add_argument("--question", metavar="TEXT", help="your own question")
+    parser.add_argument(
+        "--question", metavar="TEXT", help="ask this, instead of questions of the texts' own"
+    )
     parser.set_defaults(run=_quickstart, extra="quickstart")
 
 
 def _quickstart(arguments: argparse.Namespace) -> bool:
     from kalm_integrations.quickstart import run
 
-    return run(arguments.docs, arguments.question)
-
-
-def _add_serve(verbs: Verbs) -> None:
-    parser = verbs.add_parser(
-        "serve",
-        help="serve an engine over HTTP, with OpenAI's embeddings API",
-        description="Serve an engine over HTTP, with OpenAI's embeddings API. Callers present the "
-        "key that KALM_API_KEY holds.",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=["embedded", "vllm"],
-        default="embedded",
-        help="embedded: a small model on the CPU, to learn with. vllm: KaLM, or another embedding "
-        "model, on your GPU; `pip install vllm==0.32.0` first. Default: %(default)s",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument(
-        "--port", type=_port, default=8000, help="default: %(default)s; 0 takes a free one"
-    )
-    parser.add_argument(
-        "--insecure-no-auth", action="store_true", help="no key; on a loopback address only"
-    )
-    vllm = parser.add_argument_group("with --engine vllm", argument_default=argparse.SUPPRESS)
-    vllm.add_argument(
-        "--model",
-        metavar="PATH_OR_REPO",
-        help="a folder, or a repository that `hf download` has put on this machine; default: KaLM",
-    )
-    vllm.add_argument(
-        "--revision", metavar="R", help="of the repository; default: the one tested, or main"
-    )
-    vllm.add_argument(
-        "--max-model-len",
-        type=_length,
-        metavar="N",
-        help="longest text in tokens; default: 8192 for KaLM, what the model allows for others",
-    )
-    vllm.add_argument(
-        "--quantization",
-        choices=["none", "fp8"],
-        help="fp8 halves the weights while they are loaded; another vector space; default: none",
-    )
-    vllm.add_argument(
-        "--dtype",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        help="of weights and arithmetic; default: auto, the model's own",
-    )
-    vllm.add_argument(
-        "--enforce-eager",
-        action="store_true",
-        help="neither compile nor capture CUDA graphs: starts sooner, runs slower",
-    )
-    parser.set_defaults(run=_serve, extra="server,local")
-
-
-_VLLM_MODEL: Final = ("model", "revision")
-_VLLM_OPTIONS: Final = ("max_model_len", "quantization", "dtype", "enforce_eager")
-
-
-def _length(value: str) -> int:
-    length = int(value)
-    if length < 256:
-        raise argparse.ArgumentTypeError(f"{length} is under 256, which the canary's texts need")
-    return length
-
-
-def _port(value: str) -> int:
-    port = int(value)
-    if not 0 <= port < 2**16:
-        raise argparse.ArgumentTypeError(f"{port} is not between 0 and 65535")
-    return port
-
-
-def _serve(arguments: argparse.Namespace) -> bool:
-    asked = vars(arguments)
-    given = [name for name in (*_VLLM_MODEL, *_VLLM_OPTIONS) if name in asked]
-    if arguments.engine == "vllm":
-        arguments.extra = "server,vllm"
-    elif given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise ConfigurationError(f"{option} is for --engine vllm, not for {arguments.engine}.")
-
-    from modal_backend.engines.vllm.config import VLLMOptions
-    from modal_backend.serve import Model, serve
-
-    options = VLLMOptions(**{name: asked[name] for name in given if name in _VLLM_OPTIONS})
-    model = Model(**{name: asked[name] for name in given if name in _VLLM_MODEL}, options=options)
-    key = os.environ.get("KALM_API_KEY")
-    serve(
-        model if arguments.engine == "vllm" else None,
-        arguments.host,
-        arguments.port,
-        SecretStr(key) if key else None,
-        insecure=arguments.insecure_no_auth,
-    )
-    return True
-
-
-def _add_deploy(verbs: Verbs) -> None:
-    parser = verbs.add_parser(
-        "deploy",
-        help="deploy the service to Modal",
-        description="Deploy the service to Modal. Each option can be set as a variable too: "
-        "KALM_DEPLOY_ and its name in capitals.",
-    )
-    parser.add_argument(
-        "--accept-new-identity",
-        action="store_true",
-        help="replace a deployment of another vector space: its indexes must be embedded again",
-    )
-    parser.set_defaults(run=_deploy, extra="modal")
-    parse = parser.parse_known_args
-
-    def add_settings_and_parse(*arguments: Any) -> Any:
-        # Not before this command is the one: no other shall need what settings import.
-        from modal_backend.settings import DeploySettings
-
-        for name, field in DeploySettings.model_fields.items():
-            parser.add_argument(
-                f"--{name.replace('_', '-')}",
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=f"{field.description} Default: {_shown(field.default)}.".replace("%", "%%"),
-            )
-        return parse(*arguments)
-
-    setattr(parser, "parse_known_args", add_settings_and_parse)  # noqa: B010
-
-
-def _shown(default: object) -> str:
-    if default is None:
-        return "none"
-    return ",".join(default) if isinstance(default, tuple) else str(default)
-
-
-def _deploy(arguments: argparse.Namespace) -> bool:
-    from modal_backend.deploy import deploy
-    from modal_backend.settings import DeploySettings
-
-    known = DeploySettings.model_fields
-    given = {name: value for name, value in vars(arguments).items() if name in known}
-    deploy(DeploySettings(**given), accept_new_identity=arguments.accept_new_identity)
-    return True
+    return run(arguments.corpus, arguments.question)
 
 
 def _add_doctor(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "doctor",
-        help="check packages, settings, credentials and the service, and say what to mend",
+        help="check settings, keys and the service, and say what to mend",
         description="Check what an application with these KALM_* variables would meet, and say "
-        "what to mend. Starts no container, unless told to. Exit status: 0 nothing failed, "
-        "1 something did, 2 wrong usage.",
+        "what to mend. Starts no container, unless told to. Exit status: 1 if a check failed.",
     )
     parser.add_argument(
         "--wake",
@@ -253,7 +191,7 @@ def _add_doctor(verbs: Verbs) -> None:
         action="store_true",
         help="--wake, and compare KaLM's vectors of a few texts with what they must be",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    add_json(parser)
     parser.set_defaults(run=_doctor, extra="modal")
 
 
@@ -265,8 +203,8 @@ def _doctor(arguments: argparse.Namespace) -> bool:
 
 VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (
     _add_quickstart,
-    _add_serve,
-    _add_deploy,
+    serve_options.add,
+    deploy_options.add,
     _add_doctor,
     cost.add,
     evaluation.add,

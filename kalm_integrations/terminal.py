@@ -9,6 +9,7 @@ from typing import Final, TextIO
 
 _PLAIN: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
 _WIDEST: Final = 100
+_LEAST: Final = 60
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
@@ -27,11 +28,16 @@ def write(text: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
+def width() -> int:
+    """Columns that text may fill: the terminal's, within reason; what is no terminal is wide."""
+    return max(_LEAST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
+
+
 def wrapped(text: str, head: str = "") -> str:
     """`text` in the terminal's width, after `head`."""
     return textwrap.fill(
         text,
-        max(60, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns)),
+        width(),
         initial_indent=head,
         subsequent_indent=" " * len(head),
         break_long_words=False,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.lines import TEXT_COLUMN, check_column
+from kalm_integrations.usage import add_json, number, path, share
 
 if TYPE_CHECKING:
-    from kalm_integrations.cli import Verbs
     from kalm_integrations.cost.corpus import Corpus
+    from kalm_integrations.usage import Verbs
 
 _FACTORS: Final = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 _MOST: Final = 10**15  # of anything: above, it is a slip
@@ -31,7 +32,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--quantization", choices=["none", "fp8"], help="this one only")
     parser.add_argument(
         "--utilization",
-        type=_share,
+        type=share,
         default=_DEFAULT_UTILIZATION,
         metavar="SHARE",
         help="share of a container's paid time in which it computes, for the second price of a "
@@ -41,31 +42,39 @@ def add(verbs: Verbs) -> None:
     corpus.add_argument("--tokens", type=_count, metavar="N", help="tokens of it")
     corpus.add_argument(
         "--corpus",
-        type=Path,
+        type=path,
         metavar="PATH",
-        help="a text file, or a folder of Markdown, reStructuredText and text files",
+        help="JSON Lines (*.jsonl), any other text file, or a folder of Markdown, "
+        "reStructuredText and text files",
     )
     corpus.add_argument(
         "--texts", type=_count, metavar="N", help="texts of it, with --tokens-per-text"
     )
-    parser.add_argument("--tokens-per-text", type=_count, metavar="N", help="with --texts")
+    parser.add_argument(
+        "--tokens-per-text", type=_count, metavar="N", help="of each text, with --texts"
+    )
+    parser.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help=f"of JSON Lines, the field that is embedded; default: {TEXT_COLUMN}",
+    )
     traffic = parser.add_argument_group("queries, on a service that scales to zero")
     traffic.add_argument(
         "--queries-per-day", type=_count, metavar="N", help="on average, evenly spread"
     )
     traffic.add_argument(
         "--scaledown-window",
-        type=_count,
+        type=_window,
         metavar="SECONDS",
         help="that an idle container waits for the next call; default: that of kalm deploy",
     )
     traffic.add_argument(
         "--cold-start",
-        type=_count,
+        type=number(1, 3600),
         metavar="SECONDS",
         help="of a cold start; default: the calculated budget of docs/costs.md",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    add_json(parser)
     parser.set_defaults(run=run, extra="modal")
 
 
@@ -84,7 +93,7 @@ def run(arguments: argparse.Namespace) -> bool:
     from kalm_integrations.cost import report
     from kalm_integrations.terminal import write
     from modal_backend import costs
-    from modal_backend.settings import WINDOWS, DeploySettings
+    from modal_backend.settings import DeploySettings
 
     _check(arguments)
     try:
@@ -92,10 +101,6 @@ def run(arguments: argparse.Namespace) -> bool:
     except ValueError as error:
         raise ConfigurationError(f"--{error}.") from error
     window = arguments.scaledown_window or DeploySettings.model_fields["scaledown_window"].default
-    if not WINDOWS[0] <= window <= WINDOWS[1]:
-        raise ConfigurationError(
-            f"--scaledown-window {window}: Modal takes {WINDOWS[0]} to {WINDOWS[1]} seconds."
-        )
     asked = report.Asked(
         corpus=_corpus(arguments),
         queries_per_day=arguments.queries_per_day,
@@ -111,6 +116,7 @@ def run(arguments: argparse.Namespace) -> bool:
 def _check(arguments: argparse.Namespace) -> None:
     if (arguments.texts is None) != (arguments.tokens_per_text is None):
         raise ConfigurationError("--texts and --tokens-per-text go together.")
+    check_column(arguments.text_column, arguments.corpus)
     corpus = arguments.tokens or arguments.corpus or arguments.texts
     for name in ("scaledown_window", "cold_start"):
         if getattr(arguments, name) is not None and not (corpus or arguments.queries_per_day):
@@ -122,7 +128,7 @@ def _corpus(arguments: argparse.Namespace) -> Corpus | None:
     from kalm_integrations.cost import corpus
 
     if arguments.corpus is not None:
-        return corpus.of_files(arguments.corpus)
+        return corpus.of_files(arguments.corpus, arguments.text_column)
     if arguments.texts is not None:
         return corpus.of_texts(arguments.texts, arguments.tokens_per_text)
     return None if arguments.tokens is None else corpus.of_tokens(arguments.tokens)
@@ -131,22 +137,18 @@ def _corpus(arguments: argparse.Namespace) -> Corpus | None:
 def _count(value: str) -> int:
     """A number like "500_000", "500,000" or "500k"."""
     found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kMB]?)", value)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number like 500000, 500k, 1.5M or 2B")
-    count = float(re.sub("[_,]", "", found[1])) * _FACTORS[found[2]]
-    if not 1 <= count <= _MOST:
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and {_MOST:.0e}")
+    count = float(re.sub("[_,]", "", found[1])) * _FACTORS[found[2]] if found else 0.0
+    if not (1 <= count <= _MOST and count == round(count)):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not a whole number from 1 to {_MOST:,}, like 500000, 500k, 1.5M or 2B"
+        )
     return round(count)
 
 
-def _share(value: str) -> float:
-    try:
-        share = float(value)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a share like 0.6")
-    return share
+def _window(value: str) -> int:
+    from modal_backend.settings import WINDOWS  # the command needs it anyway; others do not
+
+    return number(*WINDOWS)(value)
 
 
 def _names(value: str) -> tuple[str, ...]:

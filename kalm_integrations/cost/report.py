@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from kalm_integrations.cost.corpus import Corpus
-from kalm_integrations.terminal import wrapped
+from kalm_integrations.terminal import width, wrapped
 from modal_backend import gpus
 from modal_backend.costs import API_PRICES, MONTH, Choice
 from modal_backend.gpus import HOST_GIB, MEASURED, REFERENCE
@@ -53,7 +53,7 @@ def text(choices: Sequence[Choice], asked: Asked) -> str:
         blocks += _job(able, asked.corpus, asked)
     if able and asked.queries_per_day:
         blocks += _traffic(able, asked.queries_per_day, asked)
-    unable = [wrapped(f"- {_name(c)} {c.problem}") for c in choices if c.problem]
+    unable = [wrapped(f"{_name(c)} {c.problem}", "- ") for c in choices if c.problem]
     if unable:
         blocks.append("\n".join(["Not possible:", *unable]))
     return "\n\n".join(blocks)
@@ -219,25 +219,32 @@ def _traffic(choices: Sequence[Choice], queries: int, asked: Asked) -> Iterator[
     slow = [choice for choice in choices if choice.most_queries < queries]
     if slow:
         yield "\n".join(
-            wrapped(f"! {_name(c)} embeds about {c.most_queries:,.0f} short queries a day: too few")
+            wrapped(
+                f"{_name(c)} embeds about {c.most_queries:,.0f} short queries a day: too few", "! "
+            )
             for c in slow
         )
 
 
 def _table(heads: Sequence[Sequence[str]], rows: Iterator[list[str]] | list[list[str]]) -> str:
-    """Names to the left, numbers to the right."""
+    """Names to the left, numbers to the right; in parts, where the terminal is too narrow."""
     cells = [*heads, *rows]
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
     names = 2 if "type" in heads[-1] else 1
 
-    def line(row: Sequence[str]) -> str:
+    def line(row: Sequence[str], columns: Sequence[int]) -> str:
         padded = [
-            cell.ljust(width) if place < names else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, wide, strict=True))
+            row[place].ljust(wide[place]) if place < names else row[place].rjust(wide[place])
+            for place in columns
         ]
         return "  ".join(padded).rstrip()
 
-    return "\n".join(map(line, cells))
+    parts: list[list[int]] = [[*range(names)]]
+    for place in range(names, len(wide)):
+        if len(parts[-1]) > names and sum(wide[p] + 2 for p in [*parts[-1], place]) - 2 > width():
+            parts.append([*range(names)])
+        parts[-1].append(place)
+    return "\n\n".join("\n".join(line(row, columns) for row in cells) for columns in parts)
 
 
 def _name(choice: Choice) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kalm_integrations.usage import add_json, number, path
+
 if TYPE_CHECKING:
-    from kalm_integrations.cli import Verbs
+    from kalm_integrations.usage import Verbs
 
 
 def add(verbs: Verbs) -> None:
@@ -17,7 +18,7 @@ def add(verbs: Verbs) -> None:
         help="compare two deployments on your own texts",
         description="Compare two deployments on your own texts.",
     )
-    kinds = parser.add_subparsers(metavar="what", required=True)
+    kinds = parser.add_subparsers(title="what to compare", metavar="WHAT", required=True)
     _add_quantization(kinds)
 
 
@@ -27,8 +28,8 @@ def _add_quantization(kinds: Verbs) -> None:
         help="whether another quantization finds the same",
         description="Embed the same texts with two deployments of one model, for instance in bf16 "
         "and in fp8, and tell how far they find the same. Wakes both, which costs money. Keys and "
-        "all else are read from the KALM_* variables; the same keys go to both. Exit status: "
-        "0 compared, 1 a deployment failed, 2 wrong usage or texts that cannot be embedded.",
+        "all else are read from the KALM_* variables; the same keys go to both. No figure makes it "
+        "fail. Exit status: 1 a deployment failed, 2 wrong usage or texts that cannot be embedded.",
     )
     for name, which in (("baseline", "whose hits are kept to"), ("candidate", "to be judged")):
         parser.add_argument(
@@ -39,7 +40,7 @@ def _add_quantization(kinds: Verbs) -> None:
         )
     parser.add_argument(
         "--corpus",
-        type=Path,
+        type=path,
         required=True,
         metavar="PATH",
         help="JSON Lines (*.jsonl), plain text with one text a line (*.txt), or a folder of "
@@ -47,7 +48,7 @@ def _add_quantization(kinds: Verbs) -> None:
     )
     parser.add_argument(
         "--queries",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="the same, of queries; without it, first sentences of the corpus are asked",
     )
@@ -56,7 +57,7 @@ def _add_quantization(kinds: Verbs) -> None:
     )
     parser.add_argument(
         "--sample",
-        type=_positive,
+        type=number(2),
         default=2000,
         metavar="N",
         help="at most so many documents, and so many queries, always the same ones; "
@@ -71,27 +72,21 @@ def _add_quantization(kinds: Verbs) -> None:
     )
     parser.add_argument(
         "--dimensions",
-        type=_positive,
+        type=number(1),
         metavar="N",
         help="of all vectors; default: KALM_DIMENSIONS, or the model's native number",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    add_json(parser)
     # Errors begin with it; and a folder of documents needs this extra.
     parser.set_defaults(run=_quantization, verb="eval quantization", extra="quickstart")
 
 
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
 def _ks(value: str) -> tuple[int, ...]:
     try:
-        return tuple(map(_positive, value.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not like 1,10,100") from None
+        return tuple(map(number(1), value.split(",")))
+    except argparse.ArgumentTypeError:
+        wanted = "whole numbers of at least 1, like 1,10,100"
+        raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}") from None
 
 
 def _quantization(arguments: argparse.Namespace) -> bool:

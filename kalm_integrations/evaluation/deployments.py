@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from kalm_integrations.assembly import Assembly
 from kalm_integrations.client import KalmClient
@@ -80,6 +82,18 @@ class Deployment:
     def close(self) -> None:
         """Close its connections."""
         self.client.close()
+
+
+def may_sleep(where: str) -> bool:
+    """Whether to ask a deployment may start what is paid: not on this machine, nor in one's own
+    network, where an address is a private one or a name without a dot."""
+    if "://" not in where:
+        return True
+    try:
+        host = urlsplit(where).hostname or ""
+        return not ipaddress.ip_address(host).is_private
+    except ValueError:  # a name
+        return "." in host
 
 
 def connect(baseline: str, candidate: str, dimensions: int | None) -> list[Deployment]:

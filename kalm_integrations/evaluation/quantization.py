@@ -15,18 +15,14 @@ from kalm_integrations.client import progress_bar
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.evaluation import agreement, report, texts
 from kalm_integrations.evaluation.agreement import Vectored
-from kalm_integrations.evaluation.deployments import Deployment, connect
+from kalm_integrations.evaluation.deployments import Deployment, connect, may_sleep
 from kalm_integrations.evaluation.report import Comparison
 from kalm_integrations.evaluation.texts import Texts
+from kalm_integrations.lines import check_column
 from kalm_integrations.settings import ClientSettings
 from kalm_integrations.terminal import wrapped, write
 
 USUAL_KS: Final = (1, 10, 100)
-
-COST: Final = (
-    "Wakes both deployments where they sleep. Each start is paid, and so is the time until they "
-    "sleep again."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +56,8 @@ def run(asked: Asked) -> bool:
     """
     documents, queries, own = _read(asked)
     ks = _ks(asked.ks, len(documents) - (own is not None), own is not None)
-    write(wrapped(COST), sys.stderr)
+    if cost := _cost(asked):
+        write(wrapped(cost), sys.stderr)
     sides = connect(asked.baseline, asked.candidate, asked.dimensions)
     try:
         dimensions = _probed(sides, queries)
@@ -82,11 +79,21 @@ def run(asked: Asked) -> bool:
     return True
 
 
+def _cost(asked: Asked) -> str:
+    """What is to be paid, where something may be; of a machine of the user's own, nothing is."""
+    sides = {"baseline": asked.baseline, "candidate": asked.candidate}
+    asleep = [name for name, where in sides.items() if may_sleep(where)]
+    if not asleep:
+        return ""
+    which = "both deployments" if len(asleep) > 1 else f"the {asleep[0]}"
+    verb = "they sleep" if len(asleep) > 1 else "it sleeps"
+    return f"Wakes {which} where {verb}. A start is paid, and so is the time until {verb} again."
+
+
 def _read(asked: Asked) -> tuple[Texts, Texts, NDArray[np.int64] | None]:
     """Documents, queries, and the document that each query was taken from, if it was."""
     files = [asked.corpus] if asked.queries is None else [asked.corpus, asked.queries]
-    if asked.text_column is not None and not any(map(texts.is_json_lines, files)):
-        raise ConfigurationError("--text-column is for JSON Lines (*.jsonl).")
+    check_column(asked.text_column, *files)
     # Only what the variables say of texts; where the services are, the arguments say.
     truncate = ClientSettings(backend="local", model=None, dimensions=None).truncate
     corpus, *asking = (texts.read(path, asked.text_column, truncate) for path in files)

@@ -5,7 +5,6 @@ Every text keeps its place in the user's file, by which reports and errors name 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ from numpy.typing import NDArray
 
 from kalm_integrations.errors import ConfigurationError, InvalidText
 from kalm_integrations.inputs import why_invalid
+from kalm_integrations.lines import column_of, is_json_lines, lines_of
 from kalm_integrations.wire import Truncate
 
 if TYPE_CHECKING:
     from kalm_integrations.quickstart.corpus import Text
 
-TEXT_COLUMN: Final = "text"
 MOST_DERIVED: Final = 500
 """Queries that are made of documents, where the user has none."""
 
-_JSON_LINES: Final = (".jsonl", ".ndjson")
 _PLAIN: Final = (".txt", "")
 _SHOWN: Final = 5  # texts that cannot be embedded
 _SEED: Final = 0
@@ -83,25 +81,19 @@ def read(path: Path, column: str | None, truncate: Truncate) -> Texts:
         ConfigurationError: It cannot be read, or has a text that cannot be embedded, or none.
         ImportError: A folder, and the extra "quickstart" is not installed.
     """
-    path = path.expanduser()
     if path.is_dir():
         from kalm_integrations.quickstart import folder
 
         pieces, origin = folder.pieces(path)
         return _distinct(_numbered(pieces), origin, truncate)
     if is_json_lines(path):
-        return _distinct(_objects(path, column or TEXT_COLUMN), str(path), truncate)
+        return _distinct(column_of(path, column), str(path), truncate)
     if path.suffix.lower() not in _PLAIN:
         raise ConfigurationError(
             f"{path} is neither a folder, nor JSON Lines (*.jsonl), nor plain text with one text "
             "a line (*.txt)."
         )
-    return _distinct(_lines(path), str(path), truncate)
-
-
-def is_json_lines(path: Path) -> bool:
-    """Whether `read` looks for a column in it."""
-    return path.suffix.lower() in _JSON_LINES
+    return _distinct(lines_of(path), str(path), truncate)
 
 
 def derived(documents: Texts) -> tuple[Texts, NDArray[np.int64]]:
@@ -155,38 +147,3 @@ def _numbered(pieces: Iterable[Text]) -> Iterator[tuple[str, str]]:
     for name, of_one in groupby(pieces, key=lambda piece: piece.name):
         for number, piece in enumerate(of_one, 1):
             yield f"{name} (piece {number})", piece.content
-
-
-def _objects(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    for place, line in _lines(path):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigurationError(f"{place} is not JSON: {error}.") from None
-        if not isinstance(value, dict):
-            raise ConfigurationError(f"{place} is no JSON object, but {type(value).__name__}.")
-        if column not in value:
-            there = ", ".join(map(repr, value)) or "nothing"
-            raise ConfigurationError(
-                f"{place} has no {column!r}, but {there}: --text-column names the text."
-            )
-        yield place, value[column]
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with its place."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path.name} line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise ConfigurationError(
-                        f"{place} is not UTF-8: byte {error.object[error.start]:#04x} at "
-                        f"position {error.start}."
-                    ) from None
-                if text and not text.isspace():
-                    yield place, text
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}.") from None

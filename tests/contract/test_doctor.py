@@ -678,10 +678,8 @@ class TestCold:
 
 
 class TestTheReport:
-    def test_wrong_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as ended:
-            main(["doctor", "--fast"])
-        assert ended.value.code == 2
+    def test_wrong_usage(self) -> None:
+        assert main(["doctor", "--fast"]) == 2
 
     def test_a_secret_is_blotted_out_of_whatever_is_said(
         self, variables: Callable[..., None]

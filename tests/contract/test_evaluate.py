@@ -133,10 +133,7 @@ def queries(tmp_path: Path) -> Path:
 def evaluate(capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
     def evaluate(urls: tuple[str, str], corpus: Path, *arguments: object) -> Run:
         where = ["--baseline", urls[0], "--candidate", urls[1], "--corpus", str(corpus)]
-        try:
-            status = main(["eval", "quantization", *where, *map(str, arguments)])
-        except SystemExit as end:  # argparse's
-            status = int(end.code or 0)
+        status = main(["eval", "quantization", *where, *map(str, arguments)])
         run = Run(status, *capfd.readouterr())
         assert KEY not in run.shown + run.errors
         return run
@@ -249,7 +246,6 @@ def test_the_report_for_people(
     assert "never put vectors of both into one index" in run.words
     assert "this is agreement, not quality" in run.words
     assert "\n! " not in run.shown
-    assert run.errors.startswith("Wakes both deployments where they sleep. Each start is paid")
     assert re.search(r"baseline: 100%.* 92/92 .*candidate: 100%.* 92/92 ", run.errors, re.DOTALL)
 
 
@@ -294,6 +290,32 @@ def test_without_queries_first_sentences_are_asked(
     assert "1 copies left out" in run.words
     assert "queries first sentences of 81 of these documents" in run.words
     assert "ranked 80 documents for each query, its own left out" in run.words
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "said"),
+    [
+        ("kalm", "kalm-fp8", "Wakes both deployments where they sleep. A start is paid"),
+        ("http://localhost:8000", "https://a--b.modal.run", "Wakes the candidate where it sleeps"),
+        ("https://kalm.example.org", "http://10.0.0.7", "Wakes the baseline where it sleeps"),
+        ("http://127.0.0.1:8000", "http://[::1]:8001/v1", ""),
+        ("http://gpu-box:8000", "http://192.168.1.5", ""),
+    ],
+)
+def test_what_will_be_paid_is_said_where_something_may_be(
+    evaluate: Evaluate,
+    corpus: Path,
+    baseline: str,
+    candidate: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*_: object) -> None:
+        raise ServiceUnavailableError("nobody there")
+
+    monkeypatch.setattr("kalm_integrations.evaluation.quantization.connect", offline)
+    run = evaluate((baseline, candidate), corpus)
+    assert run.errors.startswith(said or "kalm eval quantization: nobody there")
 
 
 def test_a_sample(evaluate: Evaluate, sides: Sides, corpus: Path, queries: Path) -> None:
@@ -418,7 +440,9 @@ def test_a_candidate_that_fails_after_the_baseline_was_embedded(
 
     sides.candidate.fails = fails
     run = evaluate(sides.urls, corpus, "--queries", queries, "--json")
-    assert (run.status, run.shown) == (1, "")
+    assert run.status == 1
+    error = json.loads(run.shown)["error"]  # the one document, and no comparison
+    assert (error["code"], error["exit_status"]) == ("service_unavailable", 1)
     said = " ".join(run.errors.split())
     assert "The baseline had embedded all 81 documents and 11 queries; then the candidate" in said
     assert f"kalm eval quantization: the candidate, {sides.urls[1]}: " in run.complaint
@@ -500,21 +524,21 @@ def test_a_wrong_vector_is_never_a_figure(evaluate: Evaluate, corpus: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--k", "0"), "0 is not a positive number"),
-        (("--k", "1,,2"), "'1,,2' is not like 1,10,100"),
-        (("--k", "ten"), "'ten' is not like 1,10,100"),
-        (("--sample", "0"), "0 is not a positive number"),
-        (("--sample", "1"), "there must be at least two"),
-        (("--dimensions", "-1"), "-1 is not a positive number"),
+        (("--k", "0"), "'0' is not whole numbers of at least 1"),
+        (("--k", "1,,2"), "'1,,2' is not whole numbers of at least 1, like 1,10,100"),
+        (("--k", "ten"), "'ten' is not whole numbers"),
+        (("--sample", "0"), "'0' is not a whole number of at least 2"),
+        (("--sample", "1"), "'1' is not a whole number of at least 2"),
+        (("--dimensions", "-1"), "'-1' is not a whole number of at least 1"),
         (("--k", "5,81"), "--k 81: there are 80 different documents to rank for each query, the"),
         (("--k", "80"), "--k 80: there are 80 different documents"),
-        (("--queries", "absent.txt"), "absent.txt: No such file or directory"),
+        (("--queries", "absent.txt"), "--queries: there is no absent.txt"),
     ],
 )
 def test_wrong_arguments(
     evaluate: Evaluate, corpus: Path, arguments: tuple[str, ...], said: str
 ) -> None:
-    run = evaluate(("http://127.0.0.1:9", "http://127.0.0.1:9"), corpus, *arguments)
+    run = evaluate(("vllm-embedding-snapshot", "kalm-fp8"), corpus, *arguments)
     assert (run.status, run.shown) == (2, "")
     assert said in run.complaint
     assert run.errors.count("kalm eval quantization: ") == 1
@@ -540,12 +564,12 @@ def test_a_deployment_that_cannot_be_one(
 
 
 def test_what_is_wrong_with_the_texts_is_said_before_anything_wakes(
-    evaluate: Evaluate, sides: Sides, corpus: Path
+    evaluate: Evaluate, corpus: Path
 ) -> None:
     lines = corpus.read_text().splitlines()
     lines[6] = '{"text": " "}'
     corpus.write_text("\n".join(lines))
-    run = evaluate(sides.urls, corpus)
+    run = evaluate(("vllm-embedding-snapshot", "kalm-fp8"), corpus)
     assert (run.status, run.shown) == (2, "")
     assert "corpus.jsonl line 7 is white space only" in run.complaint
     assert "Wakes both" not in run.errors

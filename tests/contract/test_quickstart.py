@@ -99,7 +99,7 @@ def test_as_a_user_runs_it() -> None:
 
 class TestDocs:
     def test_a_folder(self, documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["quickstart", "--docs", str(documents)]) == 0
+        assert main(["quickstart", "--corpus", str(documents)]) == 0
         shown, errors = capsys.readouterr()
         assert errors == ""
         assert "3 pieces of 4 files" in shown
@@ -116,7 +116,7 @@ class TestDocs:
 
     def test_a_question(self, documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
         question = """What's a "cat" doing for [bold]$5[/bold] \\ all day?"""
-        assert main(["quickstart", "--docs", str(documents), "--question", question]) == 0
+        assert main(["quickstart", "--corpus", str(documents), "--question", question]) == 0
         shown = capsys.readouterr().out
         assert len(re.findall(rf"│ {re.escape(question)} .*\n│   cats/cats.rst  ", shown)) == 2
         assert "Baking bread" not in shown.replace("Baking **bread**", "")
@@ -128,25 +128,25 @@ class TestDocs:
     ) -> None:
         if content is not None:
             (tmp_path / "file.md").write_bytes(content)
-        assert main(["quickstart", "--docs", str(tmp_path)]) == 2
+        assert main(["quickstart", "--corpus", str(tmp_path)]) == 2
         shown, errors = capsys.readouterr()
         assert shown.strip() == ""
         assert f"{tmp_path} has no text in files named *.md, *.markdown, *.txt, *.rst" in errors
         assert ("file.md (not UTF-8)" in errors) == (content == b"caf\xe9")
 
     def test_a_file_is_no_folder(self, documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["quickstart", "--docs", str(documents / "notes.txt")]) == 2
+        assert main(["quickstart", "--corpus", str(documents / "notes.txt")]) == 2
         assert "notes.txt is a file: name the folder that it is in" in capsys.readouterr().err
 
     def test_no_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["quickstart", "--docs", str(tmp_path / "missing")]) == 2
-        assert "there is no folder" in capsys.readouterr().err
+        assert main(["quickstart", "--corpus", str(tmp_path / "missing")]) == 2
+        assert "missing" in capsys.readouterr().err
 
     def test_too_much(
         self, documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(folder, "MOST_CHUNKS", 2)
-        assert main(["quickstart", "--docs", str(documents)]) == 2
+        assert main(["quickstart", "--corpus", str(documents)]) == 2
         assert "name a smaller folder" in capsys.readouterr().err
 
     def test_questions_are_spread_over_the_folder(self, tmp_path: Path) -> None:
@@ -202,8 +202,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("arguments", [[], ["fly"], ["quickstart", "--speed", "9"]])
     def test_wrong_usage(self, arguments: list[str]) -> None:
-        with pytest.raises(SystemExit, match="2"):
-            main(arguments)
+        assert main(arguments) == 2
 
     def test_an_empty_question(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["quickstart", "--question", " "]) == 2
@@ -213,7 +212,7 @@ class TestCommand:
         self, monkeypatch: pytest.MonkeyPatch, documents: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setenv("KALM_DIMENSIONS", "7")
-        assert main(["quickstart", "--docs", str(documents)]) == 2
+        assert main(["quickstart", "--corpus", str(documents)]) == 2
         assert "dimensions=7" in capsys.readouterr().err
 
     @pytest.mark.parametrize("missing", ["rich", "langchain_qdrant", "llama_index.core"])
@@ -221,7 +220,7 @@ class TestCommand:
         program = (
             f"import sys; sys.modules[{missing!r}] = None\n"
             "from kalm_integrations import cli\n"
-            f"sys.exit(cli.main(['quickstart', '--docs', {str(documents)!r}]))"
+            f"sys.exit(cli.main(['quickstart', '--corpus', {str(documents)!r}]))"
         )
         done = run(sys.executable, "-c", program)
         assert done.returncode == 1
@@ -257,7 +256,7 @@ class TestMake:
     )
     def test_arguments_arrive_as_typed(self, question: str, installed: Path) -> None:
         done = make(installed, "-j4", "quickstart", f"Q={question}", "DOCS=my notes/it's here")
-        arguments = ["quickstart", "--docs=my notes/it's here", f"--question={question}"]
+        arguments = ["quickstart", "--corpus=my notes/it's here", f"--question={question}"]
         assert done.stdout == f"{arguments}\n"
         assert not (installed / "made-by-make").exists()
 

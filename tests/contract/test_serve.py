@@ -29,11 +29,7 @@ def refused(
     with pytest.MonkeyPatch.context() as patch:
         if key:
             patch.setenv("KALM_API_KEY", key)
-        try:
-            ended = cli.main(["serve", *arguments])
-        except SystemExit as end:  # argparse's
-            ended = int(end.code or 0)
-    assert ended == status
+        assert cli.main(["serve", *arguments]) == status
     return capsys.readouterr().err
 
 
@@ -58,9 +54,9 @@ def test_vllms_options_are_not_ignored_without_it(
         (("--engine", "tei"), "invalid choice: 'tei'"),
         (("--engine", "vllm", "--dtype", "int8"), "invalid choice: 'int8'"),
         (("--engine", "vllm", "--quantization", "awq"), "invalid choice: 'awq'"),
-        (("--engine", "vllm", "--max-model-len", "0"), "0 is under 256"),
-        (("--engine", "vllm", "--max-model-len", "long"), "invalid _length value: 'long'"),
-        (("--port", "65536"), "65536 is not between 0 and 65535"),
+        (("--engine", "vllm", "--max-model-len", "0"), "'0' is not a whole number of at least 256"),
+        (("--engine", "vllm", "--max-model-len", "long"), "'long' is not a whole number of"),
+        (("--port", "65536"), "'65536' is not a whole number from 0 to 65535"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid: "),
     ],
 )
