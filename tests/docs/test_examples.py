@@ -9,15 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from serving import serving
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from kalm_integrations import prompts
 from kalm_integrations.profiles import EMBEDDED, KALM
@@ -122,25 +117,10 @@ def test_it_says_which_model_it_runs_and_what_to_write_instead(name: str) -> Non
         assert re.search(r'In production, the service that you run:\n +# \w+\(base_url="', source)
 
 
-def test_langchain_answers_with_a_chat_model(run: Callable[..., str]) -> None:
-    async def complete(request: Request) -> JSONResponse:
-        sent = await request.json()
-        assert sent["model"] == "echo"
-        *_, question = sent["messages"][-1]["content"].partition("Question: ")
-        message = {"role": "assistant", "content": f"an answer to {question!r}"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        answer: dict[str, Any] = {"id": "1", "object": "chat.completion", "created": 1}
-        return JSONResponse(answer | {"model": "echo", "choices": [choice]})
-
-    app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])])
-    with serving(app) as url:
-        shown = run(
-            "langchain_rag.py",
-            CHAT_MODEL="echo",
-            OPENAI_API_KEY="key",
-            OPENAI_BASE_URL=f"{url}/v1",
-            NO_PROXY="*",
-        )
+def test_langchain_answers_with_a_chat_model(
+    run: Callable[..., str], chat_model: dict[str, str]
+) -> None:
+    shown = run("langchain_rag.py", **chat_model)
     assert len(re.findall(r"an answer to '", shown)) == 4
     assert "\nA che ora si cena?\n    an answer to 'A che ora si cena?'\n" in shown
 
