@@ -1,4 +1,4 @@
-"""Every command of the README runs as it stands there."""
+"""Every command of the README runs as it stands there; every one of CONTRIBUTING.md exists."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-]
+
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"^ *```bash\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+COMMANDS = commands(README)
 QUICKSTARTS = [command for command in COMMANDS if command.startswith("make quickstart")]
 SERVES = [command for command in COMMANDS if "kalm serve" in command]
 INSTALLS = [command for command in COMMANDS if command.startswith("pip install")]
+CONTRIBUTING = commands((ROOT / "CONTRIBUTING.md").read_text())
 
 
 @pytest.fixture
@@ -62,6 +67,19 @@ def test_make_quickstart(command: str, venv: Path) -> None:
 def test_pip_install(command: str) -> None:
     pip = command.replace("pip", f"{shlex.quote(sys.executable)} -m pip", 1)
     assert "Would install kalm-integrations-" in run(f"{pip} --dry-run", quiet=False)
+
+
+@pytest.mark.parametrize("command", CONTRIBUTING)
+def test_a_contributors_command_is_there(command: str) -> None:
+    """Not run: `make test` runs this, and tests/packaging builds."""
+    program, *arguments = shlex.split(command)
+    assert all((ROOT / path).exists() for path in arguments if path.startswith("tests/"))
+    if program == "make":
+        run(f"{command} --dry-run")
+    else:
+        environment, name = re.fullmatch(r"(\.venv(?:-vllm)?)/bin/(\w+)", program).groups()
+        assert environment == (".venv-vllm" if "tests/vllm" in command else ".venv")
+        assert (Path(sys.executable).parent / name).exists()
 
 
 @pytest.mark.parametrize("command", SERVES)
