@@ -14,12 +14,18 @@ from kalm_integrations import evaluation, inputs, langchain_errors, prompts
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.evaluation import report
 from kalm_integrations.evaluation.quantization import USUAL_KS
-from kalm_integrations.evaluation.texts import MOST_DERIVED, TEXT_COLUMN
+from kalm_integrations.evaluation.texts import MOST_DERIVED
+from kalm_integrations.lines import TEXT_COLUMN
 from kalm_integrations.settings import ClientSettings
 from modal_backend import admission, http_api, service
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LINKING = PAGES + [
+    page
+    for name in ("examples/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+    if (page := ROOT / name).exists()
+]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
@@ -34,6 +40,33 @@ def rows(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose(page), re.MULTILINE):
+        text = re.sub(r"!?\[(.*?)\]\(.*?\)", r"\1", heading)  # a link is its text
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+    return {f"{slug}-{n}" if n else slug for slug, last in found.items() for n in range(last + 1)}
+
+
+def dead_links(page: Path) -> list[str]:
+    """The links of a page, to files and headings here, that lead nowhere."""
+    text = re.sub(r"`[^`\n]*`", "", prose(page))
+    dead = []
+    for link in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_python_block_runs_as_it_stands(block: str, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -46,10 +79,31 @@ def test_every_python_block_runs_as_it_stands(block: str, tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert dead_links(page) == []
+
+
+def test_the_link_check_sees_what_is_dead(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text(
+        "# `kalm` & Modal's *RPC*, [fast](x)\n```bash\n# no heading\n```\n## Twice\n## Twice\n"
+    )
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Here\n[a](there.md) [b](there.md#kalm--modals-rpc-fast) [c](there.md#twice-1)\n"
+        "[d](#here) [e](https://host/#x) `[f](f.md)`\n```text\n[g](g.md)\n```\n"
+        "[h](h.md) [i](there.md#no-heading) [j](there.md#twice-2) [k](#nowhere) ![l](l.svg)\n"
+    )
+    dead = ["h.md", "there.md#no-heading", "there.md#twice-2", "#nowhere", "l.svg"]
+    assert dead_links(page) == dead
+
+
+def test_the_index_lists_every_page_once() -> None:
+    index = ROOT / "docs/README.md"
+    listed = re.findall(r"^- \[.+\]\(([\w-]+\.md)\): .+$", index.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(
+        page.name for page in (ROOT / "docs").glob("*.md") if page != index
+    )
 
 
 def test_the_presets() -> None:

@@ -1,0 +1,159 @@
+"""docs/differences.md: its figures were measured, its claims of peers hold for those installed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from langchain_openai import OpenAIEmbeddings
+from langchain_openai.embeddings import base as openai_of_langchain
+from llama_index.embeddings.openai import OpenAIEmbedding
+from pydantic import SecretStr
+from serving import serving
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from modal_backend import gpus
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/differences.md").read_text()
+PERFORMANCE = (ROOT / "docs/performance.md").read_text()
+MEASURED = [
+    json.loads(line)
+    for line in (ROOT / "benchmarks/gpu/results/h100.jsonl").read_text().splitlines()
+]
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: rest for name, *rest in cells}
+
+
+FIRST = rows("From the first version")
+
+
+def measured(run: str, stage: str, step: str, key: str, **which: str) -> float:
+    """The one figure of a session."""
+    (value,) = {
+        row[key]
+        for row in MEASURED
+        if {"run": run, "stage": stage, "step": step, **which}.items() <= row.items()
+    }
+    return float(value)
+
+
+def test_a_query_alone() -> None:
+    shown = re.findall(r"(\d+) and \*\*(\d+) ms\*\*", FIRST["running the model"][-1])
+    for (before, now), run in zip(shown, ("second", "third"), strict=True):
+        step, key = "a query alone", "p50_ms"
+        assert int(before) == round(measured(run, "first version", step, key, through="engine"))
+        assert int(now) == round(measured(run, "bf16", step, key, through="engine"))
+
+
+def test_memory_and_snapshots() -> None:
+    before, now = re.findall(r"(\d+) GiB of the GPU held, and \*\*(\d+)\*\*", PAGE)[0]
+    assert int(before) == round(measured("third", "first version", "awake", "gpu_gib"))
+    (held,) = re.findall(r"holds ([\d.]+) GiB of the GPU in bf16", PERFORMANCE)
+    assert int(now) == round(float(held))
+    back = measured("third", "first version", "back, awake", "restore_wake_canary")
+    assert f"passed: {back:.0f} s, and **2.1 s**" in FIRST["snapshot"][-1]
+    for said in ("**2.1 s in bf16**", "2.8 times as large", "1.5 to 2.1 times the naive way"):
+        assert said in " ".join(PERFORMANCE.split())
+
+
+def test_cold_starts() -> None:
+    bf16, fp8 = (round(gpus.cold_start(kind)) for kind in ("none", "fp8"))
+    assert f"**{bf16} s** in bf16, {fp8} s in fp8" in FIRST["cold start"][-1]
+
+
+def test_packed_answers() -> None:
+    wall, cpu = re.findall(r"packed, to numpy \| \S+ \| (\S+) \| \S+ \| (\S+) \|", PERFORMANCE)[0]
+    said = FIRST["answers over RPC"][-1]
+    assert f"**{float(wall):.0f} times** as fast" in said
+    assert f"a {float(cpu):.0f}nd of" in said
+
+
+def test_a_query_during_a_bulk_job() -> None:
+    ours = re.search(r"^\| \*\*2,048\*\* \| \S+ \| \S+ \| \d+ \| \*\*(\d+)\*\*", PERFORMANCE, re.M)
+    alone = re.search(r"^\| 2,048, vLLM's .* \| (\d+) \|$", PERFORMANCE, re.M)
+    assert ours is not None
+    assert alone is not None
+    peer, here, _ = rows("From its peers")["a query during a bulk job"]
+    assert f"p99 {alone[1]} ms" in peer
+    assert f"p99 {ours[1]} ms" in here
+
+
+@pytest.mark.parametrize("heading", ["From its peers", "Where a peer is better"])
+def test_every_claim_has_a_source(heading: str) -> None:
+    for name, cells in rows(heading).items():
+        assert re.search(r"\]\(\S+\)|^read in [\d.]+", cells[-1]), name
+
+
+class TestPeers:
+    """What is claimed of the OpenAI classes, of those that are installed."""
+
+    async def _answer(self, request: Request) -> JSONResponse:
+        sent = await request.json()
+        self.sent.append(sent["input"])
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        await asyncio.sleep(0.02)
+        self.inside -= 1
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(i)}
+            for i in range(len(sent["input"]))
+        ]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        answer = {"object": "list", "data": data[::-1], "model": "m", "usage": usage}
+        return JSONResponse(answer)
+
+    @pytest.fixture
+    def url(self) -> object:
+        self.sent: list[list[str]] = []
+        self.inside = self.most = 0
+        app = Starlette(routes=[Route("/v1/embeddings", self._answer, methods=["POST"])])
+        with serving(app) as url:
+            yield f"{url}/v1"
+
+    def test_openai_embeddings(self, url: str) -> None:
+        embeddings = OpenAIEmbeddings(
+            base_url=url, api_key=SecretStr("k"), check_embedding_ctx_length=False, chunk_size=2
+        )
+
+        async def embedded() -> list[list[float]]:
+            try:
+                return await embeddings.aembed_documents(["a", "b", "c", "d", "e", "f"])
+            finally:
+                await embeddings.async_client._client.close()
+
+        vectors = asyncio.run(embedded())
+        assert [vector[0] for vector in vectors] == [1, 0] * 3  # as they came, not by index
+        assert (len(self.sent), self.most) == (3, 1)  # one after the other
+        embeddings.embed_query("q\nq")
+        assert self.sent[-1] == ["q\nq"]  # nothing is added
+
+    def test_openai_embeddings_as_it_comes(self) -> None:
+        assert OpenAIEmbeddings.model_fields["check_embedding_ctx_length"].default is True
+        pieces = openai_of_langchain._process_batched_chunked_embeddings
+        (mean,) = pieces(1, [[1], [2]], [[1.0, 0.0], [0.0, 1.0]], [0, 0], skip_empty=False)
+        assert mean == pytest.approx([0.5**0.5] * 2)
+
+    def test_llama_indexs_class(self, url: str) -> None:
+        model = OpenAIEmbedding(api_base=url, api_key="k", model_name="m")
+        vectors = model.get_text_embedding_batch(["a\nb", "c"])
+        assert self.sent == [["a b", "c"]]
+        assert [vector[0] for vector in vectors] == [1, 0]
+
+
+def _vector(index: int) -> str:
+    """One dimension: the index."""
+    return base64.b64encode(np.array([index], dtype="<f4").tobytes()).decode()

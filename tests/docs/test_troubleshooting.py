@@ -1,0 +1,85 @@
+"""docs/troubleshooting.md quotes what the code says: each fixed part of a message is in the source.
+
+A message is looked for in one string of the source at a time, its placeholders being gaps.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/troubleshooting.md").read_text()
+QUOTED = re.findall(r"^> `(.+)`$", PAGE, re.MULTILINE)
+GAP: Final = "…"
+THEIRS: Final = {"Cannot connect to host …": "aiohttp/client_exceptions.py"}
+"""Messages that a library of ours says."""
+PARTS: Final = {
+    # Said by several modules together; each part is looked for.
+    "texts[…] is white space only": ["texts[…] …", "is white space only"],
+    "texts[…] has a lone surrogate at character …": [
+        "texts[…] …",
+        "has a lone surrogate at character …",
+    ],
+    "texts[…] is too long: … tokens, over the limit of …": [
+        "texts[…] …",
+        "is too long: … tokens, over the limit of …",
+    ],
+    "no answer for 5 s: the service may be starting, which can take minutes; waiting for up to "
+    "timeout=600 s": [
+        "no answer for %g s: the service may be starting, which can take minutes; waiting for up "
+        "to timeout=%g s"
+    ],
+    "Modal app …, class … is not what this client needs": [
+        "Modal app …, class …",
+        "{place} is not what this client needs",
+    ],
+    "a container of Modal app … failed": ["a container of {place} failed", "Modal app …, class …"],
+    "gpu=…: take a larger one": ["gpu=… …: take a larger one…"],
+}
+
+
+def said() -> Iterator[str]:
+    """Every string of the sources, with gaps where something is set in."""
+    for package in ("kalm_integrations", "modal_backend"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else GAP
+                        for part in node.values
+                    )
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+SAID = list(said())
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_every_message_is_what_the_code_says(message: str) -> None:
+    if message in THEIRS:
+        library = __import__("aiohttp")
+        source = Path(library.__file__).parent.parent / THEIRS[message]
+        assert message.removesuffix(GAP) in source.read_text()
+        return
+    for part in PARTS.get(message, [message]):
+        gaps = "[^\n]{0,60}?".join(map(re.escape, part.split(GAP)))
+        assert any(re.search(gaps, string) for string in SAID), part
+
+
+def test_there_are_enough_and_none_twice() -> None:
+    assert len(set(QUOTED)) == len(QUOTED) > 15
+    assert PARTS.keys() | THEIRS.keys() <= set(QUOTED)
+
+
+def test_each_says_why_and_what_to_do() -> None:
+    for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
+        name, _, text = section.partition("\n")
+        assert "\n> `" in text, name
+        assert text.count("**Why:**") == text.count("**Do:**") > 0, name
