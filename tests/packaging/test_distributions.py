@@ -229,7 +229,7 @@ class TestCoreAlone:
 
     def test_the_command(self, core: Environment) -> None:
         assert core.kalm("--version") == f"{NAME} {__version__}\n"
-        assert re.search(r"^    quickstart\s+index real text", core.kalm("--help"), re.MULTILINE)
+        assert re.search(r"^  quickstart +index real text", core.kalm("--help"), re.MULTILINE)
         assert "KaLM-Embedding-Gemma3-12B in one container" in core.kalm("cost")
         assert '"name": "packages",\n      "status": "ok"' in core.kalm(
             "doctor", "--json", status=1
@@ -369,6 +369,6 @@ class TestEachExtraAlone:
         assert "All good" in said
 
     def test_quickstart(self, environments: Environments) -> None:
-        shown = environments["quickstart"].kalm("quickstart", "--docs", ROOT / "docs")
+        shown = environments["quickstart"].kalm("quickstart", "--corpus", ROOT / "docs")
         assert "LangChain, QdrantVectorStore" in shown
         assert "LlamaIndex, VectorStoreIndex" in shown
