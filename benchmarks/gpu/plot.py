@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(results: Path, picture: Path) -> None:
-    """Read rows of "bulk", of the first run that swept the steps; draw p50 and p99."""
+    """Read rows of "bulk": of the run that swept the steps, and of the one as shipped."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -22,6 +22,8 @@ def main(results: Path, picture: Path) -> None:
     bulk = [row for row in rows if row.get("step") == "bulk" and row["stage"] == "steps bf16"]
     ours = [r for r in bulk if r["queries"] and "scheduler" not in r and "fill" not in r]
     theirs = [r for r in bulk if "scheduler" in r]
+    now = [r for r in rows if r["run"] == "fifth" and r.get("queries")]
+    now = [r for r in now if r["stage"] == "bf16 at 2048"]
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for percentile, style in (("p99_ms", "o-"), ("p50_ms", "o--")):
         axes.plot(
@@ -31,14 +33,18 @@ def main(results: Path, picture: Path) -> None:
             color="tab:blue",
             label=f"our scheduler, {percentile[:3]}",
         )
-    axes.plot(
-        [row["tokens_per_second"] for row in theirs],
-        [row["p99_ms"] for row in theirs],
-        "s",
-        color="tab:gray",
-        label="vLLM's priorities alone, p99",
-    )
-    for row in ours + theirs:
+    for some, style, color, label in (
+        (theirs, "s", "tab:gray", "vLLM's priorities alone, p99"),
+        (now, "^-", "tab:orange", "steps as graphs, as shipped, p99"),
+    ):
+        axes.plot(
+            [row["tokens_per_second"] for row in some],
+            [row["p99_ms"] for row in some],
+            style,
+            color=color,
+            label=label,
+        )
+    for row in ours + theirs + now:
         place = (row["tokens_per_second"], row["p99_ms"])
         axes.annotate(f" {row['step_tokens']:,}", place, fontsize=8, va="bottom")
     axes.set_yscale("log")
