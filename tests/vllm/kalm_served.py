@@ -72,6 +72,13 @@ class Serving:
 
 
 def end(serving: Serving) -> None:
+    """Kill it outright: none of its processes may outlive it."""
     if serving.process.poll() is None:
+        others = serving.others()
         serving.process.kill()  # CoreGuard does the rest
         serving.process.wait()
+        assert gone(others)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=10)[1]
