@@ -19,7 +19,7 @@ from kalm_integrations import profiles
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import profile_of
-from modal_backend.engines.vllm.config import VLLMOptions, arguments, check
+from modal_backend.engines.vllm.config import VLLMOptions, arguments, check, graph_sizes
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.weights import Weights, locate
 
@@ -81,6 +81,13 @@ async def test_graphs_are_of_the_whole_model_where_attention_can_be_part_of_one(
     make_whole(config, AttentionCGSupport[attention])
     assert compilation.cudagraph_mode == CUDAGraphMode[made]
     assert config.attention_config.flash_attn_max_num_splits_for_cuda_graph == splits
+
+
+@pytest.mark.parametrize("step", [7, 8, 1000, 1024, 2048, 16_384, 20_000])
+async def test_a_full_step_is_a_graph_and_none_is_larger(step: int) -> None:
+    sizes = graph_sizes(step)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == step
 
 
 async def test_options_reach_vllm(gemma: Path) -> None:
