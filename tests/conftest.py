@@ -1,5 +1,8 @@
+import os
 from collections.abc import Callable
 from typing import Any
+
+os.environ["MODAL_CONFIG_PATH"] = os.devnull  # read when modal is imported; nobody's own settings
 
 import pytest
 from scripted import ScriptedTransport
@@ -9,8 +12,6 @@ from kalm_integrations import KalmClient, retry
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     for name in os.environ:
         if name.startswith("KALM_"):
             monkeypatch.delenv(name)

@@ -77,7 +77,8 @@ def test_what_is_said_of_the_default_and_of_the_others() -> None:
     assert one("H100").per_million() < one("L40S").per_million()
     month = one("A100-40GB").traffic(72, default.scaledown_window, gpus.cold_start("none"))
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"72 queries a day, evenly spread, cost about ${month.per_month / 30:.0f} a" in readme
+    day = f"about ${month.per_month / 30:.0f} a day"
+    assert f"72 queries a day, evenly spread, on the default GPU | {day}" in readme
     assert f"about ${one('H100').per_million():.2f} a million tokens" in readme
     assert one("H100").rate.measured
     assert not one("L40S").rate.measured

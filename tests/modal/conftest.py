@@ -4,11 +4,8 @@ There is no __init__.py here, and must not be: `tests` is on sys.path too, and w
 package `modal` in front of the real one.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-os.environ["MODAL_CONFIG_PATH"] = os.devnull  # read when modal is imported; nobody's own settings
 
 import modal
 import pytest
