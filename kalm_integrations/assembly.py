@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,38 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations.errors import InvalidResponseError, KalmError
+from kalm_integrations.floats import to_lists, widen
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult, PartialResult, Usage
 from kalm_integrations.wire import VectorDtype
 
 
-class Assembly:
+class Assembly(ABC):
     """The vectors of one call, filled in as its parts arrive, in any order."""
 
-    def __init__(self, total: int, dimensions: int, dtype: VectorDtype) -> None:
-        # Without dimensions, the first part tells them.
-        self._vectors: NDArray[np.floating[Any]] = np.empty((total, dimensions), dtype=dtype)
+    def __init__(self, total: int) -> None:
         self._filled = np.zeros(total, dtype=np.bool_)
         self.usage = Usage()
 
     def add(self, part: EmbeddedBatch) -> None:
         """Put `part`'s rows where they belong."""
-        if not self._vectors.shape[1]:
-            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), part.packed.dtype)
-        self._vectors[part.indices] = part.packed
+        self._put(part)
         self._filled[part.indices] = True
         self.usage += part.usage
-
-    def result(self, identity: VectorIdentity) -> EmbeddingResult:
-        """All vectors.
-
-        Raises:
-            InvalidResponseError: A row was never filled. Unfilled memory is never handed out.
-        """
-        if not self._filled.all():
-            missing = int(np.flatnonzero(~self._filled)[0])
-            raise InvalidResponseError(f"texts[{missing}] got no vector.")
-        return EmbeddingResult(self._vectors, identity, self.usage)
 
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
@@ -50,6 +37,68 @@ class Assembly:
             yield
         except KalmError as error:
             indices = np.flatnonzero(self._filled)
-            vectors = self._vectors[indices].astype(np.float32, copy=False)
-            error.partial = PartialResult(len(self._filled), indices, vectors)
+            error.partial = PartialResult(len(self._filled), indices, self._taken(indices))
             raise
+
+    def _check(self) -> None:
+        # Unfilled memory is never handed out.
+        if not self._filled.all():
+            missing = int(np.flatnonzero(~self._filled)[0])
+            raise InvalidResponseError(f"texts[{missing}] got no vector.")
+
+    @abstractmethod
+    def _put(self, part: EmbeddedBatch) -> None: ...
+
+    @abstractmethod
+    def _taken(self, indices: NDArray[np.int64]) -> NDArray[np.float32]: ...
+
+
+class ArrayAssembly(Assembly):
+    """One array of them, in the type that travels. Without dimensions, the first part tells."""
+
+    def __init__(self, total: int, dimensions: int, dtype: VectorDtype) -> None:
+        super().__init__(total)
+        self._vectors: NDArray[np.floating[Any]] = np.empty((total, dimensions), dtype=dtype)
+
+    def result(self, identity: VectorIdentity) -> EmbeddingResult:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled.
+        """
+        self._check()
+        return EmbeddingResult(self._vectors, identity, self.usage)
+
+    def _put(self, part: EmbeddedBatch) -> None:
+        if not self._vectors.shape[1]:
+            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), part.packed.dtype)
+        self._vectors[part.indices] = part.packed
+
+    def _taken(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        return widen(self._vectors[indices])
+
+
+class ListAssembly(Assembly):
+    """Lists of Python floats, converted while later parts are on their way."""
+
+    def __init__(self, total: int, dimensions: int) -> None:
+        super().__init__(total)
+        self._dimensions = dimensions
+        self._rows: list[list[float]] = [[]] * total
+
+    def result(self) -> list[list[float]]:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled.
+        """
+        self._check()
+        return self._rows
+
+    def _put(self, part: EmbeddedBatch) -> None:
+        for index, row in zip(part.indices.tolist(), to_lists(part.packed), strict=True):
+            self._rows[index] = row
+
+    def _taken(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = [self._rows[index] for index in indices.tolist()]
+        return np.array(rows, dtype=np.float32).reshape(len(rows), -1 if rows else self._dimensions)

@@ -20,7 +20,7 @@ from typing import Literal, Self, get_args
 from pydantic import PrivateAttr
 
 from kalm_integrations import inputs
-from kalm_integrations.assembly import Assembly
+from kalm_integrations.assembly import ArrayAssembly, Assembly, ListAssembly
 from kalm_integrations.batching import Batch, plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.flight import Flight
@@ -81,11 +81,9 @@ class KalmClient(ClientSettings):
             KalmError: Base class of all of them; `partial` has what was finished.
         """
         checked = inputs.check(inputs.iterate(texts), self.truncate)
-        assembly = Assembly(len(checked), self.vector_dimensions, self.vector_dtype)
-        with assembly.kept_on_error(), self._progress(len(checked), role, on_progress) as advance:
-            for part in self._run(self._plan(enumerate(checked), role), self._call(role)):
-                assembly.add(part)
-                advance(len(part))
+        assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
+        with assembly.kept_on_error():
+            self._fill(assembly, checked, role, on_progress)
             return assembly.result(self.vector_identity)
 
     async def aembed(
@@ -97,13 +95,9 @@ class KalmClient(ClientSettings):
     ) -> EmbeddingResult:
         """`embed`, without blocking the running event loop."""
         checked = inputs.check(inputs.iterate(texts), self.truncate)
-        assembly = Assembly(len(checked), self.vector_dimensions, self.vector_dtype)
-        with assembly.kept_on_error(), self._progress(len(checked), role, on_progress) as advance:
-            parts = self._arun(self._plan(enumerate(checked), role), self._call(role))
-            async with aclosing(parts):
-                async for part in parts:
-                    assembly.add(part)
-                    advance(len(part))
+        assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
+        with assembly.kept_on_error():
+            await self._afill(assembly, checked, role, on_progress)
             return assembly.result(self.vector_identity)
 
     def iter_embed(
@@ -184,6 +178,43 @@ class KalmClient(ClientSettings):
         copied = super().__copy__()
         copied._sessions = SessionHolder()
         return copied
+
+    def _embed_to_lists(
+        self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
+    ) -> list[list[float]]:
+        """`embed`, to what frameworks take, in less time and memory than over an array."""
+        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        assembly = ListAssembly(len(checked), self.vector_dimensions)
+        with assembly.kept_on_error():
+            self._fill(assembly, checked, role, on_progress)
+            return assembly.result()
+
+    async def _aembed_to_lists(
+        self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
+    ) -> list[list[float]]:
+        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        assembly = ListAssembly(len(checked), self.vector_dimensions)
+        with assembly.kept_on_error():
+            await self._afill(assembly, checked, role, on_progress)
+            return assembly.result()
+
+    def _fill(
+        self, assembly: Assembly, texts: list[str], role: Role, on_progress: Progress | None
+    ) -> None:
+        with self._progress(len(texts), role, on_progress) as advance:
+            for part in self._run(self._plan(enumerate(texts), role), self._call(role)):
+                assembly.add(part)
+                advance(len(part))
+
+    async def _afill(
+        self, assembly: Assembly, texts: list[str], role: Role, on_progress: Progress | None
+    ) -> None:
+        with self._progress(len(texts), role, on_progress) as advance:
+            parts = self._arun(self._plan(enumerate(texts), role), self._call(role))
+            async with aclosing(parts):
+                async for part in parts:
+                    assembly.add(part)
+                    advance(len(part))
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
         # Taken for another, a misspelt word would cost the instruction, or the error.

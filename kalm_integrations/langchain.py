@@ -34,22 +34,22 @@ class KalmModalEmbeddings(KalmClient, Embeddings):
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed texts to be found, with the document instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
-            return self.embed(texts, role="document").to_lists()
+            return self._embed_to_lists(texts, "document")
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a question, with the query instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
-            return self.embed([text], role="query").to_lists()[0]
+            return self._embed_to_lists([text], "query")[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents`, without blocking the running event loop or its thread pool."""
         with raised_as_langchains():
-            return (await self.aembed(texts, role="document")).to_lists()
+            return await self._aembed_to_lists(texts, "document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query`, without blocking the running event loop or its thread pool."""
         with raised_as_langchains():
-            return (await self.aembed([text], role="query")).to_lists()[0]
+            return (await self._aembed_to_lists([text], "query"))[0]
 
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares what it is given with "default". Left

@@ -14,21 +14,28 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Final, NoReturn, Self
 
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.events.embedding import (
+    EmbeddingEndEvent,
+    EmbeddingStartEvent,
+)
 from llama_index.core.storage.kvstore.types import BaseKVStore
 from pydantic import ConfigDict, Field, model_validator
 
 from kalm_integrations import inputs
 from kalm_integrations.client import KalmClient, Progress, progress_bar
-from kalm_integrations.errors import IdentityMismatchError, InvalidInputError, InvalidText
+from kalm_integrations.errors import IdentityMismatchError
+from kalm_integrations.llama_index_batches import batch, batches_of, join_call
 from kalm_integrations.llama_index_cache import RoleCache, looking_up
 from kalm_integrations.prompts import Role
 from kalm_integrations.settings import ClientSettings
+
+dispatcher = get_dispatcher(__name__)
 
 _WRONG_FRAMEWORK = (
     "this is the LlamaIndex class; LangChain takes the other one: "
@@ -55,40 +62,14 @@ _DUMPED: Final = frozenset(
 )
 
 
-class _Batches:
-    """The tasks in which LlamaIndex runs the batches of one call."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any] | None] = set()
-        self._over = False
-
-    def join(self) -> None:
-        """Count the running task among them."""
-        if self._over:
-            raise asyncio.CancelledError
-        self._tasks.add(asyncio.current_task())
-
-    def end(self) -> None:
-        """Cancel those that still run, or have yet to."""
-        self._over = True
-        for task in self._tasks - {None, asyncio.current_task()}:
-            task.cancel()  # type: ignore[union-attr]
-
-
-# Of the running get_text_embedding_batch, for the requests inside it.
-_advance: ContextVar[Progress] = ContextVar("kalm_advance", default=lambda _: None)
-_whole: ContextVar[list[str] | None] = ContextVar("kalm_whole", default=None)
-_batches: ContextVar[_Batches | None] = ContextVar("kalm_batches", default=None)
-
-
 class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     """KaLM, or the embedded engine, as a LlamaIndex embedding model.
 
     Takes the arguments of `ClientSettings`, and is a `KalmClient` too: `iter_embed`, `warm_up`
     and the rest are there. LlamaIndex's own arguments work too: `model_name` must agree with
-    `model`; `embed_batch_size` is how many texts LlamaIndex hands over at once (they travel in
-    concurrent requests of `batch_size`), so leave it large. An `embeddings_cache` keeps queries,
-    documents and models apart.
+    `model`; an `embeddings_cache` keeps queries, documents and models apart; `embed_batch_size` is
+    how many texts are looked up in it at once, or counted by a `rate_limiter`. Without either, all
+    texts of a call are under way together, in requests of `batch_size`.
 
     `to_dict` and `to_json` hold what decides the vectors, and where they come from. Tuning and
     secrets are not in them: pass those to `from_dict`, or leave them to the environment. Pickles
@@ -176,10 +157,10 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             return await super().aget_query_embedding(query)
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self.embed([query], role="query").to_lists()[0]
+        return self._embed_to_lists([query], "query")[0]
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return (await self.aembed([query], role="query")).to_lists()[0]
+        return (await self._aembed_to_lists([query], "query"))[0]
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
@@ -188,14 +169,13 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         return (await self._aget_text_embeddings([text]))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        with _located(texts):
-            return self.embed(texts, on_progress=_advance.get()).to_lists()
+        with batch(texts) as advance:
+            return self._embed_to_lists(texts, "document", advance)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        if (batches := _batches.get()) is not None:
-            batches.join()
-        with _located(texts):
-            return (await self.aembed(texts, on_progress=_advance.get())).to_lists()
+        join_call()
+        with batch(texts) as advance:
+            return await self._aembed_to_lists(texts, "document", advance)
 
     def embed_documents(self, texts: list[str]) -> NoReturn:
         """LangChain's method: says which class LangChain takes."""
@@ -205,69 +185,61 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         """LangChain's method: says which class LangChain takes."""
         raise TypeError(_WRONG_FRAMEWORK)
 
+    @dispatcher.span
     def get_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
         texts = inputs.check(inputs.iterate(texts), self.truncate)
-        with _whole_list(texts), self._bar(len(texts), show_progress):
-            return super().get_text_embedding_batch(texts, show_progress=False, **kwargs)
+        with self._bar(len(texts), show_progress) as advance:
+            if self._in_batches:
+                with batches_of(texts, advance):
+                    return super().get_text_embedding_batch(texts, **kwargs)
+            with self._observed(texts) as seen:
+                seen(embeddings := self._embed_to_lists(texts, "document", advance))
+            return embeddings
 
+    @dispatcher.span
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
         texts = inputs.check(inputs.iterate(texts), self.truncate)
-        with (
-            _whole_list(texts),
-            _failing_together(),
-            self._bar(len(texts), show_progress),
-        ):
-            return await super().aget_text_embedding_batch(texts, show_progress=False, **kwargs)
+        with self._bar(len(texts), show_progress) as advance:
+            if self._in_batches:
+                with batches_of(texts, advance):
+                    return await super().aget_text_embedding_batch(texts, **kwargs)
+            with self._observed(texts) as seen:
+                seen(embeddings := await self._aembed_to_lists(texts, "document", advance))
+            return embeddings
+
+    @property
+    def _in_batches(self) -> bool:
+        """Whether LlamaIndex's own loop is needed, which waits for each `embed_batch_size` texts,
+        and whose events copy every vector to validate it."""
+        return self.embeddings_cache is not None or getattr(self, "rate_limiter", None) is not None
 
     @contextmanager
-    def _bar(self, total: int, show_progress: bool) -> Iterator[None]:
+    def _observed(self, texts: list[str]) -> Iterator[Callable[[list[Embedding]], None]]:
+        """What LlamaIndex tells observers of a batch; the block says its result."""
+        described = {
+            "class_name": self.class_name(),
+            "model_name": self.model_name,
+            "embed_batch_size": self.embed_batch_size,
+        }
+        dispatcher.event(EmbeddingStartEvent(model_dict=described))
+        with self.callback_manager.event(
+            CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: described}
+        ) as event:
+            result: list[Embedding] = []
+            yield result.extend
+            event.on_end({EventPayload.CHUNKS: texts, EventPayload.EMBEDDINGS: result})
+        dispatcher.event(EmbeddingEndEvent.model_construct(chunks=texts, embeddings=result))
+
+    @contextmanager
+    def _bar(self, total: int, show_progress: bool) -> Iterator[Progress | None]:
         if not (show_progress or self.show_progress):
-            yield
+            yield None
             return
         with progress_bar(total) as advance:
-            token = _advance.set(advance)
-            try:
-                yield
-            finally:
-                _advance.reset(token)
-
-
-@contextmanager
-def _whole_list(texts: list[str]) -> Iterator[None]:
-    """Inside, texts are a part of these."""
-    token = _whole.set(texts)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
-
-
-@contextmanager
-def _located(part: list[str]) -> Iterator[None]:
-    """Name a bad text by its places in the caller's list, not in the part that LlamaIndex took."""
-    try:
-        yield
-    except InvalidInputError as error:
-        whole, bad = _whole.get(), {part[bad.index]: bad.reason for bad in error.invalid}
-        if whole is None or not bad:
-            raise
-        invalid = [InvalidText(i, bad[text]) for i, text in enumerate(whole) if text in bad]
-        raise type(error).of(invalid) from error
-
-
-@contextmanager
-def _failing_together() -> Iterator[None]:
-    """When one batch fails, end the others: LlamaIndex lets them run on, unseen and paid for."""
-    batches = _Batches()
-    token = _batches.set(batches)
-    try:
-        yield
-    finally:
-        _batches.reset(token)
-        batches.end()
+            yield advance

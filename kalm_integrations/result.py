@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kalm_integrations import floats
 from kalm_integrations.errors import InvalidText
 
 if TYPE_CHECKING:
     from kalm_integrations.identity import VectorIdentity
-
-_ROWS_AT_ONCE = 256  # bounds the object array between the buffer and the lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class EmbeddingResult:
 
     def to_lists(self) -> list[list[float]]:
         """One list of Python floats a text, as LangChain and LlamaIndex take them."""
-        return to_lists(self.packed)
+        return floats.to_lists(self.packed)
 
     def __len__(self) -> int:
         return len(self.packed)
@@ -112,29 +110,7 @@ def _unpacked(answer: EmbeddingResult | EmbeddedBatch) -> NDArray[np.float32]:
     # a process forked while another thread holds it waits for ever.
     kept = answer.__dict__
     if "_vectors" not in kept:
-        kept["_vectors"] = answer.packed.astype(np.float32, copy=False)
+        wide = floats.widen(answer.packed)
+        kept["_vectors"] = wide if wide.flags.writeable else wide.copy()
     vectors: NDArray[np.float32] = kept["_vectors"]
     return vectors
-
-
-def to_lists(vectors: NDArray[np.floating[Any]]) -> list[list[float]]:
-    """Rows as lists of Python floats.
-
-    float16 has 65,536 values, so that its lists share 65,536 Python floats: twice as fast as
-    `tolist` and 8 bytes a number instead of 32 (benchmarks/ has the figures).
-    """
-    if vectors.dtype != np.float16:
-        rows: list[list[float]] = vectors.tolist()
-        return rows
-    table, bits = _float16_table(), vectors.view(np.uint16)
-    return [
-        row
-        for start in range(0, len(bits), _ROWS_AT_ONCE)
-        for row in table.take(bits[start : start + _ROWS_AT_ONCE]).tolist()
-    ]
-
-
-@cache
-def _float16_table() -> NDArray[np.object_]:
-    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    return np.array(values.tolist(), dtype=np.object_)

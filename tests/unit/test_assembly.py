@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalm_integrations.assembly import Assembly
+from kalm_integrations.assembly import ArrayAssembly, ListAssembly
 from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.profiles import EMBEDDED
@@ -22,8 +22,8 @@ def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
     return EmbeddedBatch(np.array(indices, dtype=np.int64), rows, Usage(len(indices), 1))
 
 
-def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> Assembly:
-    assembly = Assembly(total, 4, dtype)
+def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> ArrayAssembly:
+    assembly = ArrayAssembly(total, 4, dtype)
     for each in parts:
         assembly.add(each)
     return assembly
@@ -105,3 +105,48 @@ def test_errors_that_are_not_ours_pass_untouched(error):
     with pytest.raises(type(error)) as caught, filled(1).kept_on_error():
         raise error
     assert not hasattr(caught.value, "partial")
+
+
+# --- into lists
+
+
+def listed(total: int, *parts: EmbeddedBatch) -> ListAssembly:
+    assembly = ListAssembly(total, 4)
+    for each in parts:
+        assembly.add(each)
+    return assembly
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), st.lists(st.integers(0, 40))
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_parts_in_any_order_give_each_text_its_list(dtype, order, cuts):
+    rows = np.split(np.array(order, dtype=np.int64), sorted(cuts))
+    result = listed(len(order), *(part(*row, dtype=dtype) for row in rows)).result()
+    assert result == [[index] * 4 for index in range(len(order))]
+    assert {type(number) for row in result for number in row} <= {float}
+
+
+def test_copies_of_a_text_have_lists_of_their_own():
+    twice = EmbeddedBatch(np.array([0, 1]), np.ones((2, 4), dtype=np.float16), Usage())
+    result = listed(2, twice).result()
+    result[0][0] = 7
+    assert result[1] == [1] * 4
+
+
+def test_a_text_without_a_list_is_an_error_that_takes_along_the_others():
+    assembly = listed(3, part(0, 2))
+    with pytest.raises(InvalidResponseError, match=r"texts\[1\] got no") as caught:
+        with assembly.kept_on_error():
+            assembly.result()
+    assert caught.value.partial.vectors.tolist() == [[0] * 4, [2] * 4]
+    assert caught.value.partial.vectors.dtype == np.float32
+    assert caught.value.partial.missing.tolist() == [1]
+
+
+def test_lists_that_failed_at_once_have_an_empty_partial():
+    with pytest.raises(KalmError) as caught, listed(2).kept_on_error():
+        raise KalmError("It happened.")
+    assert caught.value.partial.vectors.shape == (0, 4)
