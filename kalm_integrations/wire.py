@@ -6,7 +6,7 @@ Vectors travel as safetensors: a standard of the field, compact, nothing executa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Final, Literal, get_args
@@ -76,10 +76,14 @@ REQUEST_ID_HEADER: Final = "X-Request-Id"
 
 
 def pack(answer: EmbedAnswer) -> bytes:
-    """`answer` as safetensors: tensor "vectors", identity and usage in the metadata.
+    """`answer` as safetensors: tensor "vectors", identity and usage in the metadata."""
+    return b"".join(packed_parts(answer))
 
-    Written by hand, and so without a copy of the vectors beside the one that is returned. Source
-    of the format: https://huggingface.co/docs/safetensors.
+
+def packed_parts(answer: EmbedAnswer) -> Iterator[bytes | memoryview]:
+    """`pack` in parts of at most a MiB, the vectors uncopied.
+
+    Source of the format: https://huggingface.co/docs/safetensors.
     """
     vectors = np.ascontiguousarray(answer.vectors)
     metadata = {"usage.tokens": str(answer.usage.tokens)}
@@ -92,7 +96,10 @@ def pack(answer: EmbedAnswer) -> bytes:
     }
     head = json.dumps({"__metadata__": metadata, "vectors": tensor}).encode()
     head += b" " * (-len(head) % 8)
-    return b"".join((len(head).to_bytes(8, "little"), head, vectors.data))
+    yield len(head).to_bytes(8, "little") + head
+    body = vectors.reshape(-1).view(np.uint8).data
+    for start in range(0, len(body), _PART):
+        yield body[start : start + _PART]
 
 
 def unpack(body: bytes | bytearray) -> EmbedAnswer:
@@ -182,6 +189,7 @@ _VALUES: Final[dict[str, tuple[str, ...]]] = {
     "truncate": get_args(Truncate),
     "dtype": get_args(VectorDtype),
 }
+_PART: Final = 2**19
 _SAFETENSORS: Final = {"float16": "F16", "float32": "F32"}
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
     "F16": np.dtype("<f2"),

@@ -18,7 +18,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from copy import copy
 from functools import partial
 from typing import Final, TypeVar
@@ -27,7 +27,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from kalm_integrations.errors import (
@@ -37,7 +37,7 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
     ServiceUnavailableError,
 )
-from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, pack
+from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, packed_parts
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.http_guard import BearerKeys, HttpGuard
 from modal_backend.metrics import CONTENT_TYPE, Metrics
@@ -46,11 +46,13 @@ from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Part = bytes | memoryview
 
 MAX_BODY_BYTES: Final = 16 * 2**20
-# What is larger is parsed, or rendered, on a thread: the event loop must not stand still.
-_INLINE_BYTES: Final = 65_536
-_INLINE_NUMBERS: Final = 65_536
+# What is larger is parsed on a thread, or written in parts: the event loop must not stand still.
+_PARSED_BYTES: Final = 65_536
+_WRITTEN_BYTES: Final = 2**20
+_WRITTEN_NUMBERS: Final = 65_536
 _LOG_EVERY: Final = 10.0
 """Seconds between two lines of the log about failures of one kind: an engine that dies, or too much
 to do, fails hundreds of requests in one go. /metrics counts them all."""
@@ -123,7 +125,7 @@ class _Door:
         start = time.perf_counter()
         body = await self._read(request)
         packed = _accepts_packed(request.headers.get("accept", ""))
-        if len(body) <= _INLINE_BYTES:
+        if len(body) <= _PARSED_BYTES:
             fields = EmbeddingsBody.parse(body)
         else:
             fields = await asyncio.to_thread(EmbeddingsBody.parse, body)
@@ -136,15 +138,15 @@ class _Door:
         except asyncio.CancelledError:  # by the server that shuts down
             raise ServiceUnavailableError("the service is stopping.", RETRY_AFTER) from None
 
-        def written() -> bytes:
-            return pack(answer) if packed else render(answer, fields.encoding_format)
-
-        inline = packed or answer.vectors.size <= _INLINE_NUMBERS
-        content = written() if inline else await asyncio.to_thread(written)
         self.metrics.texts.labels(asked.role).inc(len(asked.texts))
         self.metrics.tokens.labels(asked.role).inc(answer.usage.tokens)
         self.metrics.seconds.labels(asked.role).observe(time.perf_counter() - start)
-        return Response(content, media_type=MEDIA_TYPE if packed else "application/json")
+        if packed:
+            return _response(
+                packed_parts(answer), MEDIA_TYPE, answer.vectors.nbytes <= _WRITTEN_BYTES
+            )
+        parts = render(answer, fields.encoding_format)
+        return _response(parts, "application/json", answer.vectors.size <= _WRITTEN_NUMBERS)
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
@@ -210,6 +212,19 @@ class _Door:
             if len(body) > self._max_body_bytes:
                 raise RequestTooLargeError(f"a body over {self._max_body_bytes:,} bytes.")
         return bytes(body)
+
+
+def _response(parts: Iterable[Part], media_type: str, short: bool) -> Response:
+    if short:
+        return Response(b"".join(parts), media_type=media_type)
+    return StreamingResponse(_in_turn(parts), media_type=media_type)
+
+
+async def _in_turn(parts: Iterable[Part]) -> AsyncIterator[Part]:
+    """`parts`, and between them whatever else the event loop has to do."""
+    for part in parts:
+        yield part
+        await asyncio.sleep(0)
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

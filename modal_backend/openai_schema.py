@@ -6,12 +6,15 @@ known is refused: ignoring one that changes vectors would give silently wrong on
 
 from __future__ import annotations
 
-import base64
+import binascii
 import json
 import math
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Final, Literal
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kalm_integrations import prompts
@@ -30,6 +33,8 @@ from kalm_integrations.wire import (
     VectorDtype,
     error_fields,
 )
+
+_ROWS_AT_ONCE: Final = 8
 
 
 class EmbeddingsBody(BaseModel):
@@ -129,22 +134,33 @@ class EmbeddingsBody(BaseModel):
         )
 
 
-def render(answer: EmbedAnswer, encoding_format: str) -> bytes:
-    """An answer as OpenAI's JSON: lists of numbers, or base64 of little-endian float32."""
+def render(answer: EmbedAnswer, encoding_format: str) -> Iterator[bytes]:
+    """An answer as OpenAI's JSON: lists of numbers, or base64 of little-endian float32.
+
+    In parts, none of which takes long to write.
+    """
     vectors = answer.vectors.astype("<f4", copy=False)
-    rows: Any = vectors
-    if encoding_format == "base64":
-        rows = [base64.b64encode(row.tobytes()).decode() for row in vectors]
-    body = {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": row}
-            for index, row in enumerate(rows)
-        ],
-        "model": answer.identity.model if answer.identity else "",
-        "usage": {"prompt_tokens": answer.usage.tokens, "total_tokens": answer.usage.tokens},
-    }
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    written = _base64 if encoding_format == "base64" else _numbers
+    yield b'{"object":"list","data":['
+    for start in range(0, len(vectors), _ROWS_AT_ONCE):
+        rows = vectors[start : start + _ROWS_AT_ONCE]
+        items = (
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, written(row))
+            for index, row in enumerate(rows, start)
+        )
+        yield (b"," if start else b"") + b",".join(items)
+    tokens = answer.usage.tokens
+    model = orjson.dumps(answer.identity.model if answer.identity else "")
+    usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
+    yield b'],"model":%b,"usage":%b}' % (model, usage)
+
+
+def _base64(row: NDArray[np.float32]) -> bytes:
+    return b'"%b"' % binascii.b2a_base64(row.data, newline=False)
+
+
+def _numbers(row: NDArray[np.float32]) -> bytes:
+    return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def render_error(error: KalmError) -> bytes:

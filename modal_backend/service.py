@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from copy import copy
 from typing import Final
@@ -20,13 +21,14 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
 from kalm_integrations.verify import first_wrong
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest, Vectors
 from modal_backend.admission import Admission
 from modal_backend.engines import Engine
 from modal_backend.engines.out_of_order import OutOfOrderEngine
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
+_ROWS_AT_ONCE: Final = 64
 
 
 class EmbeddingService:
@@ -103,13 +105,19 @@ class EmbeddingService:
             raise InvalidResponseError(
                 f"the engine gave {output.vectors.shape} for {len(texts)} texts."
             )
-        _check(output.vectors)
-        vectors = output.vectors
-        if request.dimensions is not None and request.dimensions != vectors.shape[1]:
-            vectors = _cut(vectors, request.dimensions)
-            _check(vectors)
+        dimensions = request.dimensions or self.engine.dimensions[0]
+        vectors: Vectors = np.empty((len(texts), dimensions), dtype=request.dtype)
+        for start in range(0, len(texts), _ROWS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)  # of so many, others need not wait for all
+            rows = output.vectors[start : start + _ROWS_AT_ONCE]
+            _check(rows, start)
+            if rows.shape[1] != dimensions:
+                rows = _cut(rows, dimensions)
+                _check(rows, start)
+            vectors[start : start + len(rows)] = rows
         return EmbedAnswer(
-            vectors=np.ascontiguousarray(vectors, dtype=request.dtype),
+            vectors=vectors,
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
         )
@@ -119,10 +127,10 @@ class EmbeddingService:
         await self.engine.close()
 
 
-def _check(vectors: NDArray[np.float32]) -> None:
-    if wrong := first_wrong(vectors):  # most callers over HTTP check nothing
+def _check(rows: NDArray[np.float32], start: int) -> None:
+    if wrong := first_wrong(rows):  # most callers over HTTP check nothing
         row, what = wrong
-        raise InvalidResponseError(f"texts[{row}] got {what}.")
+        raise InvalidResponseError(f"texts[{start + row}] got {what}.")
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

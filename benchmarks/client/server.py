@@ -57,7 +57,7 @@ def content(kind: str, texts: int) -> tuple[bytes, bytes]:
     )
     if packed:
         return MEDIA_TYPE.encode(), pack(answer)
-    return b"application/json", render(answer, kind)
+    return b"application/json", b"".join(render(answer, kind))
 
 
 @cache

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -348,7 +349,8 @@ class TestAsAProgram:
             stderr=subprocess.PIPE,
             text=True,
         ) as process:
-            with pipe.open("w"):  # it reads, and waits
+            with pipe.open("w"):
+                time.sleep(0.5)  # it has opened it too, reads, and waits
                 process.send_signal(signal.SIGINT)
                 assert process.communicate(timeout=30) == ("", "")
         assert process.returncode == 130

@@ -1,0 +1,249 @@
+"""The HTTP door: processor time for 1,000 vectors, and how long its event loop stands still.
+
+    python benchmarks/client/door.py                     # over an engine that costs nothing
+    VLLM_VENV/bin/python benchmarks/client/door.py vllm  # beside vLLM's own server
+
+The second makes a Gemma 3 of one layer, 3,840 wide, and starts `kalm serve --engine vllm` and
+vLLM's OpenAI server over it in turn, real vLLM on the CPU; what is counted is the process that has
+the door, not vLLM's core. VLLM_VENV is what `make test-vllm` installs, `.venv-vllm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.prompts import AS_IS, Role
+from kalm_integrations.wire import MEDIA_TYPE, Truncate
+from modal_backend.engines import EngineOutput
+
+HERE = Path(__file__).resolve().parent
+PORT = 8420
+URL = f"http://127.0.0.1:{PORT}"
+KEY = "benchmark"
+DIMENSIONS = 3840
+ROUNDS = 3
+PACKED = {"Accept": MEDIA_TYPE}
+WIDE = {
+    "hidden_size": DIMENSIONS, "num_hidden_layers": 1, "intermediate_size": 64, "head_dim": 64,
+}  # fmt: skip
+OURS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "packed float16": (PACKED, {"embed_dtype": "float16"}),
+    "packed float32": (PACKED, {"embed_dtype": "float32"}),
+    "base64 float32": ({}, {"encoding_format": "base64"}),
+    "numbers": ({}, {"encoding_format": "float"}),
+}
+"""Headers and fields of a request, by what the answer is."""
+VLLMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "bytes float16": ({}, {"encoding_format": "bytes", "embed_dtype": "float16"}),
+    "bytes float32": ({}, {"encoding_format": "bytes", "embed_dtype": "float32"}),
+    "base64 float16": ({}, {"encoding_format": "base64", "embed_dtype": "float16"}),
+    "base64 float32": ({}, {"encoding_format": "base64"}),
+    "numbers": ({}, {"encoding_format": "float"}),
+}
+
+
+def post(kind: tuple[dict[str, str], dict[str, Any]], texts: int, model: str) -> int:
+    """One request; bytes of its answer."""
+    headers, fields = kind
+    given = [f"a short text, number {i}" for i in range(texts)]
+    request = urllib.request.Request(
+        f"{URL}/v1/embeddings",
+        json.dumps({"model": model, "input": given, **fields}).encode(),
+        {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers},
+    )
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return len(answer.read())
+
+
+def ask(path: str) -> bytes:
+    """A GET."""
+    request = urllib.request.Request(URL + path, headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return bytes(answer.read())
+
+
+@contextmanager
+def running(command: list[Any]) -> Iterator[int]:
+    """A server, once it answers; its process id."""
+    environment = {
+        **os.environ,
+        "KALM_API_KEY": KEY,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with tempfile.TemporaryFile() as output:
+        server = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=output, env=environment
+        )
+        try:
+            while True:
+                try:
+                    ask("/v1/models")
+                    break
+                except OSError:
+                    if server.poll() is not None:
+                        output.seek(0)
+                        raise SystemExit(output.read().decode()[-4_000:]) from None
+                    time.sleep(0.5)
+            yield server.pid
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def used(pid: int) -> float:
+    """Processor seconds of a process, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_for_1000(pid: int, kind: Any, texts: int, requests: int, model: str) -> float:
+    """Milliseconds of the server's processor time."""
+    post(kind, texts, model)
+    before = used(pid)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: post(kind, texts, model), range(requests)))
+    return 1e6 * (used(pid) - before) / (texts * requests)
+
+
+# --- over an engine that costs nothing
+
+
+class InstantEngine:
+    """Unit vectors of KaLM's width, made beforehand."""
+
+    dimensions = (DIMENSIONS,)
+    max_tokens = 8192
+    query_template = AS_IS
+    identity = SpaceIdentity.undeclared("instant")
+
+    def __init__(self) -> None:
+        rows = np.random.default_rng(0).standard_normal((2048, DIMENSIONS), dtype=np.float32)
+        self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    async def embed(
+        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+    ) -> EngineOutput:
+        return EngineOutput(self.rows[: len(texts)], len(texts))
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+async def serve() -> None:
+    """Our door, and GET /longest: seconds that its loop has stood still since the last time."""
+    import uvicorn
+    from pydantic import SecretStr
+    from starlette.responses import PlainTextResponse
+
+    from modal_backend.http_api import create_app
+    from modal_backend.http_guard import BearerKeys
+    from modal_backend.service import EmbeddingService
+
+    app = create_app(EmbeddingService(InstantEngine()), keys=BearerKeys([SecretStr(KEY)]))
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before - 0.001)
+
+    async def door(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal longest
+        if scope.get("path") == "/longest":
+            said, longest = longest, 0.0
+            await PlainTextResponse(str(said))(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    watching = asyncio.create_task(watch())
+    await uvicorn.Server(uvicorn.Config(door, port=PORT, log_level="error")).serve()
+    watching.cancel()
+
+
+def over_nothing() -> None:
+    """Measure the door, and print the table."""
+    print("| answer | texts | CPU, ms per 1,000 | longest standstill, ms |")
+    print("|---|---|---|---|")
+    with running([sys.executable, __file__, "serve"]) as pid:
+        for name, kind in OURS.items():
+            for texts in (64, 2048):
+                cpu, still = [], []
+                for _ in range(ROUNDS):
+                    post(kind, texts, "instant")
+                    ask("/longest")
+                    cpu.append(cpu_for_1000(pid, kind, texts, 6_144 // texts, "instant"))
+                    still.append(1000 * float(ask("/longest")))
+                print(
+                    f"| {name} | {texts:,} | {statistics.median(cpu):.0f} "
+                    f"| {statistics.median(still):.1f} |"
+                )
+
+
+# --- beside vLLM's own server
+
+
+def beside_vllm() -> None:
+    """Measure both, and print the table."""
+    sys.path.insert(0, str(HERE.parents[1] / "tests" / "vllm"))
+    from tiny_models import tiny_gemma3
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_gemma3(Path(folder) / "wide", config=WIDE)
+        ours = [sys.executable, "-m", "kalm_integrations.cli", "serve", "--engine", "vllm"]
+        ours += ["--model", model, "--dtype", "fp32", "--enforce-eager", "--port", PORT]
+        vllms = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        vllms += ["--runner", "pooling", "--convert", "embed", "--dtype", "float32"]
+        vllms += ["--served-model-name", "wide", "--enforce-eager", "--port", PORT]
+        vllms += ["--api-key", KEY, "--max-num-seqs", 64]
+        found: dict[str, list[float]] = {}
+        for _ in range(ROUNDS):
+            for server, command, kinds in (("ours", ours, OURS), ("vLLM", vllms, VLLMS)):
+                with running(command) as pid:
+                    for name, kind in kinds.items():
+                        cpu = cpu_for_1000(pid, kind, 64, 32, "wide")
+                        found.setdefault(f"{server} | {name}", []).append(cpu)
+    print("| server | answer | CPU, ms per 1,000 |\n|---|---|---|")
+    for name, figures in found.items():
+        print(f"| {name} | {statistics.median(figures):.0f} |")
+
+
+def main() -> None:
+    """What is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["serve", "vllm"])
+    what = parser.parse_args().what
+    if what == "serve":
+        asyncio.run(serve())
+    elif what == "vllm":
+        beside_vllm()
+    else:
+        over_nothing()
+
+
+if __name__ == "__main__":
+    main()
