@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError, safe_open
-
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.profiles import KALM, KALM_MINI, profile_of
 
@@ -120,6 +118,8 @@ def _in_folder(folder: Path) -> Weights:
 
 def _check_whole(folder: Path) -> None:
     """A download that was interrupted looks like a finished one."""
+    from safetensors import SafetensorError, safe_open
+
     needed = {"config.json"}
     for index in folder.glob("*.index.json"):
         try:
