@@ -16,7 +16,11 @@ export QUICKSTART_Q := $(value Q)
 export QUICKSTART_DOCS := $(value DOCS)
 unexport Q DOCS
 
-.PHONY: help quickstart test test-vllm notebooks clean
+# Every client that ours is compared with, pinned: an environment of their own.
+BENCH_VENV := .venv-bench
+BENCH_PINS := benchmarks/client/requirements.txt
+
+.PHONY: help quickstart test test-vllm notebooks bench-client clean
 .NOTPARALLEL:
 
 help:
@@ -26,7 +30,8 @@ help:
 	@echo 'make test                    ruff, mypy, pytest'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
 	@echo 'make notebooks               run the notebooks of examples/ again, in place'
-	@echo 'make clean                   remove $(VENV), $(VLLM_VENV) and all caches'
+	@echo 'make bench-client            our client beside its peers, 20 minutes (Linux)'
+	@echo 'make clean                   remove $(VENV), $(VLLM_VENV), $(BENCH_VENV) and all caches'
 	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with, once'
 	@echo 'VLLM_PYTHON=python3.12       and $(VLLM_VENV); python3.11 if it is there'
 
@@ -45,13 +50,24 @@ test-vllm: $(VLLM_VENV)/.ready
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python tests/notebooks.py
 
+bench-client: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python benchmarks/client/run.py
+	$(BENCH_VENV)/bin/python benchmarks/client/streaming.py
+	$(BENCH_VENV)/bin/python benchmarks/client/door.py
+	$(BENCH_VENV)/bin/python benchmarks/client/rpc.py
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.quickstart $(VENV)/.dev: pyproject.toml $(VENV)/.made
 	@echo 'Installing into $(VENV): a minute or two, the first time.'
 	@$(PIP) install --editable '.[$(@F:.%=%)]'
+	@touch $@
+
+$(BENCH_VENV)/.ready: $(BENCH_PINS) pyproject.toml $(BENCH_VENV)/.made
+	@echo 'Installing the peers into $(BENCH_VENV): a minute or two, the first time.'
+	@$(PIP) install --editable '.[langchain,llama-index,modal,server]' --requirement $(BENCH_PINS)
 	@touch $@
 
 $(VLLM_VENV)/.ready: $(VLLM_PINS) pyproject.toml $(VLLM_VENV)/.made
@@ -70,10 +86,10 @@ $(VLLM_VENV)/.ready: $(VLLM_PINS) pyproject.toml $(VLLM_VENV)/.made
 	@$(PIP) install --no-deps --editable .
 	@touch $@
 
-$(VENV)/.made: WITH = $(PYTHON)
+$(VENV)/.made $(BENCH_VENV)/.made: WITH = $(PYTHON)
 $(VLLM_VENV)/.made: WITH = $(VLLM_PYTHON)
 $(VLLM_VENV)/.made: CHOOSE := VLLM_PYTHON
-$(VENV)/.made $(VLLM_VENV)/.made:
+$(VENV)/.made $(VLLM_VENV)/.made $(BENCH_VENV)/.made:
 	@$(WITH) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo '$(WITH) is missing or older than 3.11. Name another Python, for instance: make $(or $(CHOOSE),PYTHON)=python3.12 ...' >&2; exit 1; }
 	@$(WITH) -c 'import ensurepip, venv' 2>/dev/null || \

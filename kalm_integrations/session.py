@@ -100,9 +100,10 @@ class Session:
     async def _in_time(self, work: Callable[[float], Awaitable[T]], call: Call) -> T:
         now = time.monotonic()
         deadline = now + self._settings.timeout if call.deadline is None else call.deadline
-        waiting = asyncio.get_running_loop().call_later(COLD_AFTER, self._tell_of_cold_start)
-        if not self._transport.may_be_cold:
-            waiting.cancel()  # then it is only busy
+        telling = None
+        if self._transport.may_be_cold and not self._told:  # else it is only busy
+            loop = asyncio.get_running_loop()
+            telling = loop.call_later(COLD_AFTER, self._tell_of_cold_start)
         try:
             async with asyncio.timeout(deadline - now) as timer:
                 result = await work(deadline)
@@ -116,7 +117,8 @@ class Session:
                 f"no answer within timeout={self._settings.timeout:g} s.{failed}"
             ) from error
         finally:
-            waiting.cancel()
+            if telling is not None:
+                telling.cancel()
 
     def _tell_of_cold_start(self) -> None:
         if not self._told:

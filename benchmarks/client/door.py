@@ -21,24 +21,20 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from instant import DIMENSIONS, MODEL, InstantEngine
 
-from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.prompts import AS_IS, Role
-from kalm_integrations.wire import MEDIA_TYPE, Truncate
-from modal_backend.engines import EngineOutput
+from kalm_integrations.wire import MEDIA_TYPE
 
 HERE = Path(__file__).resolve().parent
 PORT = 8420
 URL = f"http://127.0.0.1:{PORT}"
 KEY = "benchmark"
-DIMENSIONS = 3840
 ROUNDS = 3
 PACKED = {"Accept": MEDIA_TYPE}
 WIDE = {
@@ -128,30 +124,6 @@ def cpu_for_1000(pid: int, kind: Any, texts: int, requests: int, model: str) -> 
 # --- over an engine that costs nothing
 
 
-class InstantEngine:
-    """Unit vectors of KaLM's width, made beforehand."""
-
-    dimensions = (DIMENSIONS,)
-    max_tokens = 8192
-    query_template = AS_IS
-    identity = SpaceIdentity.undeclared("instant")
-
-    def __init__(self) -> None:
-        rows = np.random.default_rng(0).standard_normal((2048, DIMENSIONS), dtype=np.float32)
-        self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
-    ) -> EngineOutput:
-        return EngineOutput(self.rows[: len(texts)], len(texts))
-
-    async def sleep(self) -> None: ...
-
-    async def wake(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
 async def serve() -> None:
     """Our door, and GET /longest: seconds that its loop has stood still since the last time."""
     import uvicorn
@@ -194,9 +166,9 @@ def over_nothing() -> None:
             for texts in (64, 2048):
                 cpu, still = [], []
                 for _ in range(ROUNDS):
-                    post(kind, texts, "instant")
+                    post(kind, texts, MODEL)
                     ask("/longest")
-                    cpu.append(cpu_for_1000(pid, kind, texts, 6_144 // texts, "instant"))
+                    cpu.append(cpu_for_1000(pid, kind, texts, 6_144 // texts, MODEL))
                     still.append(1000 * float(ask("/longest")))
                 print(
                     f"| {name} | {texts:,} | {statistics.median(cpu):.0f} "

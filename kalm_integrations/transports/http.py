@@ -47,6 +47,7 @@ _MAX_REDIRECTS = 50  # Modal answers 303 every 150 s while a container starts
 _MAX_NUMBER = 32  # bytes of one number, written out in JSON with its comma
 _MAX_DIMENSIONS = 16_384
 _READ_AHEAD = 2**20
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _SHORTEST = 0.001  # seconds; less is not sent
 
 
@@ -171,7 +172,7 @@ class HttpTransport:
             raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets) from error
 
     async def _post(self, fields: dict[str, Any], headers: dict[str, str], texts: int) -> _Reply:
-        body = json.dumps(fields, ensure_ascii=False).encode()
+        body = _JSON.encode(fields).encode()
         limit = 2**20 + texts * _MAX_DIMENSIONS * _MAX_NUMBER
         headers = {**headers, "Content-Type": "application/json"}
         return await self._send("POST", self._embeddings, body, headers, limit)
