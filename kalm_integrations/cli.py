@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import kalm_integrations
 from kalm_integrations import cost, deploy_options, evaluation, serve_options
+from kalm_integrations.bulk import options as bulk_options
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.extras import install_command
 from kalm_integrations.usage import Parser, UsageError, add_json, path
@@ -206,6 +207,7 @@ VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (
     serve_options.add,
     deploy_options.add,
     _add_doctor,
+    bulk_options.add,
     cost.add,
     evaluation.add,
 )

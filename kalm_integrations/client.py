@@ -244,13 +244,19 @@ class KalmClient(ClientSettings):
 
         return batches()
 
-    def _run(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
+    def _run(
+        self,
+        batches: Iterator[Batch],
+        call: Call,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> Generator[EmbeddedBatch]:
+        """Send `batches`; no further one is read while the caller is `busy` with what has come."""
         landed = threading.Event()
         flight = Flight(self.max_concurrency, landed.set)
         try:
             for batch in flight.read(batches):
                 flight.launch(io_thread().submit(self._send(batch, call)))
-                while flight.full:
+                while flight.full or (flight.flying and busy()):
                     landed.wait()
                     landed.clear()
                     yield from self._reported(flight.take())

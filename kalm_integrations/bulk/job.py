@@ -1,0 +1,201 @@
+"""A job from its beginning to its end, however often it is interrupted in between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Literal, Protocol
+
+from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.manifest import Job, Manifest, check_same
+from kalm_integrations.bulk.pipeline import Pipeline, Watcher, Work
+from kalm_integrations.bulk.scan import Scan, scan
+from kalm_integrations.bulk.sources import Source, find
+from kalm_integrations.client import KalmClient
+from kalm_integrations.errors import ConfigurationError, InvalidInputError
+
+OnError = Literal["fail", "skip", "null"]
+SHARD_ROWS: Final = 8192
+_LOCK: Final = ".lock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a corpus is embedded.
+
+    Attributes:
+        text_column: Of Parquet, JSON Lines and CSV, what is embedded; None is "text".
+        id_column: The column that names a row to a store; kept with the job.
+        on_error: Of rows that cannot be embedded: "fail" before anything is sent, as far as that
+            can be told; "skip" leaves them out; "null" keeps them with a null vector. With the
+            latter two they are in `rejected.parquet`, with their reasons.
+        shard_rows: Input rows of each shard; 8,192 vectors of 3840 float16 are 60 MiB. Three
+            shards are in memory.
+        dollars_per_second: Of the GPU that computes, to show what the job costs.
+    """
+
+    text_column: str | None = None
+    id_column: str | None = None
+    on_error: OnError = "fail"
+    shard_rows: int = SHARD_ROWS
+    dollars_per_second: float | None = None
+
+
+class Screen(Watcher, Protocol):
+    """Who shows how a job goes."""
+
+    def scanned(self, rows: int) -> None:
+        """So many rows more were read, before anything is sent."""
+        ...
+
+    def begun(self, found: Scan, finished: int, manifest: Manifest) -> None:
+        """The work begins, with so many rows finished before."""
+        ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def scanned(self, rows: int) -> None: ...
+    def begun(self, found: Scan, finished: int, manifest: Manifest) -> None: ...
+    def embedded(self, rows: int, tokens: int) -> None: ...
+    def written(self, shard: Any) -> None: ...
+
+
+def embed_corpus(
+    source: str | Path,
+    output: str | Path,
+    client: KalmClient,
+    options: Options | None = None,
+    screen: Screen | None = None,
+) -> Manifest:
+    """Embed a corpus into shards, or go on with it where it was interrupted.
+
+    Args:
+        source: A file (Parquet, JSON Lines, CSV, text), a folder of such, or a glob.
+        output: A folder for the shards and `manifest.json`; the same one resumes.
+        client: To embed with.
+        options: The defaults, if None.
+        screen: Nobody is shown anything, if None.
+
+    Returns:
+        The finished job's record.
+
+    Raises:
+        ConfigurationError: The input cannot be read, or is not that of the job in `output`.
+        InvalidInputError: With on_error="fail", rows that cannot be embedded.
+        IdentityMismatchError: The service's vectors are not those of the job in `output`.
+        KalmError: The service failed; what is finished stays, and the same call goes on.
+        OSError: The output could not be written; the same holds.
+    """
+    options, screen = options or Options(), screen or Silent()
+    files = find(str(source), options.text_column)
+    found = _checked(files, options, client, screen)
+    folder = Path(output)
+    (folder / shards.FOLDER).mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        identity = client.warm_up()
+        width = client.vector_dimensions or _width(client)
+        job = Job(
+            files=found.files,
+            text_column=files.text_column,
+            id_column=options.id_column,
+            rows=found.rows,
+            identity=identity.to_dict(),
+            vector_dtype=client.vector_dtype,
+            truncate=client.truncate,
+            on_error=options.on_error,
+            shard_rows=options.shard_rows,
+        )
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            manifest = Manifest(job=job)
+        check_same(manifest.job, job, folder)
+        _check_shards(folder, manifest)
+        screen.begun(found, min(len(manifest.shards) * job.shard_rows, job.rows), manifest)
+        if not manifest.complete:
+            for left in folder.rglob(".*.tmp"):  # of a process that was killed
+                left.unlink()
+            manifest.runs += 1
+            manifest.write(folder)
+            dollars = options.dollars_per_second
+            work = Work(client, files, found, manifest, folder, width, dollars, screen)
+            Pipeline(work).run()
+            shards.gather_rejected(folder, manifest.shards)
+            manifest.complete = True
+            manifest.write(folder)
+        return manifest
+
+
+def estimate(
+    source: str | Path,
+    client: KalmClient,
+    options: Options | None = None,
+    screen: Screen | None = None,
+) -> Scan:
+    """What `embed_corpus` would embed. Sends nothing, writes nothing; raises what it would."""
+    options = options or Options()
+    files = find(str(source), options.text_column)
+    return _checked(files, options, client, screen or Silent())
+
+
+def _checked(source: Source, options: Options, client: KalmClient, screen: Screen) -> Scan:
+    found = scan(source, client.truncate, screen.scanned)
+    names = found.schema.names
+    if options.id_column is not None and options.id_column not in names:
+        raise ConfigurationError(
+            f"no column {options.id_column!r}, but {', '.join(map(repr, names))}: --id-column "
+            "names one of them."
+        )
+    if shards.VECTOR in names:
+        raise ConfigurationError(f"the input has a column {shards.VECTOR!r} already.")
+    if found.distinct == 0 or (found.bad and options.on_error == "fail"):
+        more = f"; and {found.bad - len(found.examples):,} more" if found.bad > 5 else ""
+        raise InvalidInputError(
+            f"{found.bad:,} of {found.rows:,} rows cannot be embedded: "
+            f"{'; '.join(found.examples)}{more}. Mend them, or have them left out (--on-error "
+            "skip) or kept without a vector (--on-error null). Nothing was sent."
+        )
+    return found
+
+
+def _width(client: KalmClient) -> int:
+    # A model that nobody described: its first answer tells.
+    return int(client.embed(["how many dimensions?"]).packed.shape[1])
+
+
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        path = folder / shards.FOLDER / shard.name
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise ConfigurationError(
+                f"{path} is missing or was changed since it was written: remove {folder}, and "
+                "begin anew."
+            )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out; the lock goes with the process, however it ends."""
+    with (folder / _LOCK).open("w") as file:
+        if not _lock(file):
+            raise ConfigurationError(f"another process is at work in {folder}.")
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError:
+        return False
+    return True

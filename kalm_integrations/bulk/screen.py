@@ -1,0 +1,109 @@
+"""How a job goes, for people: a bar on a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Final
+
+from kalm_integrations.bulk.manifest import Manifest, Shard
+from kalm_integrations.bulk.scan import Scan
+from kalm_integrations.terminal import write
+
+_EVERY: Final = 10.0
+"""Seconds between two lines."""
+
+
+class Progress:
+    """On stderr: stdout is for what the job says at its end.
+
+    Args:
+        dollars_per_second: Of the GPU that computes; None shows no cost.
+    """
+
+    def __init__(self, dollars_per_second: float | None) -> None:
+        self._dollars = dollars_per_second
+        self._bar: Any = None
+        self._scanned = 0
+        self._rows = self._total = self._tokens = 0
+        self._begun = self._said = time.monotonic()
+
+    def scanned(self, rows: int) -> None:
+        """Rows that were read before anything is sent."""
+        self._scanned += rows
+        if self._scanned and self._due():
+            self._say(f"reading: {self._scanned:,} rows")
+
+    def begun(self, found: Scan, finished: int, manifest: Manifest) -> None:
+        """What there is to do."""
+        copies = found.rows - found.bad - found.distinct
+        parts = [f"{found.rows:,} rows", f"{found.distinct:,} texts, about {found.tokens:,} tokens"]
+        if copies:
+            parts.append(f"{copies:,} copies")
+        if found.bad:
+            parts.append(f"{found.bad:,} cannot be embedded")
+        if manifest.complete:
+            parts.append("all done before")
+        elif finished:
+            parts.append(f"{finished:,} rows done before")
+        self._say("; ".join(parts))
+        self._total, self._rows = found.rows - found.bad, 0
+        self._begun = self._said = time.monotonic()
+        self._left = self._total - finished
+        if not manifest.complete and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._total, initial=finished, unit=" rows", desc="Embedding", leave=False
+            )
+
+    def embedded(self, rows: int, tokens: int) -> None:
+        """Rows that have their vectors."""
+        self._rows += rows
+        self._tokens += tokens
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._rates(), refresh=False)
+            self._bar.update(rows)
+        elif self._due():
+            seconds = time.monotonic() - self._begun
+            left = max(0, self._left - self._rows) * seconds / max(1, self._rows)
+            self._say(
+                f"{self._total - self._left + self._rows:,} of {self._total:,} rows, "
+                f"{self._rows / seconds:,.0f} rows/s, {self._rates()}, about {duration(left)} left"
+            )
+
+    def written(self, shard: Shard) -> None:
+        """Nothing: a bar is enough."""
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _rates(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._begun)
+        said = f"{self._tokens / seconds:,.0f} tokens/s"
+        if self._dollars is None or not self._rows:
+            return said
+        so_far = seconds * self._dollars
+        to_come = so_far * max(0, self._left - self._rows) / self._rows
+        return f"{said}, ${so_far:,.2f} so far, ${to_come:,.2f} to come"
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._said < _EVERY:
+            return False
+        self._said = now
+        return True
+
+    def _say(self, text: str) -> None:
+        write(f"kalm embed: {text}", sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """In words: "2 h 5 min", "40 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
