@@ -33,14 +33,10 @@ class Columns:
     def see(self, row: Mapping[str, Any]) -> None:
         """Widen the types so that this row fits."""
         for name, value in row.items():
-            kind, before = _kind(value), self.kinds.get(name, _NOTHING)
-            if kind == before:
-                continue
+            kind, before = _kind(value), self.kinds.setdefault(name, _NOTHING)
             if before == _NOTHING:
                 self.kinds[name] = kind
-            elif kind == _NOTHING:
-                self.kinds.setdefault(name, before)
-            else:
+            elif kind not in (before, _NOTHING):
                 self.kinds[name] = "float" if {kind, before} == {"int", "float"} else _JSON
 
     def schema(self) -> pa.Schema:
@@ -49,9 +45,16 @@ class Columns:
 
     def values(self, name: str, values: Sequence[Any]) -> list[Any]:
         """`values` of a column, as its type takes them."""
-        if self.kinds[name] != _JSON:
-            return list(values)
-        return [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
+        if self.kinds[name] == _JSON:
+            values = [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
+        if _ARROW[self.kinds[name]] == pa.string():
+            values = [v if v is None or v.isascii() else _text(v) for v in values]
+        return list(values)
+
+
+def _text(value: str) -> str:
+    """What was decoded wrongly, with question marks for it: Arrow takes no lone surrogates."""
+    return value.encode(errors="replace").decode()
 
 
 def _kind(value: Any) -> str:
@@ -65,17 +68,9 @@ def _kind(value: Any) -> str:
         case float():
             return "float"
         case str():
-            return "str" if value.isascii() or not _has_surrogate(value) else _JSON
+            return "str"
         case _:
             return _JSON
-
-
-def _has_surrogate(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def parquet_schema(source: Source) -> pa.Schema:

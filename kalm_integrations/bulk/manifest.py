@@ -113,7 +113,7 @@ class Manifest:
                 dollars=content["dollars"],
                 complete=bool(content["complete"]),
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(

@@ -102,6 +102,7 @@ class Pipeline:
             raise self._named(error) from error
         finally:
             self._writer.shutdown()  # what is filled is written
+            self._recurring.close()
         self._recurring.remove()
 
     # --- reading

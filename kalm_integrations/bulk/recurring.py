@@ -6,6 +6,8 @@ the number of copies.
 
 from __future__ import annotations
 
+import os
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,33 +35,50 @@ class Recurring:
         later = (first >= 0) & (rows // shard_rows != first // shard_rows)
         self._rows = np.unique(first[later])
         self._path = folder / NAME
-        self._vectors: NDArray[Any] | None = None
+        self._width, self._dtype = width, np.dtype(dtype)
+        self._file: FileIO | None = None
         if len(self._rows):
-            size = len(self._rows) * width * np.dtype(dtype).itemsize
-            mode = "r+" if self._path.exists() and self._path.stat().st_size == size else "w+"
-            shape = (len(self._rows), width)
-            self._vectors = np.memmap(self._path, dtype=dtype, mode=mode, shape=shape)  # type: ignore[call-overload]
+            # No memory map: a full disk would end the process there and then.
+            self._file = FileIO(self._path, "r+b" if self._path.exists() else "x+b")
 
     def keep(self, rows: NDArray[np.int64], vectors: NDArray[Any]) -> None:
-        """Keep those of `vectors` whose rows recur."""
-        if self._vectors is not None:
-            slots = np.searchsorted(self._rows, rows)
-            slots[slots == len(self._rows)] = 0
-            recur = self._rows[slots] == rows
-            self._vectors[slots[recur]] = vectors[recur]
+        """Keep those of `vectors` whose rows recur.
+
+        Raises:
+            OSError: The disk is full, for instance.
+        """
+        if self._file is None:
+            return
+        slots = np.searchsorted(self._rows, rows)
+        slots[slots == len(self._rows)] = 0
+        for place in np.flatnonzero(self._rows[slots] == rows).tolist():
+            content = memoryview(vectors[place].tobytes())
+            self._file.seek(int(slots[place]) * len(content))
+            while content:
+                content = content[self._file.write(content) :]
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The vectors of rows that recur."""
-        assert self._vectors is not None
-        taken: NDArray[Any] = self._vectors[np.searchsorted(self._rows, rows)]
+        """The vectors of rows that recur; zeros where the file has none."""
+        assert self._file is not None
+        taken = np.zeros((len(rows), self._width), dtype=self._dtype)
+        for vector, slot in zip(taken, np.searchsorted(self._rows, rows).tolist(), strict=True):
+            self._file.seek(slot * vector.nbytes)
+            content = self._file.read(vector.nbytes)
+            if len(content) == vector.nbytes:
+                vector[:] = np.frombuffer(content, dtype=self._dtype)
         return taken
 
     def sync(self) -> None:
         """To the disk. Called before a shard whose texts recur is called finished."""
-        if isinstance(self._vectors, np.memmap):
-            self._vectors.flush()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Of this run."""
+        if self._file is not None:
+            self._file.close()
 
     def remove(self) -> None:
         """The job is done."""
-        self._vectors = None
+        self.close()
         self._path.unlink(missing_ok=True)
