@@ -253,14 +253,20 @@ class KalmClient(ClientSettings):
         """Send `batches`; no further one is read while the caller is `busy` with what has come."""
         landed = threading.Event()
         flight = Flight(self.max_concurrency, landed.set)
+        ready: list[EmbeddedBatch] = []
         try:
             for batch in flight.read(batches):
                 flight.launch(io_thread().submit(self._send(batch, call)))
+                ready += flight.take()
+                # What has come is handed out while all slots are taken: no slot waits for it.
                 while flight.full or (flight.flying and busy()):
-                    landed.wait()
-                    landed.clear()
-                    yield from self._reported(flight.take())
-                yield from self._reported(flight.take())
+                    if not ready:
+                        landed.wait()
+                        landed.clear()
+                    parts, ready = ready, []
+                    yield from self._reported(parts)
+                    ready += flight.take()
+            yield from self._reported(ready)
             while flight.flying:
                 landed.wait()
                 landed.clear()
@@ -272,16 +278,21 @@ class KalmClient(ClientSettings):
     async def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
         loop, landed = asyncio.get_running_loop(), asyncio.Event()
         flight = Flight(self.max_concurrency, lambda: loop.call_soon_threadsafe(landed.set))
+        ready: list[EmbeddedBatch] = []
         try:
             for batch in flight.read(batches):
                 flight.launch(io_thread().submit(self._send(batch, call)))
+                ready += flight.take()
                 while flight.full:
-                    await landed.wait()
-                    landed.clear()
-                    for part in self._reported(flight.take()):
+                    if not ready:
+                        await landed.wait()
+                        landed.clear()
+                    parts, ready = ready, []
+                    for part in self._reported(parts):
                         yield part
-                for part in self._reported(flight.take()):
-                    yield part
+                    ready += flight.take()
+            for part in self._reported(ready):
+                yield part
             while flight.flying:
                 await landed.wait()
                 landed.clear()

@@ -124,7 +124,7 @@ def cpu_for_1000(pid: int, kind: Any, texts: int, requests: int, model: str) -> 
 # --- over an engine that costs nothing
 
 
-async def serve() -> None:
+async def serve(port: int) -> None:
     """Our door, and GET /longest: seconds that its loop has stood still since the last time."""
     import uvicorn
     from pydantic import SecretStr
@@ -153,7 +153,7 @@ async def serve() -> None:
             await app(scope, receive, send)
 
     watching = asyncio.create_task(watch())
-    await uvicorn.Server(uvicorn.Config(door, port=PORT, log_level="error")).serve()
+    await uvicorn.Server(uvicorn.Config(door, port=port, log_level="error")).serve()
     watching.cancel()
 
 
@@ -208,10 +208,11 @@ def main() -> None:
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=["serve", "vllm"])
-    what = parser.parse_args().what
-    if what == "serve":
-        asyncio.run(serve())
-    elif what == "vllm":
+    parser.add_argument("--port", type=int, default=PORT)
+    asked = parser.parse_args()
+    if asked.what == "serve":
+        asyncio.run(serve(asked.port))
+    elif asked.what == "vllm":
         beside_vllm()
     else:
         over_nothing()

@@ -56,7 +56,7 @@ def parsers(parser: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 COMMANDS: dict[str, Any] = dict(parsers(cli._parser()))
 OPTIONS = {
-    name: {action.option_strings[0]: action for action in parser._actions}
+    name: {a.option_strings[0]: a for a in parser._actions if a.option_strings}
     for name, parser in COMMANDS.items()
 }
 for options in OPTIONS.values():
@@ -290,9 +290,15 @@ class TestErrors:
             cli.main(["cost"])
 
 
-def test_json_is_all_of_stdout(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_all_of_stdout(capsys: Capture, tmp_path: Path) -> None:
     """Of `kalm eval quantization`, which needs two services, test_evaluate.py says the same."""
-    assert WITH_JSON == ["doctor", "cost", "eval quantization"]
+    assert WITH_JSON == ["doctor", "embed", "cost", "eval quantization"]
+    (tmp_path / "in.txt").write_text("K2 is 8,611 metres high.")
+    embed = ["embed", str(tmp_path / "in.txt"), "--backend", "local", "--json"]
+    assert cli.main([*embed, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["texts"] == 1
+    assert cli.main([*embed, "--output", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1
     assert cli.main(["cost", "--json"]) == 0
     assert "choices" in json.loads(capsys.readouterr().out)
     assert cli.main(["doctor", "--json"]) == 1  # no service is configured here

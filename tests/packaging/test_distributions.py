@@ -37,7 +37,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAME, EXTRAS = PROJECT["name"], PROJECT["optional-dependencies"]
 PACKAGES = ("kalm_integrations", "modal_backend")
 STEM = f"{NAME.replace('-', '_')}-{__version__}"
-INSTALLED = ("", "langchain", "llama-index", "local", "modal", "server", "quickstart")
+INSTALLED = ("", "langchain", "llama-index", "local", "modal", "bulk", "server", "quickstart")
 SMALL = EMBEDDED.space.model
 OURS = ("PYTHON", "KALM_", "MODAL_", "OPENAI_")
 
@@ -327,6 +327,18 @@ class TestEachExtraAlone:
             assert "KalmClient(" in snippet
             (vector,) = alone.python(snippet, **cloud.client_env)
         assert vector.count(",") == 2
+
+    def test_bulk(self, environments: Environments, service: Mapping[str, str]) -> None:
+        alone = environments["bulk"]
+        (alone.home / "in.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+        said = alone.kalm("embed", "in.jsonl", "--output", "out", **service)
+        assert f"{len(TEXTS)} rows in 1 shards" in said
+        code = """
+            from kalm_integrations.bulk import read
+
+            print([rows.vectors.shape for rows in read("out")])
+        """
+        assert alone.python(code) == [f"[({len(TEXTS)}, 512)]"]
 
     def test_server_with_any_engine(self, environments: Environments) -> None:
         """`serving.py` and `scripted_engine.py` of the tests need no more than the extra."""
