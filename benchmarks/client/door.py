@@ -3,7 +3,7 @@
     python benchmarks/client/door.py                     # over an engine that costs nothing
     VLLM_VENV/bin/python benchmarks/client/door.py vllm  # beside vLLM's own server
 
-The second makes a Gemma 3 of one layer, 3,840 wide, and starts `kalm serve --engine vllm` and
+The second makes a Gemma 3 of six thin layers, 3,840 wide, and starts `kalm serve --engine vllm` and
 vLLM's OpenAI server over it in turn, real vLLM on the CPU; what is counted is the process that has
 the door, not vLLM's core. VLLM_VENV is what `make test-vllm` installs, `.venv-vllm`.
 """
@@ -38,7 +38,7 @@ KEY = "benchmark"
 ROUNDS = 3
 PACKED = {"Accept": MEDIA_TYPE}
 WIDE = {
-    "hidden_size": DIMENSIONS, "num_hidden_layers": 1, "intermediate_size": 64, "head_dim": 64,
+    "hidden_size": DIMENSIONS, "intermediate_size": 64, "head_dim": 64,
 }  # fmt: skip
 OURS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "packed float16": (PACKED, {"embed_dtype": "float16"}),

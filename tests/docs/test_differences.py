@@ -76,10 +76,11 @@ def test_cold_starts() -> None:
 
 
 def test_packed_answers() -> None:
-    wall, cpu = re.findall(r"packed, to numpy \| \S+ \| (\S+) \| \S+ \| (\S+) \|", PERFORMANCE)[0]
+    row = r"`KalmClient`: float16, to numpy \| \S+ \| (\S+) \| \S+ \| (\S+) \|"
+    ((wall, cpu),) = re.findall(row, PERFORMANCE)
     said = FIRST["answers over RPC"][-1]
     assert f"**{float(wall):.0f} times** as fast" in said
-    assert f"a {float(cpu):.0f}nd of" in said
+    assert f"a {float(cpu):.0f}th of" in said
 
 
 def test_a_query_during_a_bulk_job() -> None:
