@@ -88,7 +88,7 @@ def test_what_a_container_sees(toy: Any, deployed: Emulator) -> None:
 def test_volumes_are_shared_and_kept(toy: Any, deployed: Emulator) -> None:
     assert toy.write.remote("note.txt", "kept") == "kept"
     assert (deployed.volume("toy-volume") / "note.txt").read_text() == "kept"
-    assert deployed.cloud.volume_commits.total() == 1
+    assert deployed.cloud.volumes.commits.total() == 1
 
 
 # -- exceptions --------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ def test_an_isolated_container_has_absolute_paths_and_a_host_name(new_emulator: 
     assert seen["file"] == "/root/parts_app.py"
     assert seen["elsewhere"] == "one\n"
     assert seen["hostname"] == f"modal-{container.task_id}"
+    emulator.stop_app("parts")  # whatever a container wrote is committed at its end
     assert (emulator.volume("parts-cache") / "kept").read_text() == "in the volume"
     assert not Path("/srv/written").exists()
 

@@ -1,7 +1,6 @@
 """The emulated platform itself: its state, its servers, and the services that speak for it."""
 
 import asyncio
-import collections
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +21,8 @@ from .recorder import Recorder
 from .rpc import Stream, service
 from .rpcs import CLIENT_RPCS, ContainerRpcs
 from .tokens import new_id
+from .volume_blocks import BlockStore
+from .volumes import VolumeStore
 from .web import WebDoor
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ class Cloud:
         self.images, self.blobs, self.recorder = ImageStore(), BlobStore(), Recorder()
         self.secrets: dict[str, dict[str, str]] = {}
         self.secret_ids: dict[tuple[str, str], str] = {}
-        self.volume_ids: dict[tuple[str, str], str] = {}
-        self.volume_commits: collections.Counter[str] = collections.Counter()
+        self.volumes, self.blocks = VolumeStore(directory / "volumes"), BlockStore()
         self.created: list[api_pb2.FunctionCreateRequest] = []
         self.errors: list[BaseException] = []
         self.restores_allowed = asyncio.Event()
@@ -61,6 +61,7 @@ class Cloud:
         await self._server.start("127.0.0.1", 0)
         self.server_url = f"http://127.0.0.1:{self._server.port}"
         self.blobs.base_url = await self.listen(self.blobs.application())
+        self.blocks.base_url = await self.listen(self.blocks.application())
 
     async def listen(self, application: web.Application) -> str:
         """Serves an HTTP application on a free loopback port; returns its address."""
@@ -152,8 +153,8 @@ class Cloud:
             self.pools[function_id] = Pool(self, self.need_function(function_id))
         return self.pools[function_id]
 
-    def volume_directory(self, volume_id: str) -> Path:
-        return self.directory / "volumes" / volume_id
+    def bucket_directory(self, name: str) -> Path:
+        return self.directory / "buckets" / name
 
     # -- functions -----------------------------------------------------------------------------
     def definition(self, function: Function) -> api_pb2.Function:
@@ -192,8 +193,8 @@ class Cloud:
     def layout(self, app_id: str) -> api_pb2.AppLayout:
         app = self.apps[app_id]
         metadata = {i: self.metadata(self.functions[i]) for i in app.function_ids.values()}
-        volume_names = {volume_id: name for (_, name), volume_id in self.volume_ids.items()}
-        return definitions.layout(app, self.functions, metadata, volume_names)
+        volumes = {i: volume.metadata for i, volume in self.volumes.volumes.items()}
+        return definitions.layout(app, self.functions, metadata, volumes)
 
     def escalation_limit(self, app_id: str) -> int | None:
         """Failed starts after which waiting calls fail; None if they wait on."""

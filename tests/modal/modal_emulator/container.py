@@ -13,6 +13,7 @@ from modal_proto import api_pb2
 
 from .endpoint import Endpoint
 from .model import Result
+from .mounts import Mounts
 from .sandbox import Sandbox, hostname, marked_processes
 from .tokens import new_id
 
@@ -49,13 +50,13 @@ class Container:
         self.checkpoint_id = ""
         if self.definition.checkpointing_enabled and self.cloud.options.snapshots:
             self.checkpoint_id = new_id("ch") if pool.snapshot_usable else ""
+        directory = self.cloud.directory / self.name
+        self.mounts = Mounts(self.cloud, self.definition, directory / "mounts")
         self.sandbox = Sandbox(
-            directory=self.cloud.directory / self.name,
+            directory=directory,
             python=self.cloud.options.container_python,
-            volumes={
-                volume.mount_path: self.cloud.volume_directory(volume.volume_id)
-                for volume in self.definition.volume_mounts
-            },
+            mounts=self.mounts.places,
+            read_only=self.mounts.read_only,
             isolated=self.cloud.options.isolated,
         )
         self._process: asyncio.subprocess.Process | None = None
@@ -109,8 +110,9 @@ class Container:
         self.cloud.images.materialise(
             self.definition.image_id, self.definition.mount_ids, sandbox.rootfs
         )
+        await self.mounts.fill()
         if not sandbox.isolated:
-            sandbox.link_volumes()
+            sandbox.link_mounts()
         sandbox.arguments_path.write_bytes(self._arguments().SerializeToString())
         # Reading this blocks until the restore; held open for writing, opening it does not.
         os.mkfifo(sandbox.gpu_path)
@@ -200,6 +202,7 @@ class Container:
         options, old = self.cloud.options, self._server
         await asyncio.sleep(options.snapshot_seconds)
         await self.cloud.restores_allowed.wait()
+        await self.mounts.fill()
         self.task_id = new_id("ta")
         self.task_ids.append(self.task_id)
         url = await self._serve("1")
@@ -256,6 +259,7 @@ class Container:
         self.mark("exit")
         if process.returncode == SNAPSHOT_RESTORE_FAILED:
             self.pool.snapshot_usable = False
+        await self.mounts.clear()
         await self._release()
         await self.pool.on_exit(self)
 

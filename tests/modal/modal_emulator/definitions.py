@@ -59,6 +59,13 @@ def with_options(
     if options.replace_secret_ids:
         result.ClearField("secret_ids")
         result.secret_ids.extend(options.secret_ids)
+    # These too replace what the function had: so says the client's documentation.
+    if options.replace_volume_mounts:
+        result.ClearField("volume_mounts")
+        result.volume_mounts.extend(options.volume_mounts)
+    if options.replace_cloud_bucket_mounts:
+        result.ClearField("cloud_bucket_mounts")
+        result.cloud_bucket_mounts.extend(options.cloud_bucket_mounts)
     return result
 
 
@@ -133,7 +140,7 @@ def layout(
     app: App,
     functions: Mapping[str, Function],
     metadata: Mapping[str, api_pb2.FunctionHandleMetadata],
-    volume_names: Mapping[str, str],
+    volumes: Mapping[str, api_pb2.VolumeMetadata],
 ) -> api_pb2.AppLayout:
     """What a container learns of its app. It looks up every object that its function depends on."""
     result = api_pb2.AppLayout(function_ids=app.function_ids, class_ids=app.class_ids)
@@ -148,10 +155,6 @@ def layout(
     }
     for object_id in sorted(needed):
         entry = result.objects.add(object_id=object_id)
-        if object_id in volume_names:
-            entry.volume_metadata.CopyFrom(
-                api_pb2.VolumeMetadata(
-                    name=volume_names[object_id], version=api_pb2.VOLUME_FS_VERSION_V1
-                )
-            )
+        if object_id in volumes:
+            entry.volume_metadata.CopyFrom(volumes[object_id])
     return result

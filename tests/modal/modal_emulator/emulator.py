@@ -224,8 +224,20 @@ class Emulator:
         return self.cloud.recorder.unimplemented
 
     def volume(self, name: str, environment: str = "main") -> Path:
-        """The directory with a volume's files."""
-        return self.cloud.volume_directory(self.cloud.volume_ids[environment, name])
+        """The directory with a volume's committed files. A test may write there, whole files."""
+        return self.cloud.volumes.volumes[self.cloud.volumes.ids[environment, name]].directory
+
+    def bucket(self, name: str) -> Path:
+        """The directory that stands for a bucket, for `modal.CloudBucketMount`."""
+        directory = self.cloud.bucket_directory(name)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def commit_in_background(self, name: str) -> None:
+        """What Modal does every few seconds, at no moment of the container's choice; here only
+        when a test says so: the running containers of a function commit all their volumes."""
+        for container in self.running(name):
+            self._run(container.mounts.commit_all())
 
     # -- what a test does to it ----------------------------------------------------------------
     @contextmanager

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ class Sandbox:
 
     directory: Path
     python: Path
-    volumes: Mapping[str, Path]
+    mounts: Mapping[str, Path]
+    read_only: Set[str]
     isolated: bool
 
     @property
@@ -52,9 +53,9 @@ class Sandbox:
     def log_path(self) -> Path:
         return self.directory / "log.txt"
 
-    def link_volumes(self) -> None:
-        """Without namespaces, a volume is a link below `rootfs`; under /root that is below HOME."""
-        for mount_path, source in self.volumes.items():
+    def link_mounts(self) -> None:
+        """Without namespaces, a mount is a link below `rootfs`; under /root that is below HOME."""
+        for mount_path, source in self.mounts.items():
             link = self.rootfs / mount_path.lstrip("/")
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(source)
@@ -108,7 +109,7 @@ class Sandbox:
         ]
 
     def _script(self) -> str:
-        """A writable copy of the whole file system, kept in memory, with the volumes in place.
+        """A writable copy of the whole file system, kept in memory, with what is mounted in place.
 
         An overlay over `/` does not show what is mounted below it, so those mounts are repeated.
         """
@@ -123,9 +124,11 @@ class Sandbox:
             'for at in $mounts; do [ "$at" = / ] || mount --bind "$at" "merged$at"; done',
             f"mount --bind {directory} merged{directory}",
         ]
-        for mount_path, source in self.volumes.items():
+        for mount_path, source in self.mounts.items():
             target = shlex.quote(f"merged{mount_path}")
-            lines.append(f"mkdir -p {target} && mount --bind {source} {target}")
+            lines.append(f"mkdir -p {target} && mount --bind {shlex.quote(str(source))} {target}")
+            if mount_path in self.read_only:
+                lines.append(f"mount -o remount,bind,ro {target}")
         lines += [
             'echo "$HOSTNAME" > /proc/sys/kernel/hostname',
             """exec chroot merged sh -ec 'cd /root && exec "$@"' sh "$@" """,

@@ -16,6 +16,7 @@ def first_time(key: str) -> bool:
     note = NOTES / key
     seen = note.exists()
     note.touch()
+    notes.commit()
     return not seen
 
 
@@ -64,6 +65,7 @@ class Dies:
     def note(self, key: str, seconds: float) -> int:
         """Notes that it runs, works for a while, and returns the process that finished it."""
         (NOTES / key).touch()
+        notes.commit()
         time.sleep(seconds)
         return os.getpid()
 

@@ -6,7 +6,8 @@ from .container import ContainerRpcs
 from .functions import FunctionRpcs
 from .input_plane import InputPlaneRpcs
 from .objects import ObjectRpcs
+from .volumes import VolumeRpcs
 
-CLIENT_RPCS = (AppRpcs, ObjectRpcs, FunctionRpcs, CallRpcs, InputPlaneRpcs)
+CLIENT_RPCS = (AppRpcs, ObjectRpcs, VolumeRpcs, FunctionRpcs, CallRpcs, InputPlaneRpcs)
 
 __all__ = ["CLIENT_RPCS", "ContainerRpcs"]

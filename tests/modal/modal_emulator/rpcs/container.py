@@ -1,4 +1,4 @@
-"""What only containers call: fetching inputs, sending outputs, heartbeats, checkpoints."""
+"""What only containers call: inputs, outputs, heartbeats, checkpoints, commits."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -93,6 +93,20 @@ class ContainerRpcs:
         if request.checkpoint_id != self.container.checkpoint_id:
             raise GRPCError(Status.INVALID_ARGUMENT, f"Unknown checkpoint {request.checkpoint_id}")
         self.cloud.spawn(self.container.restore())
+        return Empty()
+
+    @unary("VolumeCommit")
+    async def volume_commit(
+        self, request: api_pb2.VolumeCommitRequest
+    ) -> api_pb2.VolumeCommitResponse:
+        """The client reloads after it."""
+        await self.container.mounts.commit(request.volume_id)
+        self.cloud.volumes.commits[request.volume_id] += 1
+        return api_pb2.VolumeCommitResponse(skip_reload=False)
+
+    @unary("VolumeReload")
+    async def volume_reload(self, request: api_pb2.VolumeReloadRequest) -> Empty:
+        await self.container.mounts.reload(request.volume_id, self.container.name)
         return Empty()
 
     @unary("ContainerStop")

@@ -1,9 +1,8 @@
-"""What functions are made of: images, mounts, secrets, volumes, blobs."""
+"""What functions are made of: images, mounts, secrets, blobs."""
 
 import hashlib
 from typing import TYPE_CHECKING
 
-from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
@@ -96,38 +95,6 @@ class ObjectRpcs:
         return api_pb2.SecretGetOrCreateResponse(
             secret_id=secret_id, metadata=api_pb2.SecretMetadata(name=name)
         )
-
-    # -- volumes -------------------------------------------------------------------------------
-    @unary("VolumeGetOrCreate")
-    async def volume(
-        self, request: api_pb2.VolumeGetOrCreateRequest
-    ) -> api_pb2.VolumeGetOrCreateResponse:
-        name = request.deployment_name
-        key = (request.environment_name or "main", name)
-        if key not in self.cloud.volume_ids:
-            if request.object_creation_type == api_pb2.OBJECT_CREATION_TYPE_UNSPECIFIED:
-                raise GRPCError(Status.NOT_FOUND, f"Volume '{name}' not found")
-            self.cloud.volume_ids[key] = new_id("vo")
-        volume_id = self.cloud.volume_ids[key]
-        self.cloud.volume_directory(volume_id).mkdir(parents=True, exist_ok=True)
-        version = request.version or api_pb2.VOLUME_FS_VERSION_V1
-        return api_pb2.VolumeGetOrCreateResponse(
-            volume_id=volume_id,
-            version=request.version,
-            metadata=api_pb2.VolumeMetadata(name=name, version=version),
-        )
-
-    @unary("VolumeCommit")
-    async def volume_commit(
-        self, request: api_pb2.VolumeCommitRequest
-    ) -> api_pb2.VolumeCommitResponse:
-        """Counted only: containers write into the one shared directory."""
-        self.cloud.volume_commits[request.volume_id] += 1
-        return api_pb2.VolumeCommitResponse(skip_reload=False)
-
-    @unary("VolumeReload")
-    async def volume_reload(self, _: api_pb2.VolumeReloadRequest) -> Empty:
-        return Empty()
 
     # -- blobs ---------------------------------------------------------------------------------
     @unary("BlobCreate")
