@@ -92,7 +92,7 @@ class Call:
         self.data_in: list[api_pb2.DataChunk] = []
         self.data_out: list[api_pb2.DataChunk] = []
         self.changed = asyncio.Condition()
-        self.closed = False
+        self.closed = self.cancelled = False
         self.client_retries = False
         """Over the input plane it is the client that retries what was lost with a container."""
 

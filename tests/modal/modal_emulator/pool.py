@@ -10,6 +10,7 @@ from modal_proto import api_pb2
 
 from .container import Container
 from .model import CANCELLED, STOPPED, Call, Function, Input, Result
+from .retries import pause_before_retry
 
 if TYPE_CHECKING:
     from .cloud import Cloud
@@ -27,6 +28,7 @@ class Pool:
         self.cloud, self.function = cloud, function
         self.definition = cloud.definition(function)
         self.queue: collections.deque[Input] = collections.deque()
+        self.delayed: set[Input] = set()  # failed, and to be run again after a pause
         self.running: dict[str, tuple[Input, Container]] = {}
         self.containers: list[Container] = []
         self.history: list[Container] = []  # those whose process was started
@@ -160,6 +162,13 @@ class Pool:
         self._release(input_id)
         container.idle_since = time.monotonic()
         self.wake()
+        pause = pause_before_retry(entry, result, self.definition.retry_policy)
+        if pause is not None:
+            self.delayed.add(entry)
+            self.cloud.spawn(self._retry(entry, pause))
+            return True
+        if entry.cancelled and result.status == CANCELLED.status:
+            result = CANCELLED  # the container's own says nothing
         await entry.call.publish(
             entry,
             result,
@@ -169,6 +178,13 @@ class Pool:
         )
         return True
 
+    async def _retry(self, entry: Input, pause: float) -> None:
+        await asyncio.sleep(pause)
+        if entry in self.delayed:
+            self.delayed.remove(entry)
+            entry.retry(entry.payload)
+            self.enqueue(entry)
+
     def _release(self, input_id: str) -> Input:
         entry, _ = self.running.pop(input_id)
         if entry.watchdog is not None and entry.watchdog is not asyncio.current_task():
@@ -177,9 +193,8 @@ class Pool:
 
     # -- cancellation and the end --------------------------------------------------------------
     async def cancel(self, call: Call, *, terminate_containers: bool) -> None:
-        for entry in [e for e in self.queue if e.call is call]:
-            self.queue.remove(entry)
-            await call.publish(entry, CANCELLED)
+        call.cancelled = True
+        await self._fail_waiting(CANCELLED, call)
         by_container: dict[Container, list[Input]] = collections.defaultdict(list)
         for entry, container in self.running.values():
             if entry.call is call:
@@ -195,7 +210,7 @@ class Pool:
 
     async def drain(self) -> None:
         """A redeployment: containers finish what they have and go; the next ones are new."""
-        self.definition = self.cloud.definition(self.function)
+        self.function.definition = self.definition = self.cloud.definition(self.function)
         self.failed_starts, self._not_before, self.snapshot_usable = 0, 0.0, True
         self.stopped = False
         for container in self.containers:
@@ -206,14 +221,18 @@ class Pool:
     async def stop(self, grace: float) -> None:
         """The app was stopped: whoever still waits is told, the containers are ended."""
         self.stopped = True
-        await self._fail_queue(STOPPED)
+        await self._fail_waiting(STOPPED)
         for input_id, (entry, _) in list(self.running.items()):
             await self.finish(input_id, entry.retry_count, STOPPED)
         await asyncio.gather(*[c.stop(grace) for c in list(self.containers)])
 
-    async def _fail_queue(self, result: api_pb2.GenericResult) -> None:
-        while self.queue:
-            entry = self.queue.popleft()
+    async def _fail_waiting(self, result: api_pb2.GenericResult, call: Call | None = None) -> None:
+        """Ends the inputs that no container has: all of them, or those of one call."""
+        ended = [e for e in (*self.queue, *self.delayed) if call in (None, e.call)]
+        gone = set(ended)
+        self.queue = collections.deque(e for e in self.queue if e not in gone)
+        self.delayed -= gone
+        for entry in ended:
             await entry.call.publish(entry, result)
 
     # -- failures ------------------------------------------------------------------------------
@@ -232,7 +251,7 @@ class Pool:
             self.failed_starts += 1
             limit = self.cloud.escalation_limit(self.function.app_id)
             if limit is not None and self.failed_starts >= limit:
-                await self._fail_queue(container.startup_result)
+                await self._fail_waiting(container.startup_result)
         self.wake()
         await self.scale()
 

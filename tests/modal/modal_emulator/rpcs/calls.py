@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2
 
-from modal_emulator.model import Call, Input
+from modal_emulator.model import CANCELLED, Call, Input
 from modal_emulator.rpc import streaming, unary
 from modal_emulator.streams import follow
 from modal_emulator.tokens import decode, encode, new_id
@@ -44,7 +44,10 @@ def add_inputs(
     for item in items:
         entry = Input(new_id("in"), call, item.idx, item.input)
         call.inputs[entry.input_id] = entry
-        cloud.pool(call.function_id).enqueue(entry)
+        if call.cancelled:  # a map that was cancelled while its inputs were still coming
+            cloud.spawn(call.publish(entry, CANCELLED))
+        else:
+            cloud.pool(call.function_id).enqueue(entry)
         added.append(entry)
     return added
 
@@ -152,7 +155,10 @@ class CallRpcs:
         return api_pb2.FunctionCallFromIdResponse(
             function_call_id=call.call_id,
             num_inputs=len(call.inputs),
-            metadata=api_pb2.FunctionCallHandleMetadata(function_id=call.function_id),
+            metadata=api_pb2.FunctionCallHandleMetadata(
+                function_id=call.function_id,
+                app_id=self.cloud.need_function(call.function_id).app_id,
+            ),
         )
 
     @streaming("FunctionCallGetDataOut")
