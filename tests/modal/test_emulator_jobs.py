@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,18 @@ def test_a_cancelled_map_drops_what_is_queued_and_stops_what_runs(
 def test_a_cancelled_input_is_not_retried(worker: Any, deployed: Emulator) -> None:
     call = worker.fails.spawn(80, 9)
     deployed.wait(lambda: deployed.logs("Worker").count("attempt 80 ") == 2)
+    deployed.wait(lambda: any(pool.delayed for pool in deployed.cloud.pools.values()))
     call.cancel()
     with pytest.raises(RemoteError, match="cancelled"):
         call.get(timeout=10)
+    running = worker.stumbles.spawn(81)
+    deployed.wait(lambda: begun(deployed, 81))
+    running.cancel()
+    with pytest.raises((RemoteError, ValueError)):
+        running.get(timeout=10)
     assert deployed.logs("Worker").count("attempt 80 ") == 2
+    time.sleep(0.5)
+    assert begun(deployed, 81) == 1
 
 
 # -- variants ----------------------------------------------------------------------------------
@@ -188,9 +197,10 @@ def test_a_variant_has_a_pool_of_its_own(
         max_containers=3,
         secrets=[modal.Secret.from_name("other-secret", client=worker_class.client)],
     )()
-    call = variant.work.experimental_spawn_map(range(91, 97), [0.5] * 6)
+    before = deployed.starts("Worker")
+    call = variant.work.experimental_spawn_map(range(91, 99), [0.5] * 8)
     pids = {pid for *_, pid in call.iter()}
-    assert len(pids) == 3
+    assert deployed.starts("Worker") - before == 3
     assert own not in pids
     assert variant.secret.remote() == "of the variant"
     assert worker.secret.remote() == "of the class"
@@ -204,15 +214,20 @@ def first_version(deployed: Emulator) -> Iterator[None]:
 
 
 def test_a_redeployment_lets_running_inputs_finish_and_runs_queued_ones_anew(
-    worker: Any, worker_class: Any, deployed: Emulator, first_version: None
+    worker: Any, worker_class: Any, deployed: Emulator, first_version: None, tmp_path: Path
 ) -> None:
+    go_on = tmp_path / "go-on"
+    untils = [str(go_on), str(go_on), "", ""]
     variant = worker_class.with_options(scaledown_window=30)()
     calls = [
-        pool.work.experimental_spawn_map(range(base, base + 4), [4.0, 4.0, 0.0, 0.0])
+        pool.work.experimental_spawn_map(range(base, base + 4), [0.0] * 4, untils)
         for pool, base in ((worker, 100), (variant, 110))
     ]
     deployed.wait(lambda: all(begun(deployed, number) for number in (100, 101, 110, 111)))
     deployed.deploy(job_app.__file__, env={"JOB_VERSION": "2"})
+    for call in calls:
+        assert call.get(index=2, timeout=20)[1] == "2"
+    go_on.touch()
     for call in calls:
         answers = list(call.iter())
         assert [version for _, version, _ in answers] == ["1", "1", "2", "2"]
@@ -226,7 +241,7 @@ def test_a_redeployment_lets_running_inputs_finish_and_runs_queued_ones_anew(
 def test_a_retry_after_a_redeployment_runs_the_new_version(
     worker_class: Any, deployed: Emulator, first_version: None
 ) -> None:
-    slow = modal.Retries(max_retries=1, initial_delay=6.0)
+    slow = modal.Retries(max_retries=1, initial_delay=8.0)
     call = worker_class.with_options(retries=slow)().fails.spawn(120, 1)
     deployed.wait(lambda: "attempt 120 " in deployed.logs("Worker"))
     deployed.deploy(job_app.__file__, env={"JOB_VERSION": "2"})

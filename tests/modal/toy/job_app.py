@@ -1,8 +1,10 @@
 """Work that nobody waits for: spawned, retried, cancelled, left to go on."""
 
+import asyncio
 import collections
 import os
 import time
+from pathlib import Path
 
 import modal
 import modal.experimental
@@ -30,9 +32,12 @@ class Worker:
         self.attempts: collections.Counter[int] = collections.Counter()
 
     @modal.method()
-    def work(self, number: int, seconds: float = 0.0) -> Done:
+    def work(self, number: int, seconds: float = 0.0, until: str = "") -> Done:
+        """Takes some seconds, and as long as a file is not there."""
         print(f"begun {number}", flush=True)
         time.sleep(seconds)
+        while until and not Path(until).exists():
+            time.sleep(0.05)
         print(f"ended {number}", flush=True)
         return done(number)
 
@@ -44,6 +49,15 @@ class Worker:
         if self.attempts[number] <= times:
             raise ValueError(f"failure {self.attempts[number]}")
         return self.attempts[number]
+
+    @modal.method()
+    async def stumbles(self, number: int) -> None:
+        """Fails when it is cancelled."""
+        print(f"begun {number}", flush=True)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise ValueError("while ending") from None
 
     @modal.method()
     async def leave(self, number: int) -> Done:
