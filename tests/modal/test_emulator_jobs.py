@@ -19,7 +19,7 @@ from toy import job_app
 LAPTOP = """
 import sys, time, modal
 worker = modal.Cls.from_name("jobs", "Worker")()
-call = worker.work.experimental_spawn_map(range(6), [0.2] * 6)
+call = worker.work.experimental_spawn_map(range(6), [0.0] * 6, [sys.argv[1]] * 6)
 print(call.object_id, flush=True)
 time.sleep(60)
 """
@@ -49,6 +49,12 @@ def again(modal_client: modal.Client) -> Any:
     return lambda call_id: modal.FunctionCall.from_id(call_id, client=modal_client)
 
 
+@pytest.fixture
+def go_on(tmp_path: Path) -> Path:
+    """Inputs that are told to wait for it end when a test makes it."""
+    return tmp_path / "go-on"
+
+
 def begun(emulator: Emulator, number: int) -> int:
     return len(re.findall(rf"begun {number}\n", emulator.logs("Worker")))
 
@@ -69,9 +75,11 @@ def test_a_spawn_map_that_returns_nothing_runs_all_the_same(
     deployed.wait(lambda: all(begun(deployed, number) for number in range(20, 23)))
 
 
-def test_inputs_go_on_after_the_laptop_died(deployed: Emulator, again: Any, worker: Any) -> None:
+def test_inputs_go_on_after_the_laptop_died(
+    deployed: Emulator, again: Any, worker: Any, go_on: Path
+) -> None:
     laptop = subprocess.Popen(
-        [sys.executable, "-c", LAPTOP],
+        [sys.executable, "-c", LAPTOP, str(go_on)],
         env={**os.environ, **deployed.client_env},
         stdout=subprocess.PIPE,
         text=True,
@@ -83,6 +91,7 @@ def test_inputs_go_on_after_the_laptop_died(deployed: Emulator, again: Any, work
     laptop.stdout.close()
     with pytest.raises(TimeoutError):
         call.get(timeout=0, index=5)
+    go_on.touch()
     assert [number for number, *_ in call.iter()] == list(range(6))
 
 
@@ -105,9 +114,8 @@ def test_a_spawned_input_is_retried_and_only_its_last_attempt_counts(worker: Any
 def test_retries_wait_longer_each_time(worker: Any, deployed: Emulator) -> None:
     assert worker.fails.spawn(42, 2).get(timeout=20) == 3
     times = [float(t) for t in re.findall(r"attempt 42 (.*)", deployed.logs("Worker"))]
-    first, second = times[1] - times[0], times[2] - times[1]
-    assert 0.2 <= first < 0.55
-    assert 0.6 <= second < 1.5
+    assert times[1] - times[0] >= 0.2
+    assert times[2] - times[1] >= 0.6
 
 
 def test_retries_end(worker: Any, deployed: Emulator) -> None:
@@ -131,10 +139,11 @@ def test_a_variant_may_have_retries_of_its_own(worker_class: Any) -> None:
 
 
 # -- lost containers ---------------------------------------------------------------------------
-def test_inputs_of_a_lost_container_run_again(worker: Any, deployed: Emulator) -> None:
-    call = worker.work.experimental_spawn_map([50, 51, 52], [0.5] * 3)
+def test_inputs_of_a_lost_container_run_again(worker: Any, deployed: Emulator, go_on: Path) -> None:
+    call = worker.work.experimental_spawn_map([50, 51, 52], [0.0] * 3, [str(go_on)] * 3)
     deployed.wait(lambda: begun(deployed, 50) and begun(deployed, 51))
     killed = deployed.kill("Worker")
+    go_on.touch()
     answers = list(call.iter())
     assert [number for number, *_ in answers] == [50, 51, 52]
     assert killed.pid not in {pid for *_, pid in answers}
@@ -153,11 +162,12 @@ def test_an_input_whose_containers_are_always_lost_fails(worker: Any, deployed: 
 # -- cancelling --------------------------------------------------------------------------------
 @pytest.mark.parametrize("terminate", [False, True])
 def test_a_cancelled_map_drops_what_is_queued_and_stops_what_runs(
-    worker_class: Any, deployed: Emulator, again: Any, terminate: bool
+    worker_class: Any, deployed: Emulator, again: Any, go_on: Path, terminate: bool
 ) -> None:
+    untils = ["", *[str(go_on)] * 5]
     base = 60 + 10 * terminate
     variant = worker_class.with_options(scaledown_window=20 + terminate)()
-    call = variant.work.experimental_spawn_map(range(base, base + 6), [0.0, 2, 2, 2, 2, 2])
+    call = variant.work.experimental_spawn_map(range(base, base + 6), [0.0] * 6, untils)
     assert call.get(timeout=20, index=0)[0] == base
     deployed.wait(lambda: begun(deployed, base + 2))
     again(call.object_id).cancel(terminate_containers=terminate)
@@ -169,6 +179,7 @@ def test_a_cancelled_map_drops_what_is_queued_and_stops_what_runs(
     assert variant.work.remote(base + 9)[0] == base + 9
     gone = [c for c in deployed.containers("Worker") if c.exit_status == -signal.SIGKILL]
     assert any(f"begun {base + 1}\n" in c.log for c in gone) is terminate
+    go_on.touch()
 
 
 def test_a_cancelled_input_is_not_retried(worker: Any, deployed: Emulator) -> None:
@@ -214,9 +225,8 @@ def first_version(deployed: Emulator) -> Iterator[None]:
 
 
 def test_a_redeployment_lets_running_inputs_finish_and_runs_queued_ones_anew(
-    worker: Any, worker_class: Any, deployed: Emulator, first_version: None, tmp_path: Path
+    worker: Any, worker_class: Any, deployed: Emulator, first_version: None, go_on: Path
 ) -> None:
-    go_on = tmp_path / "go-on"
     untils = [str(go_on), str(go_on), "", ""]
     variant = worker_class.with_options(scaledown_window=30)()
     calls = [
@@ -251,13 +261,14 @@ def test_a_retry_after_a_redeployment_runs_the_new_version(
 
 
 def test_a_container_that_fetches_no_more_finishes_what_it_has(
-    worker: Any, deployed: Emulator
+    worker: Any, deployed: Emulator, go_on: Path
 ) -> None:
-    both = worker.work.spawn(130, 1.5)
+    both = worker.work.spawn(130, 0.0, str(go_on))
     deployed.wait(lambda: begun(deployed, 130))
     left = worker.leave.spawn(131).get(timeout=10)[2]
     after = worker.work.experimental_spawn_map(range(132, 135))
     assert left not in {pid for *_, pid in after.iter()}
+    go_on.touch()
     assert both.get(timeout=10)[2] == left
     (container,) = [c for c in deployed.containers("Worker") if c.pid == left]
     deployed.wait(container.gone.is_set)
