@@ -259,7 +259,7 @@ class Container:
         self.mark("exit")
         if process.returncode == SNAPSHOT_RESTORE_FAILED:
             self.pool.snapshot_usable = False
-        await self.mounts.clear()
+        self.mounts.clear()
         await self._release()
         await self.pool.on_exit(self)
 

@@ -79,5 +79,5 @@ class Mounts:
             raise GRPCError(Status.NOT_FOUND, message)
         return self._copies[volume_id]
 
-    async def clear(self) -> None:
-        await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
+    def clear(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
