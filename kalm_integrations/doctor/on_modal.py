@@ -24,11 +24,14 @@ _REDEPLOY: Final = "Run `kalm deploy` again, with the options of last time."
 
 def over_rpc(patient: Patient) -> list[Check]:
     """For backend="modal"."""
+    container, *others = embedding.checks("container", patient, needs=("class", "app identity"))
     return [
         *_DEPLOYED,
         Check("class", _class, needs=("app",), silence=_NETWORK),
         Check("http door", _door_beside, needs=("class",), silence=_NETWORK),
-        *embedding.checks("container", patient, needs=("class", "app identity")),
+        container,
+        Check("start", _start, needs=("container",), wakes=True, silence=_NETWORK),
+        *others,
     ]
 
 
@@ -122,6 +125,15 @@ def _door_beside(patient: Patient) -> Finding:
     except NotDeployedError:
         return Finding.ok("none; this client calls over RPC and needs none")
     return Finding.ok(f"{patient.url}; this client calls over RPC and needs no key of it")
+
+
+def _start(patient: Patient) -> Finding:
+    """The phases of the running container's start, however long ago that was."""
+    described = _ask(deployed(patient.settings).describe.remote.aio(), patient)
+    phases = described.get("phases") if isinstance(described, dict) else None
+    if not phases:
+        return Finding.warn("the container does not tell how it started", _REDEPLOY)
+    return Finding.ok(", ".join(f"{phase} {taken:.1f} s" for phase, taken in phases.items()))
 
 
 _DEPLOYED: Final = (

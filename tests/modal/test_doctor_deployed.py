@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ APP, CLASS = "vllm-embedding-snapshot", "VLLMEmbeddingSnapshot"
 SERVICE = f"{APP}/{CLASS}"
 DEPLOYED = ("token", "app", "app version", "app identity")
 COLD = (*DEPLOYED, "class", "http door")
-AWAKE = ("container", "identity", "vectors", "latency")
+AWAKE = ("container", "start", "identity", "vectors", "latency")
 PROXY = {"KALM_MODAL_KEY": "wk-emulated", "KALM_MODAL_SECRET": "ws-emulated"}
 
 
@@ -263,6 +264,7 @@ class TestAwake:
         assert EMBEDDED.space.fingerprint in diagnosis.text("identity")
         assert "512 dimensions, length 1.000" in diagnosis.text("vectors")
         assert "any start included" in diagnosis.text("latency")
+        assert re.fullmatch(r"load \d+\.\d s, .*, canary_after \d+\.\d s", diagnosis.text("start"))
         assert diagnosis.summary == "All good."
         assert deployed.running(SERVICE)
 
@@ -271,7 +273,7 @@ class TestAwake:
     ) -> None:
         diagnosis = doctor("--golden")
         assert list(diagnosis.found)[4:] == [*COLD, *AWAKE, "golden"]
-        assert diagnosis.status(*AWAKE, "golden") == ["ok"] * 4 + ["skipped"]
+        assert diagnosis.status(*AWAKE, "golden") == ["ok"] * 5 + ["skipped"]
         assert deployed.running(SERVICE)
 
     def test_over_http(self, doctor: Callable[..., Diagnosis]) -> None:
@@ -293,7 +295,7 @@ class TestAwake:
             deployed.kill(SERVICE)
         with deployed.changed(container_python=Path("/bin/false"), crashes_until_escalation=1):
             diagnosis = doctor("--wake", KALM_TIMEOUT="60")
-        shown = stopped_at("container", diagnosis, "identity", "vectors", "latency")
+        shown = stopped_at("container", diagnosis, *AWAKE[1:])
         assert "modal app logs" in shown
         assert deployed.starts(SERVICE) > before
 
