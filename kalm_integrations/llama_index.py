@@ -91,7 +91,8 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         served = self.profile.space.model
         if self.model_name not in ("", served):
             raise ValueError(
-                f"model_name={self.model_name!r}: backend={self.backend!r} runs {served!r}"
+                f"model_name={self.model_name!r}: the model is {served!r}; leave model_name out, "
+                "and name another model with model= or KALM_MODEL"
             )
         self.__dict__["model_name"] = served
         self.embeddings_cache = self.embeddings_cache  # in collections of our own

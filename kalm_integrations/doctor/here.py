@@ -30,6 +30,10 @@ _OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "==": operator.eq,
     "<": operator.lt,
 }
+_CHOOSE: Final = (
+    "Set KALM_BASE_URL for a server, run `modal setup` for Modal, or set KALM_BACKEND=local for "
+    "the small model in this process."
+)
 _CORRECT: Final = (
     "Correct the variables that are named there; the README lists what each argument takes, and "
     "KALM_ and its name in capitals is its variable."
@@ -96,12 +100,12 @@ def variables(_: Patient) -> Finding:
 
 def settings(patient: Patient) -> Finding:
     """What `KalmClient()` makes of them."""
-    from kalm_integrations.settings import ClientSettings
+    from kalm_integrations.settings import NO_BACKEND, ClientSettings
 
     try:
         patient.configured = made = ClientSettings()
     except ConfigurationError as error:
-        return Finding.fail(said(error), _CORRECT)
+        return Finding.fail(said(error), _CHOOSE if NO_BACKEND in str(error) else _CORRECT)
     return Finding.ok("\n".join([_backend(made), *_shown(made)]))
 
 

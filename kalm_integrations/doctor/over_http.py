@@ -16,6 +16,10 @@ from kalm_integrations.doctor.checks import KEYS, LIMIT, Check, Finding, Patient
 MODAL: Final = ".modal.run"
 """What is below it is Modal's, and may be asleep."""
 _PORTS: Final = {"http": 80, "https": 443}
+_MODAL_KEYS: Final = (
+    "Set KALM_MODAL_KEY and KALM_MODAL_SECRET to a token of modal.com/settings/proxy-auth-tokens; "
+    "after `kalm deploy --auth proxy+bearer` KALM_API_KEY too, after bearer-public that alone."
+)
 _REACH: Final = "Check that the service runs, KALM_BASE_URL, and the network in between."
 
 
@@ -42,7 +46,7 @@ def _keys(patient: Patient) -> Finding:
     if names:
         return Finding.ok(f"set: {' and '.join(names)}")
     if settings.base_url is None:  # ours, which is never open
-        return Finding.fail("no key is set, and the deployment asks everybody for one", KEYS)
+        return Finding.fail("no key is set, and the deployment asks everybody for one", _MODAL_KEYS)
     return Finding.warn("no key is set", KEYS)
 
 

