@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from kalm_integrations.bulk.job import Options as Options
     from kalm_integrations.bulk.job import embed_corpus as embed_corpus
     from kalm_integrations.bulk.job import estimate as estimate
     from kalm_integrations.bulk.reading import Rows as Rows
     from kalm_integrations.bulk.reading import read as read
+    from kalm_integrations.bulk.terms import Options as Options
 
 _HOMES: Final = {
-    "Options": "job",
+    "Options": "terms",
     "Rows": "reading",
     "embed_corpus": "job",
     "estimate": "job",

@@ -5,43 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, Literal, Protocol
+from typing import IO, Any, Final, Protocol
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.manifest import Job, Manifest, check_same
+from kalm_integrations.bulk.manifest import Manifest, check_same
 from kalm_integrations.bulk.pipeline import Pipeline, Watcher, Work
 from kalm_integrations.bulk.scan import Scan, scan
 from kalm_integrations.bulk.sources import Source, find
+from kalm_integrations.bulk.terms import Options, Terms, check
 from kalm_integrations.client import KalmClient
-from kalm_integrations.errors import ConfigurationError, InvalidInputError
+from kalm_integrations.errors import ConfigurationError
 
-OnError = Literal["fail", "skip", "null"]
-SHARD_ROWS: Final = 8192
 _LOCK: Final = ".lock"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How a corpus is embedded.
-
-    Attributes:
-        text_column: Of Parquet, JSON Lines and CSV, what is embedded; None is "text".
-        id_column: The column that names a row to a store; kept with the job.
-        on_error: Of rows that cannot be embedded: "fail" before anything is sent, as far as that
-            can be told; "skip" leaves them out; "null" keeps them with a null vector. With the
-            latter two they are in `rejected.parquet`, with their reasons.
-        shard_rows: Input rows of each shard; 8,192 vectors of 3840 float16 are 60 MiB. Three
-            shards are in memory.
-        dollars_per_second: Of the GPU that computes, to show what the job costs.
-    """
-
-    text_column: str | None = None
-    id_column: str | None = None
-    on_error: OnError = "fail"
-    shard_rows: int = SHARD_ROWS
-    dollars_per_second: float | None = None
 
 
 class Screen(Watcher, Protocol):
@@ -99,17 +75,12 @@ def embed_corpus(
     with _locked(folder):
         identity = client.warm_up()
         width = client.vector_dimensions or _width(client)
-        job = Job(
-            files=found.files,
-            text_column=files.text_column,
-            id_column=options.id_column,
-            rows=found.rows,
+        terms = Terms(
             identity=identity.to_dict(),
             vector_dtype=client.vector_dtype,
             truncate=client.truncate,
-            on_error=options.on_error,
-            shard_rows=options.shard_rows,
         )
+        job = terms.job(files, found, options)
         manifest = Manifest.read(folder)
         if manifest is None:
             manifest = Manifest(job=job)
@@ -144,21 +115,7 @@ def estimate(
 
 def _checked(source: Source, options: Options, client: KalmClient, screen: Screen) -> Scan:
     found = scan(source, client.truncate, screen.scanned)
-    names = found.schema.names
-    if options.id_column is not None and options.id_column not in names:
-        raise ConfigurationError(
-            f"no column {options.id_column!r}, but {', '.join(map(repr, names))}: --id-column "
-            "names one of them."
-        )
-    if shards.VECTOR in names:
-        raise ConfigurationError(f"the input has a column {shards.VECTOR!r} already.")
-    if found.distinct == 0 or (found.bad and options.on_error == "fail"):
-        more = f"; and {found.bad - len(found.examples):,} more" if found.bad > 5 else ""
-        raise InvalidInputError(
-            f"{found.bad:,} of {found.rows:,} rows cannot be embedded: "
-            f"{'; '.join(found.examples)}{more}. Mend them, or have them left out (--on-error "
-            "skip) or kept without a vector (--on-error null). Nothing was sent."
-        )
+    check(found, options)
     return found
 
 

@@ -12,9 +12,9 @@ from kalm_integrations.lines import TEXT_COLUMN
 from kalm_integrations.usage import add_json, number
 
 if TYPE_CHECKING:
-    from kalm_integrations.bulk.job import Options
     from kalm_integrations.bulk.manifest import Manifest
     from kalm_integrations.bulk.scan import Scan
+    from kalm_integrations.bulk.terms import Options
     from kalm_integrations.client import KalmClient
     from kalm_integrations.usage import Verbs
     from modal_backend.costs import Choice
@@ -93,8 +93,9 @@ def run(arguments: argparse.Namespace) -> bool:
         KalmError: See `embed_corpus`.
         ConfigurationError: An argument cannot be.
     """
-    from kalm_integrations.bulk.job import SHARD_ROWS, Options, embed_corpus, estimate
+    from kalm_integrations.bulk.job import embed_corpus, estimate
     from kalm_integrations.bulk.screen import Progress
+    from kalm_integrations.bulk.terms import SHARD_ROWS, Options
     from kalm_integrations.client import KalmClient
     from kalm_integrations.terminal import write
 

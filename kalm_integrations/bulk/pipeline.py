@@ -11,8 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,9 +20,10 @@ from numpy.typing import NDArray
 
 from kalm_integrations.batching import Batch, plan
 from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.blocks import Block, blocks
 from kalm_integrations.bulk.manifest import Manifest, Shard
 from kalm_integrations.bulk.recurring import Recurring
-from kalm_integrations.bulk.scan import Scan, reason_of
+from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.shards import Filling
 from kalm_integrations.bulk.sources import Row, Source
 from kalm_integrations.client import KalmClient
@@ -60,6 +60,13 @@ class Work:
     watcher: Watcher
 
 
+@dataclass
+class _Open(Filling):
+    """A shard in memory, with the rows that it is written of."""
+
+    rows: list[Row] = field(default_factory=list)
+
+
 class Pipeline:
     """One run of a job, from the first shard that is not finished."""
 
@@ -72,7 +79,7 @@ class Pipeline:
             work.folder, self._first, job.shard_rows, work.width, job.vector_dtype
         )
         self._refused = shards.rejected_rows(work.folder, work.manifest.shards)
-        self._open: deque[Filling] = deque()
+        self._open: deque[_Open] = deque()
         self._writing: deque[Future[None]] = deque()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kalm-shards")
         self._since = time.monotonic()
@@ -108,43 +115,33 @@ class Pipeline:
     # --- reading
 
     def _batches(self) -> Iterator[Batch]:
-        client, job = self._work.client, self._work.manifest.job
-        finished = len(self._work.manifest.shards)
-        rows = self._rows()
-        start = sum(1 for _ in islice(rows, finished * job.shard_rows))
-        for number in range(finished, -(-job.rows // job.shard_rows)):
-            while len(self._writing) > 1:
-                self._writing.popleft().result()
-            shard = list(islice(rows, job.shard_rows))
-            if len(shard) < min(job.shard_rows, job.rows - start):
-                raise ConfigurationError("the input became shorter while it was read.")
-            fresh = self._opened(number, start, shard)
+        work, client, job = self._work, self._work.client, self._work.manifest.job
+        finished = len(work.manifest.shards)
+        for block in blocks(work.source, work.scan, job.shard_rows, client.truncate, finished):
+            fresh = self._opened(block)
             yield from plan(fresh, client.document_template, client.request_limits)
             self._settle()
-            start += len(shard)
-        if next(rows, None) is not None:
-            raise ConfigurationError("the input became longer while it was read.")
+            while len(self._writing) > 1:
+                self._writing.popleft().result()
 
-    def _rows(self) -> Iterator[Row]:
-        source = self._work.source
-        return chain.from_iterable(source.rows(file) for file in source.files)
-
-    def _opened(self, number: int, start: int, rows: list[Row]) -> list[tuple[int, str]]:
+    def _opened(self, block: Block) -> list[tuple[int, str]]:
         """A new shard; the texts that it has first, with their rows."""
-        job = self._work.manifest.job
-        shape = (len(rows), self._work.width)
-        filling = Filling(number, start, rows, np.full(shape, np.nan, dtype=job.vector_dtype))
-        first = self._first[start : start + len(rows)].tolist()
-        fresh: list[tuple[int, str]] = []
-        for row, (origin, content) in enumerate(zip(first, rows, strict=True)):
-            reason = reason_of(content, self._work.client.truncate)
-            if (origin < 0) != (reason is not None):
-                raise ConfigurationError(f"{content.place} changed while the input was read.")
-            if reason is not None:
-                filling.reasons[row] = reason
-            elif origin == start + row:
-                fresh.append((origin, content.text))
-        filling.left = len(fresh)
+        shape, dtype = (len(block.rows), self._work.width), self._work.manifest.job.vector_dtype
+        first = self._first[block.start : block.start + len(block.rows)].tolist()
+        fresh = [
+            (origin, row.text)
+            for number, (origin, row) in enumerate(zip(first, block.rows, strict=True), block.start)
+            if origin == number
+        ]
+        filling = _Open(
+            block.number,
+            block.start,
+            block.places,
+            np.full(shape, np.nan, dtype=dtype),
+            left=len(fresh),
+            reasons=dict(block.reasons),
+            rows=block.rows,
+        )
         self._open.append(filling)
         return fresh
 
@@ -168,7 +165,7 @@ class Pipeline:
         self._work.watcher.embedded(len(part) + len(part.rejected), part.usage.tokens)
         self._settle()
 
-    def _of(self, row: int) -> Filling:
+    def _of(self, row: int) -> _Open:
         return self._open[row // self._rows_of_a_shard - self._open[0].number]
 
     def _settle(self) -> None:
@@ -180,7 +177,7 @@ class Pipeline:
             self._copy(filling)
             self._writing.append(self._writer.submit(self._write, filling))
 
-    def _copy(self, filling: Filling) -> None:
+    def _copy(self, filling: _Open) -> None:
         """To rows whose texts came before."""
         first = self._first[filling.start : filling.start + len(filling.rows)]
         rows = np.arange(len(first))
@@ -205,12 +202,11 @@ class Pipeline:
 
     # --- on the writer's thread
 
-    def _write(self, filling: Filling) -> None:
+    def _write(self, filling: _Open) -> None:
         work = self._work
         self._recurring.sync()
-        shard = shards.write(
-            work.folder, filling, work.manifest.job, work.scan.columns, work.scan.schema
-        )
+        columns = shards.table_of(filling.rows, work.scan.columns, work.scan.schema)
+        shard = shards.write(work.folder, filling, work.manifest.job, columns)
         now = time.monotonic()
         manifest = work.manifest
         manifest.seconds += now - self._since
@@ -226,9 +222,9 @@ class Pipeline:
     def _named(self, error: InvalidInputError) -> InvalidInputError:
         """With places instead of numbers of rows."""
         places: dict[int, str] = {
-            filling.start + row: content.place
+            filling.start + row: place
             for filling in self._open
-            for row, content in enumerate(filling.rows)
+            for row, place in enumerate(filling.places)
         }
         named = [
             InvalidText(bad.index, f"({places.get(bad.index, 'of the input')}) {bad.reason}")

@@ -37,7 +37,7 @@ class Filling:
     Attributes:
         number: Counted from 0.
         start: Its first row in the input.
-        rows: Its rows.
+        places: Where its rows are, for people; one for each.
         vectors: One for each row, filled in as they come.
         left: Texts of its own whose vectors, or refusals, are still to come.
         reasons: Why rows have no vector, by their place within the shard.
@@ -47,7 +47,7 @@ class Filling:
 
     number: int
     start: int
-    rows: list[Row]
+    places: list[str]
     vectors: NDArray[np.floating[Any]] = field(repr=False)
     left: int = 0
     reasons: dict[int, str] = field(default_factory=dict)
@@ -60,52 +60,63 @@ def name_of(number: int) -> str:
     return f"part-{number:06}.parquet"
 
 
-def write(folder: Path, filled: Filling, job: Job, columns: Columns, schema: pa.Schema) -> Shard:
+def table_of(rows: Sequence[Row], columns: Columns, schema: pa.Schema) -> pa.Table:
+    """The columns of rows, with their final types."""
+    arrays = [
+        _array([row.columns.get(name) for row in rows], schema.field(name), columns)
+        for name in schema.names
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write(folder: Path, filled: Filling, job: Job, columns: pa.Table) -> Shard:
     """Write a filled shard, and what of it was rejected.
+
+    Args:
+        folder: Of the job.
+        filled: The vectors, or the reasons why there are none.
+        job: What it is a shard of.
+        columns: Of all its rows.
 
     Raises:
         OSError: The disk is full, for instance. Nothing half-written stays.
         InvalidResponseError: A row has neither a vector nor a reason.
     """
     bad = sorted(filled.reasons)
-    good = np.ones(len(filled.rows), dtype=np.bool_)
+    good = np.ones(len(filled.places), dtype=np.bool_)
     good[bad] = False
     if filled.left or not np.isfinite(filled.vectors[good]).all():
         raise InvalidResponseError(f"shard {filled.number} was to be written unfilled.")
     kept = good if job.on_error == "skip" else np.ones_like(good)
-    rows = [row for row, keep in zip(filled.rows, kept.tolist(), strict=True) if keep]
-    arrays = [
-        _array([row.columns.get(name) for row in rows], schema.field(name), columns)
-        for name in schema.names
-    ]
+    if not kept.all():
+        columns = columns.filter(pa.array(kept))
     vectors = filled.vectors[kept]
     vectors[~good[kept]] = 0
     width = vectors.shape[1]
     flat = pa.array(vectors.reshape(-1), type=_ARROW[job.vector_dtype])
-    arrays.append(
+    vector = (
         pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(~good[kept]))
-        if rows
+        if len(columns)
         else pa.array([], type=pa.list_(_ARROW[job.vector_dtype], width))
     )
-    fields = [*schema, pa.field(VECTOR, arrays[-1].type)]
-    table = pa.Table.from_arrays(
-        arrays, schema=pa.schema(fields, {METADATA: json.dumps(job.identity).encode()})
+    table = columns.append_column(VECTOR, vector).replace_schema_metadata(
+        {METADATA: json.dumps(job.identity)}
     )
     rejected = pa.table(
         {
             "row": [filled.start + row for row in bad],
-            "place": [filled.rows[row].place for row in bad],
+            "place": [filled.places[row] for row in bad],
             "reason": [filled.reasons[row] for row in bad],
         },
         schema=_REJECTED,
     )
     name = name_of(filled.number)
     if bad:
-        _write_table(folder / _rejected_name(filled.number), rejected)
-    size = _write_table(folder / FOLDER / name, table)
+        write_table(folder / rejected_name(filled.number), rejected)
+    size = write_table(folder / FOLDER / name, table)
     return Shard(
         name=name,
-        rows=len(rows),
+        rows=len(columns),
         rejected=len(bad),
         bytes=size,
         tokens=filled.tokens,
@@ -118,22 +129,29 @@ def rejected_rows(folder: Path, shards: Sequence[Shard]) -> dict[int, str]:
     found: dict[int, str] = {}
     for number, shard in enumerate(shards):
         if shard.rejected:
-            table = pq.read_table(folder / _rejected_name(number))
+            table = pq.read_table(folder / rejected_name(number))
             found |= dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
     return found
 
 
-def gather_rejected(folder: Path, shards: Sequence[Shard]) -> None:
-    """All rejected rows in one file, at the end of a job; no file where there are none."""
+def gather_rejected(folder: Path, shards: Sequence[Shard], *, keep: bool = False) -> None:
+    """All rejected rows in one file, at the end of a job; no file where there are none.
+
+    Args:
+        folder: Of the job.
+        shards: All of them.
+        keep: Leave the shards' own files.
+    """
     parts = [n for n, shard in enumerate(shards) if shard.rejected]
     if parts:
-        tables = [pq.read_table(folder / _rejected_name(number)) for number in parts]
-        _write_table(folder / REJECTED, pa.concat_tables(tables))
-        for number in parts:
-            (folder / _rejected_name(number)).unlink()
+        tables = [pq.read_table(folder / rejected_name(number)) for number in parts]
+        write_table(folder / REJECTED, pa.concat_tables(tables))
+        for number in [] if keep else parts:
+            (folder / rejected_name(number)).unlink()
 
 
-def _rejected_name(number: int) -> str:
+def rejected_name(number: int) -> str:
+    """Of the file with a shard's rejected rows, until the job is done."""
     return f".rejected-{number:06}.parquet"
 
 
@@ -143,7 +161,8 @@ def _array(values: list[Any], kind: pa.Field, columns: Columns) -> pa.Array:
     return pa.array(values, type=kind.type)
 
 
-def _write_table(path: Path, table: pa.Table) -> int:
+def write_table(path: Path, table: pa.Table) -> int:
+    """Write a Parquet file that is there whole or not at all; its size."""
     temporary = path.with_name(f".{path.name}.tmp")
     others = [name for name in table.schema.names if name != VECTOR]
     try:
