@@ -36,6 +36,7 @@ _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], object]
+_ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
 class KalmClient(ClientSettings):
@@ -201,16 +202,18 @@ class KalmClient(ClientSettings):
     def _fill(
         self, assembly: Assembly, texts: list[str], role: Role, on_progress: Progress | None
     ) -> None:
+        send = self._run if len(texts) > 1 else self._run_alone
         with self._progress(len(texts), role, on_progress) as advance:
-            for part in self._run(self._plan(enumerate(texts), role), self._call(role)):
+            for part in send(self._plan(enumerate(texts), role), self._call(role)):
                 assembly.add(part)
                 advance(len(part))
 
     async def _afill(
         self, assembly: Assembly, texts: list[str], role: Role, on_progress: Progress | None
     ) -> None:
+        send = self._arun if len(texts) > 1 else self._arun_alone
         with self._progress(len(texts), role, on_progress) as advance:
-            parts = self._arun(self._plan(enumerate(texts), role), self._call(role))
+            parts = send(self._plan(enumerate(texts), role), self._call(role))
             async with aclosing(parts):
                 async for part in parts:
                     assembly.add(part)
@@ -218,9 +221,9 @@ class KalmClient(ClientSettings):
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
         # Taken for another, a misspelt word would cost the instruction, or the error.
-        for name, value, known in (("role", role, Role), ("on_error", on_error, OnError)):
-            if value not in get_args(known):
-                raise ConfigurationError(f"{name}={value!r}: it is one of {get_args(known)}.")
+        for name, value, known in (("role", role, _ROLES), ("on_error", on_error, _ON_ERROR)):
+            if value not in known:
+                raise ConfigurationError(f"{name}={value!r}: it is one of {known}.")
         deadline = None if each_request else time.monotonic() + self.timeout
         return Call(role=role, deadline=deadline, skip_invalid=on_error == "skip")
 
@@ -301,6 +304,23 @@ class KalmClient(ClientSettings):
             flight.finish()
         finally:
             flight.cancel()
+
+    def _run_alone(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
+        """`_run` of one batch, a query's: nothing flies beside it, and each step counts."""
+        for batch in batches:
+            answer = io_thread().submit(self._send(batch, call))
+            try:
+                yield from self._reported([answer.result()])
+            finally:
+                answer.cancel()
+
+    async def _arun_alone(
+        self, batches: Iterator[Batch], call: Call
+    ) -> AsyncGenerator[EmbeddedBatch]:
+        for batch in batches:
+            answer = io_thread().submit(self._send(batch, call))
+            for part in self._reported([await asyncio.wrap_future(answer)]):
+                yield part
 
     async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
         return await self._session().send(batch, call)

@@ -9,7 +9,6 @@ from contextlib import suppress
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import InvalidInputError
-from kalm_integrations.io_thread import is_ending
 from kalm_integrations.result import EmbeddedBatch
 
 
@@ -89,8 +88,6 @@ class Flight:
             self.cancel()
 
     def _land(self, future: Future[EmbeddedBatch]) -> None:
-        if future.cancelled() and is_ending():
-            return  # who still waits is a daemon thread: woken, it would only print a traceback
         self._landed.append(future)
         with suppress(RuntimeError):  # the caller's loop was closed: nobody waits any more
             self._wake()

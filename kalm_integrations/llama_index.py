@@ -147,15 +147,25 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             )
         return made
 
+    @dispatcher.span
     def get_query_embedding(self, query: str) -> Embedding:
         """LlamaIndex's own, with a cache of its own."""
-        with looking_up("query"):
-            return super().get_query_embedding(query)
+        if self._by_llama_index:
+            with looking_up("query"):
+                return super().get_query_embedding(query)
+        with self._observed([query]) as seen:
+            seen([embedding := self._get_query_embedding(query)])
+        return embedding
 
+    @dispatcher.span
     async def aget_query_embedding(self, query: str) -> Embedding:
         """LlamaIndex's own, with a cache of its own."""
-        with looking_up("query"):
-            return await super().aget_query_embedding(query)
+        if self._by_llama_index:
+            with looking_up("query"):
+                return await super().aget_query_embedding(query)
+        with self._observed([query]) as seen:
+            seen([embedding := await self._aget_query_embedding(query)])
+        return embedding
 
     def _get_query_embedding(self, query: str) -> Embedding:
         return self._embed_to_lists([query], "query")[0]
@@ -193,7 +203,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
         texts = inputs.check(inputs.iterate(texts), self.truncate)
         with self._bar(len(texts), show_progress) as advance:
-            if self._in_batches:
+            if self._by_llama_index:
                 with batches_of(texts, advance):
                     return super().get_text_embedding_batch(texts, **kwargs)
             with self._observed(texts) as seen:
@@ -207,7 +217,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
         texts = inputs.check(inputs.iterate(texts), self.truncate)
         with self._bar(len(texts), show_progress) as advance:
-            if self._in_batches:
+            if self._by_llama_index:
                 with batches_of(texts, advance):
                     return await super().aget_text_embedding_batch(texts, **kwargs)
             with self._observed(texts) as seen:
@@ -215,9 +225,9 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             return embeddings
 
     @property
-    def _in_batches(self) -> bool:
-        """Whether LlamaIndex's own loop is needed, which waits for each `embed_batch_size` texts,
-        and whose events copy every vector to validate it."""
+    def _by_llama_index(self) -> bool:
+        """Whether LlamaIndex's own way is needed, for its cache and its rate limiter: it waits for
+        each `embed_batch_size` texts, and its events copy every vector to validate it."""
         return self.embeddings_cache is not None or getattr(self, "rate_limiter", None) is not None
 
     @contextmanager
@@ -235,7 +245,9 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             result: list[Embedding] = []
             yield result.extend
             event.on_end({EventPayload.CHUNKS: texts, EventPayload.EMBEDDINGS: result})
-        dispatcher.event(EmbeddingEndEvent.model_construct(chunks=texts, embeddings=result))
+        ended = EmbeddingEndEvent(chunks=[], embeddings=[])
+        # A copy takes them as they are; validated, every vector would be copied.
+        dispatcher.event(ended.model_copy(update={"chunks": texts, "embeddings": result}))
 
     @contextmanager
     def _bar(self, total: int, show_progress: bool) -> Iterator[Progress | None]:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 NORM_TOLERANCE: Final = 2e-3
 """How far a length may be from 1: float16 rounds by up to 5e-4, an unnormalized vector is off by
 far more."""
+_LEAST, _MOST = (1 - NORM_TOLERANCE) ** 2, (1 + NORM_TOLERANCE) ** 2
 
 
 class Verifier:
@@ -61,8 +62,9 @@ class Verifier:
         if self._seen is None:
             self._check_first(served)
             self._seen = (served,)
-        elif self._seen != (served,):
-            (before,) = self._seen
+            return
+        (before,) = self._seen
+        if served is not before and served != before:
             differences = before.differences(served) if before and served else ""
             raise IdentityMismatchError(
                 f"the service changed from {_name(before)} to {_name(served)}: {differences}."
@@ -97,11 +99,15 @@ def first_wrong(vectors: NDArray[Any]) -> tuple[int, str] | None:
     Args:
         vectors: One a row, of any type of floats.
     """
+    if not len(vectors):
+        return None
     wide = widen(vectors)
     with np.errstate(all="ignore"):  # what overflows is wrong
         # Each row with itself: three times as fast as einsum.
-        lengths = np.sqrt(np.matmul(wide[:, None, :], wide[:, :, None])[:, 0, 0])
-    # "not close" rather than "far": a comparison with NaN is false.
+        squares = np.matmul(wide[:, None, :], wide[:, :, None])
+        if _LEAST <= squares.min() and squares.max() <= _MOST:  # false of NaN
+            return None
+        lengths = np.sqrt(squares[:, 0, 0])
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
     if not wrong.size:
         return None

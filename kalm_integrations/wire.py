@@ -111,22 +111,48 @@ def unpack(body: bytes | bytearray) -> EmbedAnswer:
     """
     try:
         start = 8 + int.from_bytes(body[:8], "little")
-        head = json.loads(body[8:start])
-        tensor, metadata = head["vectors"], head["__metadata__"]
-        dtype = _DTYPES[tensor["dtype"]]
-        rows, columns = map(_natural, tensor["shape"])
-        size = rows * columns * dtype.itemsize
-        if tensor["data_offsets"] != [0, size] or len(body) != start + size or len(head) != 2:
+        head = _read_head(bytes(body[8:start]))
+        if len(body) != start + head.size:
             raise ValueError(f"{len(body)} bytes")
-        vectors = np.frombuffer(body, dtype, rows * columns, start) if size else np.empty(0, dtype)
-        identity = metadata.get("identity")
+        count = head.rows * head.columns
+        vectors = np.frombuffer(body, head.dtype, count, start) if count else np.empty(0, head.dtype)
         return EmbedAnswer(
-            vectors=vectors.reshape(rows, columns),
-            identity=None if identity is None else _identity(identity),
-            usage=Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1),
+            vectors=vectors.reshape(head.rows, head.columns),
+            identity=head.identity,
+            usage=head.usage,
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidResponseError(f"the answer is not packed vectors ({error!r}).") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    dtype: np.dtype[np.floating[Any]]
+    rows: int
+    columns: int
+    size: int
+    identity: SpaceIdentity | None
+    usage: Usage
+
+
+@lru_cache(maxsize=256)  # those of queries differ in their number of tokens only
+def _read_head(written: bytes) -> _Head:
+    head = json.loads(written)
+    tensor, metadata = head["vectors"], head["__metadata__"]
+    dtype = _DTYPES[tensor["dtype"]]
+    rows, columns = map(_natural, tensor["shape"])
+    size = rows * columns * dtype.itemsize
+    if tensor["data_offsets"] != [0, size] or len(head) != 2:
+        raise ValueError(f"data_offsets {tensor['data_offsets']}")
+    identity = metadata.get("identity")
+    return _Head(
+        dtype,
+        rows,
+        columns,
+        size,
+        None if identity is None else _identity(identity),
+        Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1),
+    )
 
 
 @lru_cache(maxsize=16)  # every answer has the same

@@ -79,6 +79,7 @@ class HttpTransport:
         self._embeddings = self._base / "embeddings"
         self._request_ids = (f"{prefix}{number:016x}" for number in itertools.count())
         self._proxy = _proxy(self._base)  # redirects stay on this server
+        self._model = settings.served_model
         self._headers = _credentials(settings)
         self._secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         if self._proxy is not None and (password := URL(self._proxy).password):
@@ -90,8 +91,8 @@ class HttpTransport:
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         asked = time.monotonic()
-        server = await self._who()
-        fields: dict[str, Any] = {"model": self._settings.served_model, "input": request.texts}
+        server = self._server or await self._who()
+        fields: dict[str, Any] = {"model": self._model, "input": request.texts}
         if request.dimensions is not None:
             fields["dimensions"] = request.dimensions
         if server.identity is None:
@@ -146,12 +147,12 @@ class HttpTransport:
 
     async def _who(self) -> _Server:
         """Whom we talk to; all who want to know at a time share one question."""
-        if self._server is None:
-            if self._asking is None:
-                self._asking = asyncio.create_task(self._ask_who())
-                self._asking.add_done_callback(self._told)
-            return await asyncio.shield(self._asking)
-        return self._server
+        if self._server is not None:
+            return self._server
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_who())
+            self._asking.add_done_callback(self._told)
+        return await asyncio.shield(self._asking)
 
     def _told(self, asking: asyncio.Task[_Server]) -> None:
         self._asking = None

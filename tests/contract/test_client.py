@@ -433,9 +433,11 @@ class TestCancellation:
         transport = ScriptedTransport(delay=lambda r: 0.1 if "text 0" in r.texts else 30)
         parts = over(transport, batch_size=1, max_concurrency=3).iter_embed(TEXTS)
         next(parts)
+        # The free slot was taken before the part was handed out.
+        assert _eventually(lambda: transport.in_flight == 3)
         parts.close()
         assert _eventually(lambda: transport.in_flight == 0)
-        assert transport.cancelled == 3  # the free slot was taken before the part was handed out
+        assert transport.cancelled == 3
 
     def test_a_failure_cancels_the_rest(self, over: Over) -> None:
         transport = ScriptedTransport(
