@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextvars import ContextVar
 from textwrap import dedent
@@ -132,6 +134,41 @@ def test_cancelling_the_future_cancels_the_coroutine(thread):
     assert unwound.wait(5)
     with pytest.raises(CancelledError):
         future.result()
+
+
+def test_a_call_that_is_cancelled_before_it_begins_does_nothing(thread):
+    begun = threading.Event()
+
+    async def work():
+        begun.set()
+
+    async def hold_up(submitted):
+        assert submitted.wait(5)  # blocks the loop: what comes now has to wait
+
+    submitted = threading.Event()
+    holding = thread.submit(hold_up(submitted))
+    future = thread.submit(work())
+    assert future.cancel()
+    submitted.set()
+    holding.result(timeout=5)
+    assert thread.submit(asyncio.sleep(0, "next")).result(timeout=5) == "next"
+    assert not begun.is_set()
+
+
+def test_a_failure_keeps_nothing_alive_but_its_traceback(thread):
+    async def fail():
+        raise KeyError("theirs")
+
+    gc.disable()
+    try:
+        future = thread.submit(fail())
+        with pytest.raises(KeyError):
+            future.result(timeout=5)
+        gone = weakref.ref(future)
+        del future
+        assert gone() is None  # no cycle through the exception's frames
+    finally:
+        gc.enable()
 
 
 def test_stopping_unwinds_what_runs_and_ends_the_thread():
