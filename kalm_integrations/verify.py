@@ -105,7 +105,7 @@ def first_wrong(vectors: NDArray[Any]) -> tuple[int, str] | None:
     with np.errstate(all="ignore"):  # what overflows is wrong
         # Each row with itself: three times as fast as einsum.
         squares = np.matmul(wide[:, None, :], wide[:, :, None])
-        if _LEAST <= squares.min() and squares.max() <= _MOST:  # false of NaN
+        if squares.min() >= _LEAST and squares.max() <= _MOST:  # false of NaN
             return None
         lengths = np.sqrt(squares[:, 0, 0])
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))

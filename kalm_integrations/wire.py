@@ -114,10 +114,11 @@ def unpack(body: bytes | bytearray) -> EmbedAnswer:
         head = _read_head(bytes(body[8:start]))
         if len(body) != start + head.size:
             raise ValueError(f"{len(body)} bytes")
-        count = head.rows * head.columns
-        vectors = np.frombuffer(body, head.dtype, count, start) if count else np.empty(0, head.dtype)
+        flat = (
+            np.frombuffer(body, head.dtype, offset=start) if head.size else np.empty(0, head.dtype)
+        )
         return EmbedAnswer(
-            vectors=vectors.reshape(head.rows, head.columns),
+            vectors=flat.reshape(head.rows, head.columns),
             identity=head.identity,
             usage=head.usage,
         )

@@ -37,8 +37,8 @@ _MOST_OPEN: Final = 3
 class Watcher(Protocol):
     """Who is told how a job goes."""
 
-    def embedded(self, rows: int, tokens: int) -> None:
-        """So many rows more have their vectors."""
+    def embedded(self, rows: int, tokens: int, rejected: int) -> None:
+        """So many rows more have their vectors, or were refused by the model."""
         ...
 
     def written(self, shard: Shard) -> None:
@@ -162,7 +162,7 @@ class Pipeline:
             filling.tokens += part.usage.tokens
             filling.requests += part.usage.requests
             self._recurring.keep(part.indices, part.packed)
-        self._work.watcher.embedded(len(part) + len(part.rejected), part.usage.tokens)
+        self._work.watcher.embedded(len(part), part.usage.tokens, len(part.rejected))
         self._settle()
 
     def _of(self, row: int) -> _Open:
@@ -198,7 +198,7 @@ class Pipeline:
                 )
             filling.vectors[others] = taken
         if copies.any():
-            self._work.watcher.embedded(int(copies.sum()), 0)
+            self._work.watcher.embedded(int(copies.sum()), 0, 0)
 
     # --- on the writer's thread
 

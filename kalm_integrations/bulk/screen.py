@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from kalm_integrations.bulk.manifest import Manifest, Shard
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.terminal import write
 
+_LOGGER: Final = logging.getLogger("kalm_integrations")
 _EVERY: Final = 10.0
 """Seconds between two lines."""
 
@@ -25,7 +28,8 @@ class Progress:
         self._dollars = dollars_per_second
         self._bar: Any = None
         self._scanned = 0
-        self._rows = self._total = self._tokens = 0
+        self._rows = self._total = self._tokens = self._rejected = 0
+        self._troubles = _Troubles(self._say)
         self._begun = self._said = time.monotonic()
 
     def scanned(self, rows: int) -> None:
@@ -50,6 +54,7 @@ class Progress:
         self._total, self._rows = found.rows - found.bad, 0
         self._begun = self._said = time.monotonic()
         self._left = self._total - finished
+        _LOGGER.addHandler(self._troubles)
         if not manifest.complete and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -57,13 +62,14 @@ class Progress:
                 total=self._total, initial=finished, unit=" rows", desc="Embedding", leave=False
             )
 
-    def embedded(self, rows: int, tokens: int) -> None:
-        """Rows that have their vectors."""
-        self._rows += rows
+    def embedded(self, rows: int, tokens: int, rejected: int) -> None:
+        """Rows that have their vectors, or cannot have any."""
+        self._rows += rows + rejected
         self._tokens += tokens
+        self._rejected += rejected
         if self._bar is not None:
             self._bar.set_postfix_str(self._rates(), refresh=False)
-            self._bar.update(rows)
+            self._bar.update(rows + rejected)
         elif self._due():
             seconds = time.monotonic() - self._begun
             left = max(0, self._left - self._rows) * seconds / max(1, self._rows)
@@ -77,17 +83,22 @@ class Progress:
 
     def close(self) -> None:
         """Take the bar away."""
+        _LOGGER.removeHandler(self._troubles)
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def _rates(self) -> str:
         seconds = max(1e-9, time.monotonic() - self._begun)
-        said = f"{self._tokens / seconds:,.0f} tokens/s"
-        if self._dollars is None or not self._rows:
-            return said
-        so_far = seconds * self._dollars
-        to_come = so_far * max(0, self._left - self._rows) / self._rows
-        return f"{said}, ${so_far:,.2f} so far, ${to_come:,.2f} to come"
+        said = [f"{self._tokens / seconds:,.0f} tokens/s"]
+        if self._dollars is not None and self._rows:
+            so_far = seconds * self._dollars
+            to_come = so_far * max(0, self._left - self._rows) / self._rows
+            said += [f"${so_far:,.2f} so far", f"${to_come:,.2f} to come"]
+        for number, what in ((self._rejected, "rejected"), (self._troubles.seen, "warnings")):
+            if number:
+                said.append(f"{number:,} {what}")
+        return ", ".join(said)
 
     def _due(self) -> bool:
         now = time.monotonic()
@@ -97,7 +108,24 @@ class Progress:
         return True
 
     def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
         write(f"kalm embed: {text}", sys.stderr)
+        if self._bar is not None:
+            self._bar.refresh()
+
+
+class _Troubles(logging.Handler):
+    """What the client warns of while it goes on, retries for instance: above the bar, counted."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        super().__init__(logging.WARNING)
+        self._say_it = say
+        self.seen = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen += 1
+        self._say_it(record.getMessage())
 
 
 def duration(seconds: float) -> str:
