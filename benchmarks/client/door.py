@@ -188,8 +188,10 @@ def beside_vllm() -> None:
         model = tiny_gemma3(Path(folder) / "wide", config=WIDE)
         ours = [sys.executable, "-m", "kalm_integrations.cli", "serve", "--engine", "vllm"]
         ours += ["--model", model, "--dtype", "fp32", "--enforce-eager", "--port", PORT]
-        vllms = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        vllms = [Path(sys.executable).with_name("vllm"), "serve", model]
         vllms += ["--runner", "pooling", "--convert", "embed", "--dtype", "float32"]
+        # Of a small machine's memory; by default it wants nearly all.
+        vllms += ["--gpu-memory-utilization", 0.2, "--max-model-len", 2048]
         vllms += ["--served-model-name", "wide", "--enforce-eager", "--port", PORT]
         vllms += ["--api-key", KEY, "--max-num-seqs", 64]
         found: dict[str, list[float]] = {}

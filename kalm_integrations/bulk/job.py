@@ -18,6 +18,7 @@ from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError
 
 _LOCK: Final = ".lock"
+_RETRIES: Final = 100  # of one request, more than an hour of them: its `timeout` comes before
 
 
 class Screen(Watcher, Protocol):
@@ -93,8 +94,9 @@ def embed_corpus(
             manifest.runs += 1
             manifest.write(folder)
             dollars = options.dollars_per_second
-            work = Work(client, files, found, manifest, folder, width, dollars, screen)
-            Pipeline(work).run()
+            with _patient(client) as patient:
+                work = Work(patient, files, found, manifest, folder, width, dollars, screen)
+                Pipeline(work).run()
             shards.gather_rejected(folder, manifest.shards)
             manifest.complete = True
             manifest.write(folder)
@@ -117,6 +119,13 @@ def _checked(source: Source, options: Options, client: KalmClient, screen: Scree
     found = scan(source, client.truncate, screen.scanned)
     check(found, options)
     return found
+
+
+def _patient(client: KalmClient) -> KalmClient:
+    """The same, but it waits for `timeout` for a service that is gone for a while: a job of hours
+    shall not end because a service is started anew. One that asked for a number gets that."""
+    most = client.max_retries if "max_retries" in client.model_fields_set else _RETRIES
+    return client.model_copy(update={"max_retries": most})
 
 
 def _width(client: KalmClient) -> int:

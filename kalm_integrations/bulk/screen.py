@@ -116,16 +116,24 @@ class Progress:
 
 
 class _Troubles(logging.Handler):
-    """What the client warns of while it goes on, retries for instance: above the bar, counted."""
+    """What the client warns of while it goes on, retries for instance: counted, and now and then
+    said. Many requests are under way, and what one of them meets, all do."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         super().__init__(logging.WARNING)
-        self._say_it = say
-        self.seen = 0
+        self._say = say
+        self._said = -_EVERY
+        self._unsaid = self.seen = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         self.seen += 1
-        self._say_it(record.getMessage())
+        now = time.monotonic()
+        if now - self._said < _EVERY:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid:,} more warnings since the last of these lines)"
+        self._say(record.getMessage() + (more if self._unsaid else ""))
+        self._said, self._unsaid = now, 0
 
 
 def duration(seconds: float) -> str:

@@ -380,6 +380,24 @@ def halted(tmp_path: Path, over: Over, **client: Any) -> tuple[Path, Path]:
     return source, tmp_path / "out"
 
 
+def test_a_service_that_is_gone_for_a_while_is_waited_for(
+    tmp_path: Path, over: Over, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalm_integrations.retry.LONGEST_DELAY", 0.001)
+    source = texts(tmp_path / "in.jsonl", "a", "b", "c")
+    gone = ServiceUnavailableError("The service is gone.")
+    one = {"batch_size": 1, "max_concurrency": 1}
+    asked_for = over(ScriptedTransport([None, None, *[gone] * 20]), **one, max_retries=7)
+    with pytest.raises(ServiceUnavailableError):
+        embed_corpus(source, tmp_path / "out", asked_for, SMALL)
+    # Three times as often as a client is patient by itself.
+    done = embed_corpus(
+        source, tmp_path / "out", over(ScriptedTransport([None, *[gone] * 20]), **one), SMALL
+    )
+    assert done.complete
+    assert are_of(vectors(tmp_path / "out"), ["a", "b", "c"])
+
+
 def test_what_was_finished_survives_and_the_same_call_goes_on(tmp_path: Path, over: Over) -> None:
     source, out = halted(tmp_path, over)
     before = Manifest.read(out)

@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,31 +166,37 @@ def test_a_full_disk_costs_the_shard_that_did_not_fit_and_no_other(
     assert is_undisturbed(tmp_path / "out", undisturbed)
 
 
-def test_a_service_that_dies_and_comes_back(source: Path, undisturbed: Any, tmp_path: Path) -> None:
-    def serve(port: int) -> subprocess.Popen[str]:
-        service = subprocess.Popen(
-            [*KALM, "serve", "--port", str(port)],
-            env=environment(KALM_API_KEY="correct-horse"),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert service.stderr
-        for line in service.stderr:
-            if "ready" in line:
-                return service
-        raise AssertionError("kalm serve ended")
+PORT = 8471
+OVER_HTTP = {
+    "KALM_BACKEND": "http",
+    "KALM_BASE_URL": f"http://127.0.0.1:{PORT}",
+    "KALM_API_KEY": "correct-horse",
+    "KALM_MODEL": "universal-sentence-encoder-multilingual-3",
+}
 
-    port = 8471
-    over_http = {
-        "KALM_BACKEND": "http",
-        "KALM_BASE_URL": f"http://127.0.0.1:{port}",
-        "KALM_API_KEY": "correct-horse",
-        "KALM_MODEL": "universal-sentence-encoder-multilingual-3",
-        "KALM_MAX_RETRIES": "1",
-    }
+
+@contextmanager
+def serving() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [*KALM, "serve", "--port", str(PORT)],
+        env=environment(KALM_API_KEY="correct-horse"),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as service:
+        try:
+            assert service.stderr
+            assert any("ready" in line for line in service.stderr)
+            yield service
+        finally:
+            service.kill()
+
+
+def test_a_service_that_dies_for_good_ends_the_job_and_the_same_command_goes_on(
+    source: Path, undisturbed: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    with serve(port) as service:
-        with start(source, out, **over_http) as process:
+    with serving() as service:
+        with start(source, out, **OVER_HTTP, KALM_MAX_RETRIES="1") as process:
             while not finished(out):
                 assert process.poll() is None
                 time.sleep(0.002)
@@ -197,9 +205,29 @@ def test_a_service_that_dies_and_comes_back(source: Path, undisturbed: Any, tmp_
     assert process.returncode == 1
     assert "Traceback" not in said
     assert 0 < finished(out) * SHARD < ROWS
-    with serve(port) as service:
-        go_on(source, out, **over_http)
+    with serving():
+        go_on(source, out, **OVER_HTTP)
+    assert is_undisturbed(out, undisturbed)
+
+
+def test_a_service_that_is_started_anew_is_waited_for(
+    source: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with serving() as service:
+        process = start(source, out, **OVER_HTTP)
+        while not finished(out):
+            assert process.poll() is None
+            time.sleep(0.002)
         service.kill()
+    before = finished(out)
+    time.sleep(2)
+    assert process.poll() is None
+    with serving():
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert 0 < before * SHARD < ROWS
+    assert 1 <= said.count("retry ") <= 5  # of dozens
     assert is_undisturbed(out, undisturbed)
 
 
