@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import kalm_integrations
 from kalm_integrations import cost, deploy_options, evaluation, serve_options
 from kalm_integrations.bulk import options as bulk_options
-from kalm_integrations.errors import ConfigurationError, KalmError
+from kalm_integrations.errors import ConfigurationError, InvalidInputError, KalmError
 from kalm_integrations.extras import install_command
 from kalm_integrations.usage import Parser, UsageError, add_json, path
 
@@ -95,7 +95,8 @@ def _explained(
         command = error.command
         failure = (WRONG_USAGE, command, ConfigurationError.code, str(error), "")
     elif isinstance(error, KalmError):
-        status = WRONG_USAGE if isinstance(error, ConfigurationError) else FAILED
+        wrong = isinstance(error, ConfigurationError | InvalidInputError)
+        status = WRONG_USAGE if wrong else FAILED
         said = str(error).removesuffix(error.remedy).strip()
         failure = (status, command, error.code, said, error.remedy)
     elif isinstance(error, ImportError):
@@ -106,7 +107,7 @@ def _explained(
         named = f"{error.filename}: " if error.filename else ""
         failure = (FAILED, command, "os_error", f"{named}{error.strerror or error}", "")
     made = Failure(*failure)
-    if made.status == WRONG_USAGE:  # the error's own remedy speaks of docstrings
+    if made.code == ConfigurationError.code:  # whose own remedy speaks of docstrings
         made = made._replace(remedy=f"`{command} --help` lists what it takes.")
     ended = made.message.endswith((".", "?", "!"))
     return made if ended else made._replace(message=f"{made.message}.")

@@ -110,6 +110,17 @@ class InputTooLongError(InvalidInputError):
     )
 
 
+class BadRowsError(InvalidInputError):
+    """Rows of a corpus that cannot be embedded, by file and line. Finished shards stay."""
+
+    code = "bad_rows"
+    remedy = (
+        "Mend these rows, or have such rows left out (--on-error skip) or kept without a vector "
+        "(--on-error null), or long texts cut (KALM_TRUNCATE=end). If the job had begun, that is "
+        "another job, for another --output."
+    )
+
+
 class RequestTooLargeError(KalmError):
     """The service takes no request of this size. The client splits it and goes on."""
 

@@ -72,6 +72,8 @@ def embed_corpus(
     files = find(str(source), options.text_column)
     found = _checked(files, options, client, screen)
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"--output {folder} is a file: name a folder for the shards.")
     (folder / shards.FOLDER).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         identity = client.warm_up()

@@ -139,8 +139,8 @@ def check_same(stored: Job, asked: Job, folder: Path) -> None:
     else:
         said = "; ".join(f"{name} was {before[name]!r}, and is {now[name]!r}" for name in differ)
     raise ConfigurationError(
-        f"{folder} holds another job: {said}. Name another --output, or remove this one; its "
-        "finished shards stay good."
+        f"{folder} holds another job: {said}. Name another --output: what is finished here stays "
+        "good. Or remove it."
     )
 
 

@@ -196,7 +196,7 @@ def _forecast_text(said: dict[str, Any]) -> str:
 
 def _outcome(done: Manifest, folder: Path, *, as_json: bool) -> str:
     from kalm_integrations.bulk import shards
-    from kalm_integrations.bulk.screen import duration
+    from kalm_integrations.bulk.screen import counted, duration
 
     rows, rejected = (sum(getattr(s, n) for s in done.shards) for n in ("rows", "rejected"))
     if as_json:
@@ -213,12 +213,12 @@ def _outcome(done: Manifest, folder: Path, *, as_json: bool) -> str:
         }
         return json.dumps(content, indent=2)
     said = (
-        f"{rows:,} rows in {len(done.shards):,} shards, {done.tokens:,} tokens, "
+        f"{counted(rows, 'row')} in {counted(len(done.shards), 'shard')}, {done.tokens:,} tokens, "
         f"{duration(done.seconds)}"
     )
     if done.dollars is not None:
         said += f", ${done.dollars:,.2f}"
     said += f": {folder / shards.FOLDER}"
     if rejected:
-        said += f"\n{rejected:,} rows were rejected: {folder / shards.REJECTED} has the reasons"
+        said += f"\n{counted(rejected, 'row')} rejected: {folder / shards.REJECTED} has the reasons"
     return said

@@ -27,7 +27,12 @@ from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.shards import Filling
 from kalm_integrations.bulk.sources import Row, Source
 from kalm_integrations.client import KalmClient
-from kalm_integrations.errors import ConfigurationError, InvalidInputError, InvalidText
+from kalm_integrations.errors import (
+    BadRowsError,
+    ConfigurationError,
+    InvalidInputError,
+    InvalidText,
+)
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.verify import first_wrong
 
@@ -230,4 +235,4 @@ class Pipeline:
             InvalidText(bad.index, f"({places.get(bad.index, 'of the input')}) {bad.reason}")
             for bad in error.invalid
         ]
-        return type(error).of(named) if named else error
+        return BadRowsError.of(named) if named else error

@@ -136,6 +136,11 @@ class _Troubles(logging.Handler):
         self._said, self._unsaid = now, 0
 
 
+def counted(number: int, what: str) -> str:
+    """A number and what there are so many of: "1 shard", "2,000 shards"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """In words: "2 h 5 min", "40 s"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -9,7 +9,7 @@ from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.sources import Source
-from kalm_integrations.errors import ConfigurationError, InvalidInputError
+from kalm_integrations.errors import BadRowsError, ConfigurationError
 from kalm_integrations.wire import Truncate
 
 OnError = Literal["fail", "skip", "null"]
@@ -72,7 +72,7 @@ def check(found: Scan, options: Options) -> None:
 
     Raises:
         ConfigurationError: A column is missing, or has the vectors' name.
-        InvalidInputError: Rows cannot be embedded, and on_error is "fail"; or none can.
+        BadRowsError: Rows cannot be embedded, and on_error is "fail"; or none can.
     """
     names = found.schema.names
     if options.id_column is not None and options.id_column not in names:
@@ -84,8 +84,7 @@ def check(found: Scan, options: Options) -> None:
         raise ConfigurationError(f"the input has a column {shards.VECTOR!r} already.")
     if found.distinct == 0 or (found.bad and options.on_error == "fail"):
         more = f"; and {found.bad - len(found.examples):,} more" if found.bad > 5 else ""
-        raise InvalidInputError(
+        raise BadRowsError(
             f"{found.bad:,} of {found.rows:,} rows cannot be embedded: "
-            f"{'; '.join(found.examples)}{more}. Mend them, or have them left out (--on-error "
-            "skip) or kept without a vector (--on-error null). Nothing was sent."
+            f"{'; '.join(found.examples)}{more}. Nothing was sent."
         )

@@ -213,6 +213,13 @@ class HttpTransport:
                 f"{url.host}: {error.certificate_error}. For a private authority point "
                 "SSL_CERT_FILE at its certificate."
             ) from error
+        except aiohttp.ClientConnectorSSLError as error:
+            if "WRONG_VERSION_NUMBER" not in str(error):
+                raise ConnectionFailedError(f"{method} {url}: {error}.") from error
+            raise ConfigurationError(
+                f"{url.host}:{url.port} answered, but not in TLS: base_url of a server that speaks "
+                "plain HTTP begins with http://."
+            ) from error
         except UnicodeError as error:
             raise ConfigurationError(f"{url.host} is no name of a host.") from error
         except (aiohttp.ClientError, ConnectionError) as error:

@@ -23,6 +23,7 @@ from kalm_integrations import KalmClient
 from kalm_integrations.bulk import Options, embed_corpus, estimate, read
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.errors import (
+    BadRowsError,
     ConfigurationError,
     IdentityMismatchError,
     InputTooLongError,
@@ -346,7 +347,7 @@ def test_what_only_the_model_can_tell_is_named_by_its_place_too(tmp_path: Path, 
 
     client = over(ScriptedTransport(refuse=refuse), batch_size=2)
     source = texts(tmp_path / "in.jsonl", *"abcdefgh", "long", "i")
-    with pytest.raises(InputTooLongError, match=r"\(in\.jsonl line 9\) is too long"):
+    with pytest.raises(BadRowsError, match=r"\(in\.jsonl line 9\) is too long.*KALM_TRUNCATE=end"):
         embed_corpus(source, tmp_path / "out", client, SMALL)
     finished = Manifest.read(tmp_path / "out")
     assert finished

@@ -284,6 +284,13 @@ class TestNetwork:
             with KalmClient(base_url=url, api_key=KEY, model=MODEL) as client:
                 assert np.allclose(client.embed(TEXTS).vectors, expected, atol=1e-3)
 
+    def test_https_to_a_server_of_plain_http(self, app: Any) -> None:
+        with serving(app) as url:
+            safe = url.replace("http://", "https://")
+            with KalmClient(base_url=safe, model=MODEL) as client:
+                with pytest.raises(ConfigurationError, match="begins with http://"):
+                    client.embed(TEXTS)
+
     def test_proxies_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with FaultyServer() as proxy:
             monkeypatch.setenv("HTTP_PROXY", proxy.url)
