@@ -65,7 +65,13 @@ class Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
         hint = did_you_mean(choice[1], re.findall("[^', ]+", choice[2])) if choice else ""
         said = message.removeprefix("argument ") + (f".{hint}" if hint else "")
+        if re.search("required: (COMMAND|WHAT)$", message):
+            said = f"name one of {', '.join(self._verbs())}."
         raise UsageError(self.prog, said)
+
+    def _verbs(self) -> list[str]:
+        actions = self._subparsers._group_actions if self._subparsers else []
+        return [verb for action in actions for verb in action.choices or ()]
 
     def _unknown(self, words: Sequence[str]) -> str:
         """Without values: one could be a key."""

@@ -51,6 +51,10 @@ def of_files(path: Path, column: str | None = None) -> Corpus:
     """
     if is_json_lines(path):
         return _of_json_lines(path, column or TEXT_COLUMN)
+    if path.suffix.lower() == ".parquet":
+        raise ConfigurationError(
+            f"--corpus: {path} is counted by `kalm embed {path} --dry-run --gpu GPU`, row by row."
+        )
     folder = path.is_dir()  # what is neither that nor a file can be read too: a pipe
     sizes: list[int] = []
     skipped: list[str] = []

@@ -197,10 +197,10 @@ class TestThePage:
 
 
 WRONG = [
-    ([], "kalm: the following arguments are required: COMMAND."),
-    (["--json"], "kalm: the following arguments are required: COMMAND."),
+    ([], "kalm: name one of quickstart, serve, deploy, doctor, embed, cost, eval."),
+    (["--json"], "kalm: name one of quickstart, serve, deploy, doctor, embed, cost, eval."),
     (["serv"], "Did you mean serve?"),
-    (["eval"], "kalm eval: the following arguments are required: WHAT."),
+    (["eval"], "kalm eval: name one of quantization."),
     (["eval", "quantisation"], "Did you mean quantization?"),
     (["eval", "quantization"], "kalm eval quantization: the following arguments are required: --b"),
     (["doctor", "--awake"], "kalm doctor: --awake: there is no such option. Did you mean --wake?"),

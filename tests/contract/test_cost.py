@@ -213,6 +213,13 @@ class TestCorpus:
         assert main(["cost", "--corpus", str(tmp_path / "a.jsonl")]) == 2
         assert f"a.jsonl {said}" in capfd.readouterr().err
 
+    def test_parquet_is_counted_by_the_command_that_reads_it(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "a.parquet").touch()
+        assert main(["cost", "--corpus", str(tmp_path / "a.parquet")]) == 2
+        assert "a.parquet --dry-run --gpu GPU`" in capfd.readouterr().err
+
     def test_that_markup_is_counted_is_said(self, cost: Cost, tmp_path: Path) -> None:
         for name, counted in (("a.csv", True), ("a.md", False)):
             (tmp_path / name).write_text("a,b,c\n" * 9)
