@@ -242,6 +242,13 @@ class InvalidResponseError(KalmError):
     remedy = "Do not store vectors of this service until it is mended."
 
 
+class JobFailedError(KalmError):
+    """A bulk job on Modal ended before all of it was embedded. What is finished stays."""
+
+    code = "job_failed"
+    remedy = "Mend what is named here; the same command then goes on with what is left."
+
+
 class IdentityMismatchError(KalmError):
     """The service's vectors are of another space than the client expects."""
 

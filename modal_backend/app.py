@@ -6,14 +6,16 @@ import asyncio
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import modal
 import modal.experimental
 from pydantic import SecretStr
 
+from kalm_integrations.bulk.on_modal import pool
 from modal_backend import jit_cache, rpc
 from modal_backend.engines import Engine
 from modal_backend.image import HF_VOLUME, JIT_VOLUME, image_of
@@ -32,6 +34,7 @@ api_key_secrets = (
     if settings.needs_bearer
     else []
 )
+bulk_volume = modal.Volume.from_name(settings.bulk_volume, create_if_missing=True, version=2)
 jit_volume = modal.Volume.from_name(settings.jit_cache_volume, create_if_missing=True)
 volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = (
     {
@@ -46,6 +49,47 @@ volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = (
 before_snapshot: Callable[[Any], Any] = (
     modal.enter(snap=True) if settings.snapshot != "off" else lambda hook: hook
 )
+
+
+class EngineContainer:
+    """A container with an engine that can be trusted; what it is used for, its classes say."""
+
+    @before_snapshot
+    async def prepare(self) -> None:
+        """Before the snapshot: everything that a restored container shall not do again."""
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self.life = Life(_load, settings.snapshot)
+        if settings.on_gpu:
+            await asyncio.to_thread(jit_cache.fetch)
+        await self.life.prepare()
+        # Not those of an engine that is not trusted: a wrong kernel would come back for ever.
+        trusted = self.life.failure is None
+        if settings.on_gpu and trusted and await asyncio.to_thread(jit_cache.store):
+            await jit_volume.commit.aio()  # type: ignore[no-untyped-call]
+        self.prepared()
+
+    @modal.enter(snap=False)
+    async def resume(self) -> None:
+        """After it."""
+        if settings.snapshot == "off":
+            await self.prepare()
+        await self.life.resume()
+        self.resumed()
+        self.watching = asyncio.create_task(
+            self.life.watch(modal.experimental.stop_fetching_inputs.aio)
+        )
+
+    @modal.exit()
+    async def close(self) -> None:
+        """Free the engine."""
+        self.watching.cancel()
+        await self.life.close()
+
+    def prepared(self) -> None:
+        """The engine is loaded; what is set up here lies in the snapshot."""
+
+    def resumed(self) -> None:
+        """The engine is awake, or out of order."""
 
 
 @app.cls(
@@ -65,28 +109,18 @@ before_snapshot: Callable[[Any], Any] = (
     experimental_options={"enable_gpu_snapshot": True} if settings.on_gpu else {},
 )
 @modal.concurrent(max_inputs=settings.concurrency, target_inputs=settings.concurrency // 2)
-class VLLMEmbeddingSnapshot:
+class VLLMEmbeddingSnapshot(EngineContainer):
     """One loaded engine behind two doors.
 
     All methods are async and run on one loop: a sync one would run in a thread, and cancelling
     it would kill the container.
     """
 
-    @before_snapshot
-    async def prepare(self) -> None:
-        """Before the snapshot: everything that a restored container shall not do again."""
+    def prepared(self) -> None:
+        """Build the doors."""
         from modal_backend.http_api import create_app
         from modal_backend.http_guard import BearerKeys
 
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        self.life = Life(_load, settings.snapshot)
-        if settings.on_gpu:
-            await asyncio.to_thread(jit_cache.fetch)
-        await self.life.prepare()
-        # Not those of an engine that is not trusted: a wrong kernel would come back for ever.
-        trusted = self.life.failure is None
-        if settings.on_gpu and trusted and await asyncio.to_thread(jit_cache.store):
-            await jit_volume.commit.aio()  # type: ignore[no-untyped-call]
         self.keys = BearerKeys([] if settings.needs_bearer else None)
         self.door = create_app(
             self.life.service,
@@ -95,25 +129,12 @@ class VLLMEmbeddingSnapshot:
             phases=self.life.phases,
         )
 
-    @modal.enter(snap=False)
-    async def resume(self) -> None:
-        """After it: secrets are read now, since those read before would be frozen in it."""
-        if settings.snapshot == "off":
-            await self.prepare()
+    def resumed(self) -> None:
+        """Read secrets now: those read before the snapshot would be frozen in it."""
         if settings.needs_bearer:
             # A Secret that has lost its key keeps everybody out; raising here would start another
             # container, and another.
             self.keys.accept([SecretStr(os.environ.get("KALM_API_KEY", ""))])
-        await self.life.resume()
-        self.watching = asyncio.create_task(
-            self.life.watch(modal.experimental.stop_fetching_inputs.aio)
-        )
-
-    @modal.exit()
-    async def close(self) -> None:
-        """Free the engine."""
-        self.watching.cancel()
-        await self.life.close()
 
     @modal.method()
     async def embed(self, sentences: list[str]) -> list[list[float]]:
@@ -139,6 +160,76 @@ class VLLMEmbeddingSnapshot:
     def http(self) -> Any:
         """The OpenAI-compatible door."""
         return self.door
+
+
+@app.cls(
+    image=image,
+    gpu=list(settings.gpu) if settings.on_gpu else None,
+    cpu=settings.cpu,
+    memory=settings.memory_mib,
+    volumes={**volumes, pool.VOLUME: bulk_volume},
+    region=settings.region,
+    scaledown_window=pool.SCALEDOWN_WINDOW,
+    startup_timeout=settings.startup_timeout,
+    retries=modal.Retries(max_retries=10, initial_delay=1.0),  # the worker itself gives up sooner
+    enable_memory_snapshot=settings.snapshot != "off",
+    experimental_options={"enable_gpu_snapshot": True} if settings.on_gpu else {},
+)
+# One shard is read and written while the other is embedded; a container each comes first.
+@modal.concurrent(max_inputs=2, target_inputs=1)
+class VLLMBulkEmbedding(EngineContainer):
+    """Shards of bulk jobs, in a pool of their own: queries to the service wait for none of them.
+
+    How many containers there may be, and how long a shard may take, is said by each job.
+    """
+
+    def resumed(self) -> None:
+        """Take note of who this container is: it may be another than before the snapshot."""
+        from modal_backend.bulk.worker import Container, Worker
+
+        self.worker = Worker(
+            _BulkVolume(),
+            Path.home() / PurePosixPath(pool.VOLUME).name,
+            self.life.service,
+            Container(
+                id=os.environ.get("MODAL_TASK_ID", ""),
+                started=time.time(),
+                gpu=",".join(settings.gpu) if settings.on_gpu else "",
+                dollars_per_second=settings.dollars_per_hour / 3600,
+                failure=self.life.failure,
+            ),
+            modal.experimental.stop_fetching_inputs.aio,
+        )
+
+    @modal.method()
+    async def embed_shard(self, job: str, run: str, number: int) -> str:
+        """Embed a shard of a job, for one of its runs; what became of it."""
+        return await self.worker.embed_shard(job, run, number)
+
+
+class _BulkVolume:
+    async def reload(self) -> None:
+        await bulk_volume.reload.aio()  # type: ignore[no-untyped-call]
+
+    async def commit(self) -> None:
+        await bulk_volume.commit.aio()  # type: ignore[no-untyped-call]
+
+
+@app.function(
+    image=image, cpu=2.0, memory=4096, volumes={pool.VOLUME: bulk_volume}, timeout=86_400, retries=2
+)
+def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
+    """Split a job's input that lies on Modal or in a bucket, and send its shards; see
+    `modal_backend.bulk.prepare`. Whoever calls it has the input mounted."""
+    from modal_backend.bulk.prepare import prepare
+
+    home = Path.home()
+    return prepare(
+        asked,
+        volume=home / PurePosixPath(pool.VOLUME).name,
+        mounted=home / PurePosixPath(pool.INPUT).name,
+        commit=bulk_volume.commit,
+    )
 
 
 async def _load() -> Engine:

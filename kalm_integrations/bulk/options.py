@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kalm_integrations.bulk.on_modal import options as on_modal
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.lines import TEXT_COLUMN
 from kalm_integrations.usage import add_json, number
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from kalm_integrations.bulk.scan import Scan
     from kalm_integrations.bulk.terms import Options
     from kalm_integrations.client import KalmClient
-    from kalm_integrations.usage import Verbs
+    from kalm_integrations.usage import Parser, Verbs
     from modal_backend.costs import Choice
 
 
@@ -32,6 +35,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "input",
         metavar="INPUT",
+        nargs="?",
         help="Parquet, JSON Lines, CSV (*.csv, *.tsv), text (*.txt, one text a line; *.md and "
         "*.rst, one text a file), a folder of such files, or a glob in quotes",
     )
@@ -77,14 +81,16 @@ def add(verbs: Verbs) -> None:
         help="say how much there is and what it costs; send nothing",
     )
     add_json(parser)
-    parser.set_defaults(run=run, extra="bulk")
+    on_modal.add(parser)
+    parser.set_defaults(run=partial(run, parser=parser), extra="bulk")
 
 
-def run(arguments: argparse.Namespace) -> bool:
+def run(arguments: argparse.Namespace, parser: Parser) -> bool:
     """Embed, or say what would be.
 
     Args:
         arguments: Those of `add`.
+        parser: That has read them.
 
     Returns:
         True: what fails is raised.
@@ -99,8 +105,10 @@ def run(arguments: argparse.Namespace) -> bool:
     from kalm_integrations.client import KalmClient
     from kalm_integrations.terminal import write
 
-    if arguments.output is None and not arguments.dry_run:
-        raise ConfigurationError("--output names the folder for the shards.")
+    on_modal.check(arguments, parser)
+    elsewhere = on_modal.concerns(arguments)
+    if elsewhere:
+        arguments.backend = "modal"
     gpu = _gpu(arguments)
     given = {name: getattr(arguments, name) for name in ("backend", "vector_dtype", "dimensions")}
     options = Options(
@@ -113,13 +121,15 @@ def run(arguments: argparse.Namespace) -> bool:
     screen = Progress(options.dollars_per_second)
     try:
         with KalmClient(**{name: value for name, value in given.items() if value}) as client:
-            if arguments.dry_run:
+            if elsewhere and not arguments.dry_run:
+                shown = on_modal.run(arguments, client, options)
+            elif arguments.dry_run:
                 found = estimate(arguments.input, client, options, screen)
                 said = _forecast(found, client, options, gpu)
                 shown = json.dumps(said, indent=2) if arguments.json else _forecast_text(said)
             else:
                 done = embed_corpus(arguments.input, arguments.output, client, options, screen)
-                shown = _outcome(done, Path(arguments.output), as_json=arguments.json)
+                shown = outcome(done, Path(arguments.output), as_json=arguments.json)
     finally:
         screen.close()
     write(shown)
@@ -194,7 +204,17 @@ def _forecast_text(said: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _outcome(done: Manifest, folder: Path, *, as_json: bool) -> str:
+def outcome(
+    done: Manifest, folder: Path, *, as_json: bool, more: Mapping[str, Any] | None = None
+) -> str:
+    """What is said of a job that has come to its end.
+
+    Args:
+        done: Its record.
+        folder: Its output.
+        as_json: As one document.
+        more: Further fields of that.
+    """
     from kalm_integrations.bulk import shards
     from kalm_integrations.bulk.screen import counted, duration
 
@@ -210,6 +230,7 @@ def _outcome(done: Manifest, folder: Path, *, as_json: bool) -> str:
             "dollars": done.dollars,
             "runs": done.runs,
             "identity": done.job.identity,
+            **(more or {}),
         }
         return json.dumps(content, indent=2)
     said = (

@@ -76,7 +76,7 @@ def scan(source: Source, truncate: Truncate, seen: Callable[[int], object]) -> S
     rows = bad = 0
     examples: list[str] = []
     for file in source.files:
-        files[source.name(file)] = _digest(file)
+        files[source.name(file)] = digest(file)
         for row in source.rows(file):
             if schema is None:
                 columns.see(row.columns)
@@ -126,6 +126,7 @@ def _first_of_each(keys: bytearray) -> NDArray[np.int64]:
     return first
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

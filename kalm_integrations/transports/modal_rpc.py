@@ -189,7 +189,7 @@ async def translated(work: Awaitable[T], settings: ClientSettings) -> T:
     except KalmError:
         raise
     except Exception as error:
-        raise _error(error, settings) from error
+        raise error_of(error, settings) from error
 
 
 _KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
@@ -217,8 +217,8 @@ _KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
 fits."""
 
 
-def _error(error: Exception, settings: ClientSettings) -> KalmError:
-    """`error` as ours.
+def error_of(error: Exception, settings: ClientSettings) -> KalmError:
+    """What Modal's client raised, as ours.
 
     The packed method returns its errors. What is not of Modal's client was raised in a container,
     and not by the method: it could not start, or has other code in it.

@@ -1,0 +1,167 @@
+"""`kalm embed --on modal`, `--status`, `--fetch` and `--cancel`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Final
+
+from kalm_integrations.bulk.lock import locked
+from kalm_integrations.bulk.manifest import Job
+from kalm_integrations.bulk.on_modal import follow, output, place, shown, submit
+from kalm_integrations.bulk.on_modal import remote as remotes
+from kalm_integrations.bulk.on_modal.place import Place, VolumeStore
+from kalm_integrations.bulk.on_modal.remote import Remote
+from kalm_integrations.bulk.on_modal.shown import Screen
+from kalm_integrations.bulk.on_modal.state import Reader, State
+from kalm_integrations.bulk.on_modal.submit import Local
+from kalm_integrations.bulk.terms import Options, Terms
+from kalm_integrations.client import KalmClient
+from kalm_integrations.errors import JobFailedError, KalmError
+
+CONTAINERS: Final = 4
+"""That may work at a time, if nothing is said."""
+
+
+def embed(
+    arguments: argparse.Namespace, client: KalmClient, options: Options, screen: Screen
+) -> tuple[str, State | None]:
+    """Send a job, or find it again; watch and fetch it, unless it is to be left alone.
+
+    Args:
+        arguments: Of the command.
+        client: Whose vectors are wanted.
+        options: Of the job.
+        screen: Is shown how it goes.
+
+    Returns:
+        The job's name, and its state at the end; None where nobody waited for that.
+
+    Raises:
+        JobFailedError: Shards failed, or the job was stopped.
+        KalmError: Modal failed, or the input cannot be embedded; nothing that is finished is lost.
+    """
+    there = place.find(client)
+    decided = Terms(
+        identity=_identity(client), vector_dtype=client.vector_dtype, truncate=client.truncate
+    )
+    folder = None if arguments.output is None else Path(arguments.output)
+    remote = Remote.read(arguments.input, arguments.bucket_secret)
+    containers = arguments.max_containers or CONTAINERS
+    if remote is None:
+        local = submit.scanned(arguments.input, options, decided, screen.scanned)
+        name = local.name
+        if folder is not None:
+            output.claim(folder, name, local.job)
+        _send(there, local, containers, screen)
+    else:
+        name = remote.job_name(options, decided)
+        if folder is not None:
+            output.claim(folder, name, None)
+        if not _at_work(there, there.store(name)):
+            remote.prepare(there, name, options, decided, containers)
+    screen.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
+    if arguments.detach or folder is None:
+        return name, None
+    store = there.store(name)
+    try:
+        while remote is not None and not remotes.prepared(there, store):
+            time.sleep(1.0)
+        state = follow.watch(there, name, screen.watched)
+    except KeyboardInterrupt:
+        screen.close()
+        screen.say(f"{name} goes on without you. {_ways(name)}")
+        raise
+    finally:
+        screen.close()
+    follow.check(name, state)
+    _fetch(store, name, state, folder, screen)
+    return name, state
+
+
+def _send(there: Place, local: Local, containers: int, screen: Screen) -> None:
+    """Upload and send what is neither finished nor at work."""
+    store = there.store(local.name)
+    state = Reader(store).read()
+    if state is None:
+        description = submit.upload(store, local, screen.uploaded)
+        state = State(description=description, finished={})
+    elif follow.alive(there, store, state):
+        return
+    if state.missing:
+        queue = there.queue(containers)
+        with place.translated(there.settings):
+            queue.send(store, local.name, state.description, state.missing)
+
+
+def _at_work(there: Place, store: VolumeStore) -> bool:
+    """Whether the input is being read, or the job's shards are waiting or running."""
+    state = Reader(store).read()
+    if state is not None and follow.alive(there, store, state):
+        return True
+    try:
+        return not remotes.prepared(there, store)
+    except KalmError:
+        return False  # of an earlier time: tried anew
+
+
+def status(word: str, client: KalmClient) -> tuple[str, State | None, bool]:
+    """A job's name, its state (None while its input is read), and whether Modal works at it."""
+    there, name = place.find(client), output.named(word)
+    store = there.store(name)
+    state = Reader(store).read()
+    if state is None:
+        if remotes.prepared(there, store):
+            state = Reader(store).read()
+        return name, state, True
+    return name, state, follow.alive(there, store, state)
+
+
+def fetch(word: str, folder: Path, client: KalmClient, screen: Screen) -> tuple[str, State]:
+    """Download what is finished.
+
+    Raises:
+        JobFailedError: There is no such job, or nothing of it yet.
+    """
+    there, name = place.find(client), output.named(word)
+    store = there.store(name)
+    state = Reader(store).read()
+    if state is None:
+        raise JobFailedError(f"{name} has nothing to fetch yet.")
+    _fetch(store, name, state, folder, screen)
+    return name, state
+
+
+def cancel(word: str, client: KalmClient) -> tuple[str, State]:
+    """Stop a job; what is finished stays."""
+    there, name = place.find(client), output.named(word)
+    return name, follow.cancel(there, name)
+
+
+def said(name: str, state: State | None, *, alive: bool, as_json: bool) -> str:
+    """What `--status`, `--cancel` and `--detach` print."""
+    if state is None:
+        waiting = {"job": name, "state": "preparing"}
+        return json.dumps(waiting, indent=2) if as_json else f"{name}: its input is being read"
+    if as_json:
+        return json.dumps(shown.as_data(name, state, alive=alive), indent=2)
+    return shown.as_text(name, state, alive=alive)
+
+
+def _fetch(store: VolumeStore, name: str, state: State, folder: Path, screen: Screen) -> None:
+    job: Job = state.description.job
+    output.claim(folder, name, job)
+    with locked(folder):
+        follow.fetch(store, state, folder, screen.fetched)
+
+
+def _identity(client: KalmClient) -> dict[str, object]:
+    declared = client.expected_space.declared
+    # Of a model that nobody described, only a container can tell.
+    return (client.vector_identity if declared else client.warm_up()).to_dict()
+
+
+def _ways(name: str) -> str:
+    return f"Come back with the same command, or `kalm embed --status {name}`, --fetch, --cancel."

@@ -1,0 +1,135 @@
+"""The deployment that a job runs in: what it says of itself without a container, and its Volume."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal.queue import Queue
+from kalm_integrations.errors import IdentityMismatchError, KalmError, NotDeployedError
+from kalm_integrations.settings import ClientSettings
+from kalm_integrations.transports.modal_rpc import error_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """An app on Modal that can run bulk jobs.
+
+    Attributes:
+        settings: With its name, its environment, and the vectors that are expected.
+        volume: Modal's handle of the Volume with the jobs.
+        volume_name: Its name.
+    """
+
+    settings: ClientSettings
+    volume: Any
+    volume_name: str
+
+    def queue(self, max_containers: int) -> Queue:
+        """Where this deployment takes shards."""
+        return Queue(
+            app_name=self.settings.app_name,
+            environment_name=self.settings.environment_name,
+            max_containers=max_containers,
+        )
+
+    def store(self, job: str) -> VolumeStore:
+        """A job's folder."""
+        return VolumeStore(self.volume, job, self.settings)
+
+
+def find(settings: ClientSettings) -> Place:
+    """The deployment that `settings` names. Starts no container.
+
+    Raises:
+        NotDeployedError: There is none, or one that is too old for bulk jobs.
+        IdentityMismatchError: Its vectors are not those that are expected.
+        ModalTokenError: Modal refused the token, or there is none.
+    """
+    import modal
+
+    from modal_backend.deploy import deployed_tags
+    from modal_backend.tags import BULK_TAG, IDENTITY_TAG
+
+    with translated(settings):
+        tags = deployed_tags(settings.app_name, settings.environment_name)
+    if tags is None or BULK_TAG not in tags:
+        what = "there is no" if tags is None else "this version takes no bulk jobs in"
+        raise NotDeployedError(f"{what} app {settings.app_name!r} on Modal.")
+    expected = settings.expected_space
+    if expected.declared and tags.get(IDENTITY_TAG) != expected.fingerprint:
+        raise IdentityMismatchError(
+            f"app {settings.app_name!r} was deployed for vectors of the space "
+            f"{tags.get(IDENTITY_TAG)}, and {expected.fingerprint} ({expected.model}) is expected."
+        )
+    volume = modal.Volume.from_name(
+        tags[BULK_TAG],
+        environment_name=settings.environment_name,
+        create_if_missing=True,
+        version=2,
+    )
+    return Place(settings, volume, tags[BULK_TAG])
+
+
+class VolumeStore:
+    """A job's folder through Modal's API: nothing is mounted here."""
+
+    def __init__(self, volume: Any, job: str, settings: ClientSettings) -> None:
+        self._volume = volume
+        self._folder = f"/{records.JOBS}/{job}"
+        self._settings = settings
+
+    def names(self, folder: str) -> dict[str, tuple[int, int]]:
+        import modal
+
+        with translated(self._settings):
+            try:
+                found = self._volume.listdir(f"{self._folder}/{folder}")
+            except modal.exception.NotFoundError:
+                return {}
+        return {PurePosixPath(entry.path).name: (entry.size, entry.mtime) for entry in found}
+
+    def read(self, path: str) -> bytes:
+        with translated(self._settings):
+            return b"".join(self._volume.read_file(f"{self._folder}/{path}"))
+
+    def write(self, files: Mapping[str, bytes | Path]) -> None:
+        with translated(self._settings), self._volume.batch_upload(force=True) as batch:
+            for name, content in files.items():
+                local = io.BytesIO(content) if isinstance(content, bytes) else content
+                batch.put_file(local, f"{self._folder}/{name}")
+
+    def download(self, path: str, file: IO[bytes], stopped: threading.Event) -> None:
+        """Copy a file's content, unless told to stop meanwhile."""
+        with translated(self._settings):
+            for block in self._volume.read_file(f"{self._folder}/{path}"):
+                if stopped.is_set():
+                    return
+                file.write(block)
+
+
+@contextmanager
+def translated(settings: ClientSettings) -> Iterator[None]:
+    """What Modal's client raises, as ours; our own and a disk's errors as they are.
+
+    Raises:
+        KalmError: Modal failed.
+    """
+    try:
+        yield
+    except (KalmError, OSError) as error:
+        if isinstance(error, KalmError | FileNotFoundError) or error.filename is not None:
+            raise
+        raise error_of(error, settings) from error
+    except Exception as error:
+        raise error_of(error, settings) from error
+
+
+Say = Callable[[str], None]
+"""Shows a line to whoever watches."""

@@ -1,0 +1,1 @@
+"""What the containers of bulk jobs do, without Modal."""

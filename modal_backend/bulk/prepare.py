@@ -1,0 +1,93 @@
+"""An input that lies on Modal or in a bucket: scanned, split and sent, without any laptop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from kalm_integrations.bulk import parts, scan, sources, terms
+from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal.queue import Queue
+from kalm_integrations.bulk.on_modal.state import Reader
+from kalm_integrations.bulk.on_modal.store import FolderStore
+from kalm_integrations.bulk.terms import Options, Terms
+from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
+from kalm_integrations.wire import error_fields
+
+log = logging.getLogger(__name__)
+_COMMIT_EVERY: Final = 64  # parts
+
+
+def prepare(
+    asked: Mapping[str, Any], *, volume: Path, mounted: Path, commit: Callable[[], None]
+) -> dict[str, Any]:
+    """Split the input, unless that is done, and send what is not finished.
+
+    Args:
+        asked: `Request.to_dict()` of `kalm_integrations.bulk.on_modal.remote`.
+        volume: Where the jobs' Volume is mounted.
+        mounted: Where the input is.
+        commit: Of the jobs' Volume.
+
+    Returns:
+        Nothing, or {"error": fields}: an exception would be logged by every hand, and tried
+        again.
+    """
+    try:
+        store = _Committed(volume / records.JOBS / asked["job"], commit)
+        description = _split(asked, store, mounted)
+        state = Reader(store).read()
+        if state is not None and state.missing:
+            Queue(**asked["queue"]).send(store, asked["job"], description, state.missing)
+        return {}
+    except KalmError as error:
+        return {"error": error_fields(error)}
+    except Exception as error:
+        log.exception("the input could not be prepared")
+        return {"error": error_fields(TransportError(f"{type(error).__name__}: {error}."))}
+
+
+class _Committed(FolderStore):
+    def __init__(self, folder: Path, commit: Callable[[], None]) -> None:
+        super().__init__(folder)
+        self.commit = commit
+
+    def write(self, files: Mapping[str, bytes | Path]) -> None:
+        super().write(files)
+        self.commit()
+
+
+def _split(asked: Mapping[str, Any], store: _Committed, mounted: Path) -> records.Description:
+    options, decided = Options(**asked["options"]), Terms(**asked["terms"])
+    source = sources.find(str(mounted / asked["path"]), options.text_column)
+    try:
+        before = records.Description.from_bytes(store.read(records.JOB))
+    except FileNotFoundError:
+        pass
+    else:
+        _check_unchanged(before, source, asked["job"])
+        return before
+    found = scan.scan(source, decided.truncate, lambda _: None)
+    terms.check(found, options)
+    parts.check_columns(found)
+    job = decided.job(source, found, options)
+    folder = store.folder / records.INPUT
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = []
+    for _, count in parts.split(source, found, job, folder):
+        tokens.append(count)
+        if len(tokens) % _COMMIT_EVERY == 0:
+            store.commit()
+    description = records.Description(job=job, tokens=tokens, source=asked["source"])
+    store.write({records.JOB: description.to_bytes()})
+    return description
+
+
+def _check_unchanged(before: records.Description, source: sources.Source, job: str) -> None:
+    if before.job.files != {source.name(file): scan.digest(file) for file in source.files}:
+        raise ConfigurationError(
+            f"{before.source} changed since {job} was begun, which goes on only as what it was: "
+            f"put the input under another path, or remove {records.JOBS}/{job} from the Volume."
+        )

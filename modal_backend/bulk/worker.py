@@ -1,0 +1,260 @@
+"""Shards of bulk jobs in one container: claimed, embedded by the engine beside it, written.
+
+Everything that touches the Volume runs under one lock, whole, even where its input is cancelled:
+a Volume cannot be reloaded while a file of it is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal.records import Attempt, Record, Stop
+from kalm_integrations.bulk.on_modal.state import Reader
+from kalm_integrations.bulk.on_modal.store import FolderStore
+from kalm_integrations.errors import (
+    InvalidInputError,
+    KalmError,
+    TransportError,
+)
+from kalm_integrations.identity import SpaceIdentity
+from modal_backend.bulk.embedding import Claim, embed
+from modal_backend.service import EmbeddingService
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Volume(Protocol):
+    """The part of Modal's that is needed."""
+
+    async def reload(self) -> None:
+        """See what others have committed."""
+        ...
+
+    async def commit(self) -> None:
+        """Have others see what was written here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """Who works.
+
+    Attributes:
+        id: Modal's.
+        started: When it was ready, seconds since 1970.
+        gpu: What it was asked to have.
+        dollars_per_second: Of it.
+        failure: What its engine was not trusted for when it started.
+    """
+
+    id: str
+    started: float
+    gpu: str
+    dollars_per_second: float
+    failure: KalmError | None = None
+
+
+class Worker:
+    """Takes shards, several at a time.
+
+    Args:
+        volume: Of the jobs.
+        root: Where it is mounted.
+        service: With the engine.
+        container: This one.
+        give_way: Has another container take the inputs from now on.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        root: Path,
+        service: EmbeddingService,
+        container: Container,
+        give_way: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._volume = volume
+        self._root = root / records.JOBS
+        self._service = service
+        self._container = container
+        self._give_way = give_way
+        self._lock = asyncio.Lock()
+        self._over: dict[str, str] = {}
+        """Runs that are known to be over, and why: their inputs need no look at the Volume."""
+
+    async def embed_shard(self, job: str, run: str, number: int) -> str:
+        """Embed one shard, unless that is done, or not wanted any more.
+
+        Returns:
+            What became of it, for the log.
+
+        Raises:
+            RuntimeError: It failed, and is to be tried again.
+        """
+        if run in self._over:
+            return self._over[run]
+        folder = self._root / job
+        claimed = await self._with_files(lambda: self._claim(folder, run, number), reload=True)
+        if isinstance(claimed, str):
+            return claimed
+        if claimed is None:
+            await self._give_way()
+            raise _for_modal(self._container.failure or TransportError("not trusted."))
+        try:
+            filling = await embed(self._service, claimed)
+        except Exception as error:
+            failure = error if isinstance(error, KalmError) else _unexpected(error)
+            log.exception("shard %d of %s failed", number, job)
+            if await self._with_files(lambda: self._failed(folder, run, number, failure)):
+                return "given up"
+            raise _for_modal(failure) from None
+
+        def finish() -> None:
+            shard = shards.write(folder, filling, claimed.job, claimed.part.columns)
+            attempts = self._attempts(folder, run, number)
+            record = Record(
+                shard=shard, attempts=attempts, finished=time.time(), gpu=self._container.gpu
+            )
+            FolderStore(folder).write(
+                {f"{records.RECORDS}/{records.record_name(number)}": records.to_bytes(record)}
+            )
+
+        await self._with_files(finish)
+        # The commit has brought what others wrote: of the last two shards one sees both.
+        if await self._with_files(lambda: _all_there(folder), commit=False):
+            await self._with_files(lambda: _write_manifest(folder))
+        return "finished"
+
+    async def _with_files(
+        self, work: Callable[[], T], *, reload: bool = False, commit: bool = True
+    ) -> T:
+        async def alone() -> T:
+            async with self._lock:
+                if reload:
+                    await self._volume.reload()
+                result = await asyncio.to_thread(work)
+                if commit:
+                    await self._volume.commit()
+                return result
+
+        return await asyncio.shield(asyncio.ensure_future(alone()))
+
+    # --- on a thread, with the files
+
+    def _claim(self, folder: Path, run: str, number: int) -> Claim | str | None:
+        """The shard's input; or why it is not wanted; None where this container cannot."""
+        store, here = FolderStore(folder), f"{records.RUNS}/{run}"
+        if unwanted := self._unwanted(store, run, number):
+            return unwanted
+        if self._container.failure is not None:
+            self._note_canary(store, here, self._container.failure)
+            return None
+        job = records.Description.from_bytes(store.read(records.JOB)).job
+        if self._service.failure is None and (differs := self._differs(job.identity)):
+            stop = Stop(reason="identity", message=differs)
+            store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
+            return self._ended(run, differs)
+        attempts = self._attempts(folder, run, number)
+        if len(attempts) >= records.MOST_ATTEMPTS:
+            lost = TransportError(
+                f"{len(attempts)} containers died, or were taken away, while they embedded it."
+            )
+            self._give_up(store, here, number, lost, attempts)
+            return "given up"
+        attempts.append(
+            Attempt(
+                container=self._container.id,
+                started=self._container.started,
+                at=time.time(),
+                dollars_per_second=self._container.dollars_per_second,
+            )
+        )
+        store.write({f"{here}/{records.attempts_name(number)}": records.to_bytes(attempts)})
+        (folder / shards.FOLDER).mkdir(exist_ok=True)
+        return Claim.read(folder / records.INPUT / shards.name_of(number), job, number)
+
+    def _unwanted(self, store: FolderStore, run: str, number: int) -> str:
+        """Why nothing is to be done; empty if something is."""
+        here = f"{records.RUNS}/{run}"
+        runs = sorted(store.names(records.RUNS))
+        if not runs or runs[-1] != run:
+            return self._ended(run, "a newer run has taken over")
+        if (store.folder / here / records.STOPPED).exists():
+            return self._ended(run, "the run was stopped")
+        if (store.folder / records.RECORDS / records.record_name(number)).exists():
+            return "finished before"
+        given_up = (store.folder / here / records.failed_name(number)).exists()
+        return "given up" if given_up else ""
+
+    def _failed(self, folder: Path, run: str, number: int, failure: KalmError) -> bool:
+        """Record it; whether the shard is given up."""
+        store, here = FolderStore(folder), f"{records.RUNS}/{run}"
+        attempts = self._attempts(folder, run, number)
+        attempts[-1] = replace(attempts[-1], error=str(failure))
+        hopeless = isinstance(failure, InvalidInputError)
+        if hopeless or len(attempts) >= records.MOST_ATTEMPTS:
+            self._give_up(store, here, number, failure, attempts)
+            return True
+        store.write({f"{here}/{records.attempts_name(number)}": records.to_bytes(attempts)})
+        return False
+
+    def _attempts(self, folder: Path, run: str, number: int) -> list[Attempt]:
+        path = folder / records.RUNS / run / records.attempts_name(number)
+        return records.read_attempts(path.read_bytes()) if path.exists() else []
+
+    def _give_up(
+        self, store: FolderStore, here: str, number: int, why: KalmError, attempts: list[Attempt]
+    ) -> None:
+        said = str(why).removesuffix(why.remedy).strip()
+        failure = records.Failure(code=why.code, message=said, attempts=attempts)
+        store.write({f"{here}/{records.failed_name(number)}": records.to_bytes(failure)})
+
+    def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> None:
+        said = str(failure).removesuffix(failure.remedy).strip()
+        store.write({f"{here}/canary-{self._container.id}.json": records.to_bytes({"said": said})})
+        found = [name for name in store.names(here) if name.startswith("canary-")]
+        if len(found) >= records.MOST_CANARIES:
+            message = f"{len(found)} containers could not be trusted, the last one said: {said}"
+            stop = Stop(reason="canary", message=message)
+            store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
+
+    def _differs(self, identity: dict[str, object]) -> str:
+        asked = SpaceIdentity.from_dict(identity["space"])  # type: ignore[arg-type]
+        served = self._service.identity
+        return "" if asked == served else f"the containers have {asked.differences(served)}"
+
+    def _ended(self, run: str, why: str) -> str:
+        self._over[run] = why
+        return why
+
+
+def _all_there(folder: Path) -> bool:
+    store = FolderStore(folder)
+    return len(store.names(records.RECORDS)) == len(store.names(records.INPUT))
+
+
+def _write_manifest(folder: Path) -> None:
+    """Twice it would be the same."""
+    state = Reader(FolderStore(folder)).read()
+    if state is not None and state.complete:
+        manifest = state.manifest()
+        shards.gather_rejected(folder, manifest.shards, keep=True)
+        manifest.write(folder)
+
+
+def _unexpected(error: Exception) -> KalmError:
+    return TransportError(f"{type(error).__name__}: {error}.")
+
+
+def _for_modal(failure: KalmError) -> RuntimeError:
+    """Ours would need this package, in this version, to be unpickled."""
+    return RuntimeError(f"{failure.code}: {failure}")
