@@ -8,16 +8,22 @@ restored    the same, of an engine that went through the snapshot
 load        it cannot be loaded
 connection  it computes nothing until a peer at the port PEER has answered, over a connection that
             it opened when it was loaded
+texts       as its texts say: one with "slow" waits for the file GATE, one with "refused" is refused
+            as only a model can, one with "poison" breaks the engine's call
 """
 
+import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import modal
 
 import modal_backend.app as product
+from kalm_integrations.bulk.on_modal import pool
+from kalm_integrations.errors import InvalidInputError, InvalidText
 from modal_backend import life
 from modal_backend.engines import Engine, EngineOutput
 
@@ -42,6 +48,8 @@ class FaultyEngine:
             self._peer.sendall(b"?")
             if self._peer.recv(1) != b"!":
                 raise ConnectionError("the peer has hung up")
+        if self._fault == "texts":
+            await act_on(args[0])
         output = await self._engine.embed(*args, **options)
         return EngineOutput(output.vectors / 2, output.tokens) if self._wrong else output
 
@@ -54,6 +62,16 @@ class FaultyEngine:
         await self._engine.close()
 
 
+async def act_on(texts: list[str]) -> None:
+    while any("slow" in text for text in texts) and not Path(os.environ["GATE"]).exists():
+        await asyncio.sleep(0.02)
+    refused = [InvalidText(n, "is refused") for n, text in enumerate(texts) if "refused" in text]
+    if refused:
+        raise InvalidInputError.of(refused)
+    if any("poison" in text for text in texts):
+        raise RuntimeError("the engine choked")
+
+
 async def load_faulty() -> FaultyEngine:
     fault = os.environ.get("FAULT", "")
     if fault == "load":
@@ -62,7 +80,7 @@ async def load_faulty() -> FaultyEngine:
 
 
 product._load = load_faulty
-app = modal.App(product.settings.app_name)
+app = modal.App(product.settings.app_name, tags=product.tags_of(product.settings))
 
 
 @app.cls(
@@ -77,3 +95,16 @@ app = modal.App(product.settings.app_name)
 @modal.concurrent(max_inputs=product.settings.concurrency)
 class VLLMEmbeddingSnapshot(product.VLLMEmbeddingSnapshot._get_user_cls()):
     """Defined here, so that containers import this module."""
+
+
+@app.cls(
+    image=product.image,
+    volumes={pool.VOLUME: product.bulk_volume},
+    scaledown_window=60,
+    startup_timeout=60,
+    retries=modal.Retries(max_retries=10, initial_delay=1.0),
+    enable_memory_snapshot=True,
+)
+@modal.concurrent(max_inputs=2, target_inputs=1)
+class VLLMBulkEmbedding(product.VLLMBulkEmbedding._get_user_cls()):
+    """The same."""
