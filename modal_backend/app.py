@@ -224,6 +224,10 @@ def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
     from modal_backend.bulk.prepare import prepare
 
     home = Path.home()
+    bulk_volume.reload()  # a warm container has what was there when it started
+    if asked["volume"] is not None:
+        environment = asked["queue"]["environment_name"]
+        modal.Volume.from_name(asked["volume"], environment_name=environment).reload()
     return prepare(
         asked,
         volume=home / PurePosixPath(pool.VOLUME).name,

@@ -109,6 +109,10 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
     elsewhere = on_modal.concerns(arguments)
     if elsewhere:
         arguments.backend = "modal"
+        if arguments.dry_run and arguments.gpu is None:
+            from modal_backend.settings import DeploySettings
+
+            (arguments.gpu,) = DeploySettings.model_fields["gpu"].default
     gpu = _gpu(arguments)
     given = {name: getattr(arguments, name) for name in ("backend", "vector_dtype", "dimensions")}
     options = Options(
@@ -125,7 +129,7 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
                 shown = on_modal.run(arguments, client, options)
             elif arguments.dry_run:
                 found = estimate(arguments.input, client, options, screen)
-                said = _forecast(found, client, options, gpu)
+                said = _forecast(found, client, options, gpu, elsewhere)
                 shown = json.dumps(said, indent=2) if arguments.json else _forecast_text(said)
             else:
                 done = embed_corpus(arguments.input, arguments.output, client, options, screen)
@@ -151,7 +155,7 @@ def _gpu(arguments: argparse.Namespace) -> Choice | None:
 
 
 def _forecast(
-    found: Scan, client: KalmClient, options: Options, gpu: Choice | None
+    found: Scan, client: KalmClient, options: Options, gpu: Choice | None, elsewhere: bool
 ) -> dict[str, Any]:
     bytes_each = {"float16": 2, "float32": 4}[client.vector_dtype]
     kept = found.rows - (found.bad if options.on_error == "skip" else 0)
@@ -177,6 +181,11 @@ def _forecast(
             "hours": job.hours,
             "dollars": job.dollars,
         }
+        if elsewhere:
+            from kalm_integrations.bulk.on_modal.forecast import forecasts
+
+            del said["hours"], said["dollars"]
+            said["on_modal"] = forecasts(gpu, found.tokens, said["shards"])
     return said
 
 
@@ -190,7 +199,16 @@ def _forecast_text(said: dict[str, Any]) -> str:
         lines.append(
             f"{said['vector_bytes'] / 2**30:,.2f} GiB of vectors, in {said['shards']:,} shards"
         )
-    if "gpu" in said:
+    if "on_modal" in said:
+        from kalm_integrations.bulk.on_modal.forecast import as_text
+
+        how = "measured" if said["measured"] else "calculated"
+        lines.append(
+            f"on Modal, on {said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), each "
+            "container's start and the wait at its end included:"
+        )
+        lines += as_text(said["on_modal"])
+    elif "gpu" in said:
         from kalm_integrations.bulk.screen import duration
 
         how = "measured" if said["measured"] else "calculated"

@@ -156,8 +156,9 @@ class Worker:
         if unwanted := self._unwanted(store, run, number):
             return unwanted
         if self._container.failure is not None:
-            self._note_canary(store, here, self._container.failure)
-            return None
+            stopped = self._note_canary(store, here, self._container.failure)
+            # It is this container that sees the run's other inputs off: another would be paid.
+            return self._ended(run, "the run was stopped") if stopped else None
         job = records.Description.from_bytes(store.read(records.JOB)).job
         if self._service.failure is None and (differs := self._differs(job.identity)):
             stop = Stop(reason="identity", message=differs)
@@ -218,14 +219,17 @@ class Worker:
         failure = records.Failure(code=why.code, message=said, attempts=attempts)
         store.write({f"{here}/{records.failed_name(number)}": records.to_bytes(failure)})
 
-    def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> None:
+    def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> bool:
+        """Record it; whether it was one too many."""
         said = str(failure).removesuffix(failure.remedy).strip()
         store.write({f"{here}/canary-{self._container.id}.json": records.to_bytes({"said": said})})
         found = [name for name in store.names(here) if name.startswith("canary-")]
-        if len(found) >= records.MOST_CANARIES:
-            message = f"{len(found)} containers could not be trusted, the last one said: {said}"
-            stop = Stop(reason="canary", message=message)
-            store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
+        if len(found) < records.MOST_CANARIES:
+            return False
+        message = f"{len(found)} containers could not be trusted, the last one said: {said}"
+        stop = Stop(reason="canary", message=message)
+        store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
+        return True
 
     def _differs(self, identity: dict[str, object]) -> str:
         asked = SpaceIdentity.from_dict(identity["space"])  # type: ignore[arg-type]

@@ -25,6 +25,8 @@ from modal_emulator import Emulator
 from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import Options, embed_corpus, read
 from kalm_integrations.bulk.manifest import Manifest
+from kalm_integrations.bulk.on_modal import submit
+from kalm_integrations.bulk.on_modal.place import VolumeStore
 from kalm_integrations.profiles import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
@@ -60,12 +62,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def faulty(emulator: Emulator, gate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """Jobs go to the faulty app, whose gate is closed; none of its containers is left behind."""
+    """Jobs go to the faulty app, whose gate is closed until the test opens it, or ends."""
     monkeypatch.setenv("KALM_APP_NAME", FAULTY)
     gate.unlink(missing_ok=True)
     yield emulator
-    while emulator.running(f"{FAULTY}/{POOL}"):
-        emulator.kill(f"{FAULTY}/{POOL}")
+    gate.touch()
 
 
 @pytest.fixture
@@ -96,7 +97,9 @@ def corpus(path: Path, rows: int = 400, seed: int = 0, **special: str) -> Path:
 
 
 def on_modal(source: Any, out: Path, *more: Any) -> list[Any]:
-    return [source, "--output", out, "--on", "modal", "--shard-rows", SHARD, *more]
+    """With one container at a time, if nothing else is said: jobs one after another share it."""
+    fixed = ["--on", "modal", "--shard-rows", SHARD, "--max-containers", 1]
+    return [source, "--output", out, *fixed, *more]
 
 
 def local(source: Path, out: Path, **options: Any) -> Path:
@@ -185,13 +188,13 @@ def test_killed_mid_shard_while_the_service_answers_at_once(
     faulty: Emulator, gate: Path, kalm: Any, tmp_path: Path
 ) -> None:
     source = slow(tmp_path / "in.jsonl")
-    job = sent(kalm, *on_modal(source, tmp_path / "out"), "--max-containers", 1)
+    job = sent(kalm, *on_modal(source, tmp_path / "out"))
     faulty.wait(lambda: finished(faulty, job) == 4, timeout=60)
     # Shards wait in their own queue, and in their own containers: a query meets none of them.
     with KalmClient(backend="modal", timeout=60) as client:
         client.embed(["a query"], role="query")
     assert faulty.starts(f"{FAULTY}/VLLMEmbeddingSnapshot") == 1
-    assert faulty.starts(f"{FAULTY}/{POOL}") == 1
+    assert len(faulty.running(f"{FAULTY}/{POOL}")) == 1
     victim = faulty.kill(f"{FAULTY}/{POOL}")
     assert finished(faulty, job) == 4
     gate.touch()
@@ -208,7 +211,7 @@ def test_killed_mid_shard_while_the_service_answers_at_once(
 
 def test_redeployed_mid_job(faulty: Emulator, gate: Path, kalm: Any, tmp_path: Path) -> None:
     source = slow(tmp_path / "in.jsonl", seed=1)
-    job = sent(kalm, *on_modal(source, tmp_path / "out", "--max-containers", 1))
+    job = sent(kalm, *on_modal(source, tmp_path / "out"))
     faulty.wait(lambda: finished(faulty, job) == 4, timeout=60)
     variables = {"KALM_DEPLOY_ENGINE": "embedded", "KALM_DEPLOY_APP_NAME": FAULTY}
     faulty.deploy(FAULTY_APP, cwd=ROOT, env={**variables, "KALM_DEPLOY_TIMEOUT": "500"})
@@ -246,8 +249,8 @@ def test_two_jobs_at_once_one_cancelled_and_resumed(
     sources = [slow(tmp_path / f"{seed}.jsonl", seed=seed) for seed in (3, 4)]
     outs = [tmp_path / "out 3", tmp_path / "out 4"]
     jobs = [
-        sent(kalm, *on_modal(source, out, "--max-containers", 1))
-        for source, out in zip(sources, outs, strict=True)
+        sent(kalm, *on_modal(source, out, "--max-containers", number))  # in pools of their own
+        for number, (source, out) in enumerate(zip(sources, outs, strict=True), 1)
     ]
     assert len(set(jobs)) == 2
     faulty.wait(lambda: all(finished(faulty, job) == 4 for job in jobs), timeout=60)
@@ -269,14 +272,21 @@ def test_two_jobs_at_once_one_cancelled_and_resumed(
     assert "holds another job" in refused
 
 
+def end_containers(emulator: Emulator) -> None:
+    """So that the next ones are as the options say."""
+    while emulator.running(f"{FAULTY}/{POOL}"):
+        emulator.kill(f"{FAULTY}/{POOL}")
+
+
 # -- what fails --------------------------------------------------------------------------------
 def test_containers_that_cannot_be_trusted_end_the_job_and_not_the_money(
     faulty: Emulator, kalm: Any, tmp_path: Path
 ) -> None:
     source, out = corpus(tmp_path / "in.jsonl", seed=5), tmp_path / "out"
+    end_containers(faulty)
     before = faulty.starts(f"{FAULTY}/{POOL}")
     with faulty.changed(container_env={"FAULT": "always"}):
-        said = kalm(*on_modal(source, out, "--max-containers", 1), status=1)[1]
+        said = kalm(*on_modal(source, out), status=1)[1]
     assert "was stopped (canary): 3 containers could not be trusted" in said
     assert "vectors of length 0.5000" in said
     assert faulty.starts(f"{FAULTY}/{POOL}") == before + 3
@@ -293,10 +303,10 @@ def test_a_poisoned_shard_is_reported_after_the_others_and_tried_again_later(
     assert "part-000002.parquet (rows 100 to 149, tried 4 times): unexpected: " in said
     assert "RuntimeError: the engine choked" in said
     assert "7 of 8 shards are finished" in said
-    while faulty.running(f"{FAULTY}/{POOL}"):
-        faulty.kill(f"{FAULTY}/{POOL}")
+    end_containers(faulty)
     with faulty.changed(container_env={}):  # mended
         kalm(*on_modal(source, out))
+    end_containers(faulty)
     assert same(out, local(source, tmp_path / "local"))
 
 

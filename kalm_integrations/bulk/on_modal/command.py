@@ -89,6 +89,7 @@ def _send(there: Place, local: Local, containers: int, screen: Screen) -> None:
         description = submit.upload(store, local, screen.uploaded)
         state = State(description=description, finished={})
     elif follow.alive(there, store, state):
+        screen.say(f"{local.name} runs already")
         return
     if state.missing:
         queue = there.queue(containers)

@@ -89,6 +89,7 @@ class Remote:
         asked = {
             "job": job,
             "path": self.path,
+            "volume": self.name if self.scheme == "modal" else None,
             "source": self.typed,
             "options": _deciding(options),
             "terms": asdict(decided),

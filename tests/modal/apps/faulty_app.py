@@ -16,7 +16,6 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import modal
@@ -63,7 +62,7 @@ class FaultyEngine:
 
 
 async def act_on(texts: list[str]) -> None:
-    while any("slow" in text for text in texts) and not Path(os.environ["GATE"]).exists():
+    while any("slow" in text for text in texts) and not os.access(os.environ["GATE"], os.F_OK):
         await asyncio.sleep(0.02)
     refused = [InvalidText(n, "is refused") for n, text in enumerate(texts) if "refused" in text]
     if refused:
