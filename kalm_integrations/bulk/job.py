@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.lock import locked

@@ -18,7 +18,9 @@ NAMED = {
     "modal_backend.settings": {"kalm_integrations.settings.DEFAULT_APP"},
 }
 """What crosses to the client beside the shared words."""
-CLIENTS = {"modal_backend.proof"}
+CLIENTS = {"modal_backend.proof", "modal_backend.bulk.embedding"}
+CORPORA = ("entrances", "bulk jobs")
+"""Layers of the backend that share the modules of bulk jobs with the commands."""
 
 
 def layers(package: str) -> list[tuple[str, list[str]]]:
@@ -116,6 +118,7 @@ def test_what_crosses_between_the_packages(module: str) -> None:
             continue
         if package == "modal_backend":
             shared = their_layer in ("shared words", "names")
+            shared |= their_layer == "corpora" and layer in CORPORA
             assert shared or imported in NAMED.get(module, ()), imported
         else:
             assert module == "kalm_integrations.transports.in_process", imported

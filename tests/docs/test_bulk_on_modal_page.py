@@ -1,0 +1,43 @@
+"""docs/bulk-on-modal.md: its calculation is the code's, its names are those of the records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kalm_integrations.bulk.on_modal import follow, pool, records
+from kalm_integrations.bulk.on_modal.command import CONTAINERS
+from kalm_integrations.bulk.on_modal.forecast import large_table
+from modal_backend.settings import DeploySettings
+
+PAGE = (Path(__file__).parents[2] / "docs" / "bulk-on-modal.md").read_text()
+
+
+@pytest.mark.parametrize("documents", [10_000_000, 1_000_000_000])
+def test_the_calculation_is_what_the_function_says(documents: int) -> None:
+    assert large_table(documents) in PAGE
+
+
+def test_figures_of_the_limits() -> None:
+    shards = -(-1_000_000_000 // 8192)
+    assert f"{shards:,}; sent in {-(-shards // 512)} requests of 512" in PAGE
+    rows = re.findall(r"^ +(\d+) +([\d,.]+) +([\d.]+) .* ([\d.]+) +([\d.]+)$", PAGE, re.M)
+    by_containers = {row[0]: row for row in rows[4:]}
+    assert f"{by_containers['64'][2]} days. With 4 containers it takes" in PAGE
+    assert f"it takes {by_containers['4'][2]}:" in PAGE
+    assert f"{float(by_containers['64'][4]):.0f} MB/s written" in PAGE
+    assert f"| {float(by_containers['64'][3]):.1f} a second |" in PAGE
+
+
+def test_numbers_and_names() -> None:
+    assert f"`--max-containers` (default {CONTAINERS})" in PAGE
+    assert f"up to {records.MOST_ATTEMPTS} times" in PAGE
+    assert records.MOST_CANARIES == 3
+    assert "after three of them the job stops" in PAGE
+    assert f"the {pool.SCALEDOWN_WINDOW} seconds for which it waits" in PAGE
+    assert f"`{DeploySettings.model_fields['bulk_volume'].default}`" in PAGE
+    layout = PAGE.split("## In the Volume")[1]
+    for name in (records.JOB, records.INPUT, records.RECORDS, records.RUNS, follow.shards.FOLDER):
+        assert name in layout
