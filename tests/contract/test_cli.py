@@ -127,10 +127,14 @@ class TestHelp:
     def test_no_option_takes_a_secret(self) -> None:
         """It would be seen by everybody who lists processes."""
         suspicious = {option for option in USED_BY if re.search("key|token|secret|passw", option)}
-        counts, names = {"--tokens", "--tokens-per-text"}, {"--api-key-secret", "--hf-secret"}
+        counts, names = (
+            {"--tokens", "--tokens-per-text"},
+            {"--api-key-secret", "--hf-secret", "--bucket-secret"},
+        )
         assert suspicious == counts | names
         for option in names:
-            assert "The Modal Secret that holds" in OPTIONS["deploy"][option].help
+            command = "embed" if option == "--bucket-secret" else "deploy"
+            assert "he Modal Secret that holds" in OPTIONS[command][option].help
 
 
 class TestThePage:

@@ -155,6 +155,18 @@ class TestDeployRequest:
         download = emulator.function("defaults/download_model_weights").definition
         assert download.timeout_secs == 1200
         assert not download.resources.gpu_config.gpu_type
+        bulk = emulator.function("defaults/VLLMBulkEmbedding").definition
+        assert bulk.resources.memory_mb == made.resources.memory_mb
+        assert (bulk.max_concurrent_inputs, bulk.target_concurrent_inputs) == (2, 1)
+        assert (bulk.task_idle_timeout_secs, bulk.retry_policy.retries) == (60, 10)
+        assert not bulk.method_definitions["embed_shard"].webhook_config.requires_proxy_auth
+        assert {mount.mount_path for mount in bulk.volume_mounts} == {
+            "/root/.cache/huggingface",
+            "/root/.cache/vllm-jit",
+            "/root/kalm-bulk",
+        }
+        split = emulator.function("defaults/prepare_bulk").definition
+        assert not split.resources.gpu_config.gpu_type
         image = emulator.image(f"defaults/{CLASS}")
         assert {"vllm==0.32.0", "torch==2.13.0", "hf-xet==1.8.0", "hf_transfer==0.1.9"} <= set(
             image.packages
@@ -180,6 +192,7 @@ class TestDeployRequest:
             region="eu",
             hf_cache_volume="weights",
             jit_cache_volume="kernels",
+            bulk_volume="jobs",
         )
         made = function.definition
         assert gpu_choices(function.request) == ["H100!", "L40S"]
@@ -196,6 +209,7 @@ class TestDeployRequest:
         assert download.secret_ids != made.secret_ids
         assert emulator.volume("weights").exists()
         assert emulator.volume("kernels").exists()
+        assert emulator.volume("jobs").exists()
 
     def test_a_secret_without_the_key_is_refused_at_once(
         self, deployed: Any, emulator: Emulator

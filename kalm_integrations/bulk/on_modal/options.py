@@ -40,12 +40,11 @@ def add(parser: Parser) -> None:
     )
     modal.add_argument("--detach", action="store_true", help="send the job, and wait for nothing")
     modal.add_argument(
-        "--bucket-secret", metavar="NAME", help="the Modal Secret with the bucket's credentials"
+        "--bucket-secret", metavar="NAME", help="the Modal Secret that holds the bucket's keys"
     )
-    jobs = modal.add_mutually_exclusive_group()
-    jobs.add_argument("--status", metavar="JOB", help="say how far a job is, and what it costs")
-    jobs.add_argument("--fetch", metavar="JOB", help="download what is finished into --output")
-    jobs.add_argument(
+    modal.add_argument("--status", metavar="JOB", help="say how far a job is, and what it costs")
+    modal.add_argument("--fetch", metavar="JOB", help="download what is finished into --output")
+    modal.add_argument(
         "--cancel", metavar="JOB", help="stop a job; the command that began it resumes it"
     )
 

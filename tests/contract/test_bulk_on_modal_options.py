@@ -1,0 +1,152 @@
+"""`kalm embed` about Modal: what goes with what, and what a dry run says. Asks nobody."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalm_integrations import cli
+from kalm_integrations.bulk import parts
+from kalm_integrations.bulk.on_modal import output, records
+from kalm_integrations.bulk.on_modal.remote import Remote
+from kalm_integrations.bulk.on_modal.submit import scanned
+from kalm_integrations.bulk.terms import Options, Terms
+from kalm_integrations.errors import ConfigurationError
+
+JOB = "embed-0123456789abcdef"
+TERMS = Terms(identity={}, vector_dtype="float16", truncate="error")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("in.jsonl --output o --detach", "--detach is for --on modal"),
+        ("in.jsonl --output o --max-containers 2", "--max-containers is for --on modal"),
+        ("s3://b/x --output o", "s3://b/x can be read with --on modal only"),
+        ("in.jsonl --output o --on modal --backend local", "does not go with --backend local"),
+        ("in.jsonl --output o --on modal --gpu H100", "--gpu goes with --dry-run"),
+        ("in.jsonl --on modal", "--output names the folder"),
+        ("in.jsonl --on modal --output o --bucket-secret s", "--bucket-secret is for s3://"),
+        ("modal://v/x --on modal --dry-run", "--dry-run does not go with modal://v/x"),
+        ("in.jsonl --on modal --dry-run --detach", "--dry-run does not go with --detach"),
+        ("modal://v --on modal --output o", "is not like modal://VOLUME/path"),
+        ("s3://b/../c --on modal --output o", "is not like modal://VOLUME/path"),
+        (f"--status {JOB} --output o", "--status does not go with --output"),
+        (f"--status {JOB} --cancel {JOB}", "does not go with"),
+        (f"--cancel {JOB} in.jsonl", "--cancel does not go with INPUT"),
+        (f"--fetch {JOB}", "--fetch needs --output"),
+        ("--output o", "INPUT is missing"),
+        ("--status nothing-of-ours", "is neither a job's name"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(
+    command: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr("kalm_integrations.bulk.on_modal.place.find", lambda _: None)
+    assert cli.main(["embed", *command.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_dry_run_says_what_containers_would_take(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": f"text {n} " * 400}) + "\n" for n in range(64)))
+    command = ["embed", str(source), "--on", "modal", "--dry-run", "--shard-rows", "8"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "on Modal, on A100-40GB (" in shown
+    assert [line.split()[0] for line in shown.splitlines()[-4:]] == ["containers", "1", "4", "8"]
+    assert cli.main([*command, "--gpu", "H100", "--json"]) == 0
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    one, four, eight = said["on_modal"]
+    assert [row["containers"] for row in (one, four, eight)] == [1, 4, 8]  # no more than shards
+    assert one["hours"] > four["hours"] > eight["hours"]
+    assert one["dollars"] < four["dollars"] < eight["dollars"]
+    assert said["gpu"] == "H100"
+
+
+VALUES = st.one_of(
+    st.none(), st.text(max_size=6), st.integers(-3, 3), st.booleans(), st.lists(st.text(max_size=2))
+)
+
+
+@given(rows=st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=25), size=st.integers(1, 7))
+def test_parts_have_every_row_once_with_its_text_or_its_reason(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[Any, Any]], size: int
+) -> None:
+    good = [isinstance(text, str) and bool(text.strip()) for text, _ in rows]
+    folder = tmp_path_factory.mktemp("parts")
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": t, "more": m}) + "\n" for t, m in rows))
+    options = Options(shard_rows=size, on_error="null")
+    if not any(good):
+        return
+    local = scanned(str(source), options, TERMS, lambda _: None)
+    row = 0
+    for path, tokens in parts.split(local.source, local.found, local.job, folder):
+        part = parts.read(path, "text")
+        texts = dict(part.texts)
+        for n, place in enumerate(part.places):
+            assert place == f"in.jsonl line {row + 1}"
+            assert texts.get(n) == (rows[row][0] if good[row] else None)
+            assert (n in part.reasons) == (not good[row])
+            row += 1
+        assert part.columns.schema.equals(local.found.schema)
+        assert (tokens > 0) == bool(texts)
+    assert row == len(rows)
+
+
+def test_columns_with_our_names_are_refused(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "kalm:place": ["b"]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(ConfigurationError, match="names that begin with 'kalm:' are ours"):
+        scanned(str(tmp_path / "in.parquet"), Options(), TERMS, lambda _: None)
+
+
+def test_a_job_s_name_follows_from_what_decides_its_output(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "in.jsonl").write_text('{"text": "a"}\n')
+
+    def name(where: str = "in.jsonl", **changed: Any) -> str:
+        return scanned(str(tmp_path / where), Options(**changed), TERMS, lambda _: None).name
+
+    assert records.is_job_name(name())
+    assert name() == name("elsewhere/in.jsonl") == name(dollars_per_second=1.0)
+    assert len({name(), name(shard_rows=5), name(on_error="skip"), name(id_column="text")}) == 4
+    remote = Remote.read("s3://b/x", None)
+    assert remote is not None
+    same, other = (
+        Remote.read(f"s3://b/{path}", secret) for path, secret in (("x", "s"), ("y", None))
+    )
+    assert same is not None
+    assert other is not None
+    names = [r.job_name(Options(), TERMS) for r in (remote, same, other)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
+    output.claim(tmp_path / "out", JOB, None)
+    output.claim(tmp_path / "out", JOB, None)
+    assert output.named(str(tmp_path / "out")) == JOB
+    with pytest.raises(ConfigurationError, match=f"holds {JOB}"):
+        output.claim(tmp_path / "out", "embed-ffffffffffffffff", None)
+    (tmp_path / "of somebody" / "shards").mkdir(parents=True)
+    (tmp_path / "of somebody" / "shards" / "part-000000.parquet").touch()
+    with pytest.raises(ConfigurationError, match="shards of another job"):
+        output.claim(tmp_path / "of somebody", JOB, None)
