@@ -19,6 +19,7 @@ from kalm_integrations.bulk.on_modal import records
 from kalm_integrations.bulk.on_modal.records import Attempt, Record, Stop
 from kalm_integrations.bulk.on_modal.state import Reader
 from kalm_integrations.bulk.on_modal.store import FolderStore
+from kalm_integrations.bulk.shards import Filling
 from kalm_integrations.errors import (
     InvalidInputError,
     KalmError,
@@ -111,24 +112,13 @@ class Worker:
             raise _for_modal(self._container.failure or TransportError("not trusted."))
         try:
             filling = await embed(self._service, claimed)
+            await self._with_files(lambda: self._finish(folder, run, claimed, filling))
         except Exception as error:
             failure = error if isinstance(error, KalmError) else _unexpected(error)
             log.exception("shard %d of %s failed", number, job)
             if await self._with_files(lambda: self._failed(folder, run, number, failure)):
                 return "given up"
             raise _for_modal(failure) from None
-
-        def finish() -> None:
-            shard = shards.write(folder, filling, claimed.job, claimed.part.columns)
-            attempts = self._attempts(folder, run, number)
-            record = Record(
-                shard=shard, attempts=attempts, finished=time.time(), gpu=self._container.gpu
-            )
-            FolderStore(folder).write(
-                {f"{records.RECORDS}/{records.record_name(number)}": records.to_bytes(record)}
-            )
-
-        await self._with_files(finish)
         # The commit has brought what others wrote: of the last two shards one sees both.
         if await self._with_files(lambda: _all_there(folder), commit=False):
             await self._with_files(lambda: _write_manifest(folder))
@@ -195,6 +185,17 @@ class Worker:
             return "finished before"
         given_up = (store.folder / here / records.failed_name(number)).exists()
         return "given up" if given_up else ""
+
+    def _finish(self, folder: Path, run: str, claimed: Claim, filling: Filling) -> None:
+        shard = shards.write(folder, filling, claimed.job, claimed.part.columns)
+        record = Record(
+            shard=shard,
+            attempts=self._attempts(folder, run, claimed.number),
+            finished=time.time(),
+            gpu=self._container.gpu,
+        )
+        name = f"{records.RECORDS}/{records.record_name(claimed.number)}"
+        FolderStore(folder).write({name: records.to_bytes(record)})
 
     def _failed(self, folder: Path, run: str, number: int, failure: KalmError) -> bool:
         """Record it; whether the shard is given up."""

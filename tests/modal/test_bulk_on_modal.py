@@ -398,7 +398,10 @@ def test_an_input_in_a_bucket(emulator: Emulator, kalm: Any, tmp_path: Path) -> 
     there = emulator.bucket("crawl") / "2026"
     there.mkdir()
     for seed in (12, 13):
-        corpus(there / f"{seed}.jsonl", rows=100, seed=seed)
-    out = tmp_path / "out"
-    kalm(*on_modal("s3://crawl/2026", out, "--bucket-secret", "bucket-key"))
-    assert same(out, local(there, tmp_path / "local"))
+        corpus(there / f"{seed}.jsonl", rows=100, seed=seed, r5=" ")
+    out, options = tmp_path / "out", ["--bucket-secret", "bucket-key"]
+    said = kalm(*on_modal("s3://crawl/2026", out, *options), status=1)[1]
+    assert "2 of 200 rows cannot be embedded: 12.jsonl line 6 is white space only" in said
+    kalm(*on_modal("s3://crawl/2026", out / "skipped", *options, "--on-error", "skip"))
+    assert same(out / "skipped", local(there, tmp_path / "local", on_error="skip"))
+    assert pq.read_table(out / "skipped" / "rejected.parquet")["row"].to_pylist() == [5, 105]

@@ -156,13 +156,15 @@ def fetch(store: VolumeStore, state: State, folder: Path, said: Callable[[int, i
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             with temporary.open("wb") as file:
-                store.download(path, file, stopped)
-                if size is not None and file.tell() != size and not stopped.is_set():
+                for block in store.blocks(path):
+                    if stopped.is_set():
+                        return
+                    file.write(block)
+                if size is not None and file.tell() != size:
                     raise InvalidResponseError(
                         f"{path} came with {file.tell():,} bytes, and its record says {size:,}."
                     )
-            if not stopped.is_set():
-                rename(temporary, target)
+            rename(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 

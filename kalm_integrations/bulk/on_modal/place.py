@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from kalm_integrations.bulk.on_modal import records
 from kalm_integrations.bulk.on_modal.queue import Queue
@@ -105,13 +104,10 @@ class VolumeStore:
                 local = io.BytesIO(content) if isinstance(content, bytes) else content
                 batch.put_file(local, f"{self._folder}/{name}")
 
-    def download(self, path: str, file: IO[bytes], stopped: threading.Event) -> None:
-        """Copy a file's content, unless told to stop meanwhile."""
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """A file's content, of any size."""
         with translated(self._settings):
-            for block in self._volume.read_file(f"{self._folder}/{path}"):
-                if stopped.is_set():
-                    return
-                file.write(block)
+            yield from self._volume.read_file(f"{self._folder}/{path}")
 
 
 @contextmanager
@@ -123,13 +119,11 @@ def translated(settings: ClientSettings) -> Iterator[None]:
     """
     try:
         yield
-    except (KalmError, OSError) as error:
-        if isinstance(error, KalmError | FileNotFoundError) or error.filename is not None:
+    except (KalmError, FileNotFoundError):
+        raise
+    except OSError as error:
+        if error.filename is not None:  # of a local file that is uploaded
             raise
         raise error_of(error, settings) from error
     except Exception as error:
         raise error_of(error, settings) from error
-
-
-Say = Callable[[str], None]
-"""Shows a line to whoever watches."""
