@@ -26,7 +26,7 @@ def prepare(
     """Split the input, unless that is done, and send what is not finished.
 
     Args:
-        asked: `Request.to_dict()` of `kalm_integrations.bulk.on_modal.remote`.
+        asked: What `Remote.prepare` of `kalm_integrations.bulk.on_modal.remote` sends.
         volume: Where the jobs' Volume is mounted.
         mounted: Where the input is.
         commit: Of the jobs' Volume.

@@ -243,8 +243,8 @@ class Worker:
 
 
 def _all_there(folder: Path) -> bool:
-    store = FolderStore(folder)
-    return len(store.names(records.RECORDS)) == len(store.names(records.INPUT))
+    finished = [n for n in FolderStore(folder).names(records.RECORDS) if records.number_in(n) >= 0]
+    return len(finished) == len(list((folder / records.INPUT).glob("part-*")))
 
 
 def _write_manifest(folder: Path) -> None:

@@ -195,6 +195,7 @@ def test_killed_mid_shard_while_the_service_answers_at_once(
         client.embed(["a query"], role="query")
     assert faulty.starts(f"{FAULTY}/VLLMEmbeddingSnapshot") == 1
     assert len(faulty.running(f"{FAULTY}/{POOL}")) == 1
+    faulty.commit_in_background(f"{FAULTY}/{POOL}")  # as Modal does, at a moment of its choice
     victim = faulty.kill(f"{FAULTY}/{POOL}")
     assert finished(faulty, job) == 4
     gate.touch()

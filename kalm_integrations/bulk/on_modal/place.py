@@ -13,7 +13,7 @@ from kalm_integrations.bulk.on_modal import records
 from kalm_integrations.bulk.on_modal.queue import Queue
 from kalm_integrations.errors import IdentityMismatchError, KalmError, NotDeployedError
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.transports.modal_rpc import error_of
+from kalm_integrations.transports.modal_rpc import deployed, error_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def find(settings: ClientSettings) -> Place:
         NotDeployedError: There is none, or one that is too old for bulk jobs.
         IdentityMismatchError: Its vectors are not those that are expected.
         ModalTokenError: Modal refused the token, or there is none.
+        ConfigurationError: Modal's package is missing.
     """
+    deployed(settings)  # Modal's client is installed, and logs no token from here on
     import modal
 
     from modal_backend.deploy import deployed_tags

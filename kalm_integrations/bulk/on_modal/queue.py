@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -59,8 +60,6 @@ class Queue:
 
 def call_of(store: Store, run: str) -> Any:
     """Modal's handle of what a run has sent; None if nobody lived to note it."""
-    import json
-
     import modal
 
     try:

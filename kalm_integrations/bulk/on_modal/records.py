@@ -130,7 +130,7 @@ class Failure:
     Attributes:
         code: Of the error.
         message: What it says.
-        attempts: How often it was tried.
+        attempts: Each time that it was tried.
     """
 
     code: str

@@ -74,7 +74,7 @@ def upload(store: Store, local: Local, said: Callable[[int, int], None]) -> Desc
     total = -(-job.rows // job.shard_rows)
     there = store.names(records.INPUT)
     tokens: list[int] = []
-    waiting: dict[str, bytes | Path] = {}
+    waiting: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(prefix="kalm-embed-") as folder:
         size = 0
         for path, count in parts.split(local.source, local.found, job, Path(folder)):
@@ -96,9 +96,9 @@ def upload(store: Store, local: Local, said: Callable[[int, int], None]) -> Desc
     return description
 
 
-def _send(store: Store, waiting: dict[str, bytes | Path]) -> None:
+def _send(store: Store, waiting: dict[str, Path]) -> None:
     if waiting:
         store.write(waiting)
     for path in waiting.values():
-        Path(str(path)).unlink()
+        path.unlink()
     waiting.clear()
