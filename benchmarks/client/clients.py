@@ -118,6 +118,35 @@ def bare_aiohttp(url: str) -> Embed:
     return lambda texts: loop.run_until_complete(_gathered(post, texts)), one
 
 
+def aiohttp_query(url: str) -> Callable[[str], bytes]:
+    """The request that our client makes of a query, and its answer, unread: aiohttp alone."""
+    import aiohttp
+
+    from kalm_integrations.wire import MEDIA_TYPE
+
+    loop = asyncio.new_event_loop()
+
+    async def open_session() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), auto_decompress=False, trust_env=False
+        )
+
+    session = loop.run_until_complete(open_session())
+    headers = {
+        "Authorization": f"Bearer {KEY}",
+        "Accept": MEDIA_TYPE,
+        "Content-Type": "application/json",
+    }
+    fields = {"model": MODEL, "embed_dtype": "float16", "priority": "query", "truncate": "error"}
+
+    async def post(text: str) -> bytes:
+        body = json.dumps({**fields, "input": [text]}).encode()
+        async with session.post(f"{url}/v1/embeddings", data=body, headers=headers) as response:
+            return await response.read()
+
+    return lambda text: loop.run_until_complete(post(text))
+
+
 def bare_httpx2(url: str) -> Embed:
     """httpx2, on a loop of its own."""
     import httpx2

@@ -188,7 +188,8 @@ def beside_vllm() -> None:
         model = tiny_gemma3(Path(folder) / "wide", config=WIDE)
         ours = [sys.executable, "-m", "kalm_integrations.cli", "serve", "--engine", "vllm"]
         ours += ["--model", model, "--dtype", "fp32", "--enforce-eager", "--port", PORT]
-        vllms = [Path(sys.executable).with_name("vllm"), "serve", model]
+        # Not `vllm serve`: the build for CPUs has no metadata under that name.
+        vllms = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         vllms += ["--runner", "pooling", "--convert", "embed", "--dtype", "float32"]
         # Of a small machine's memory; by default it wants nearly all.
         vllms += ["--gpu-memory-utilization", 0.2, "--max-model-len", 2048]

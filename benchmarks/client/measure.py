@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clients import BATCH, CLIENTS
+from clients import BATCH, CLIENTS, aiohttp_query
 from server import rows
 
 
@@ -43,9 +43,10 @@ def many(name: str, url: str, texts: int) -> dict[str, float]:
 
 
 def queries(name: str, url: str, number: int) -> dict[str, list[float]]:
-    """Milliseconds of each of so many queries, and of the HTTP library's own calls between them."""
+    """Milliseconds of each of so many queries, and of aiohttp's own calls between them: with the
+    request that our client makes, whose answer they only receive."""
     _, embed = CLIENTS[name](url)
-    _, bare = CLIENTS["aiohttp, float32 bytes"](url)
+    bare = aiohttp_query(url)
     times: dict[str, list[float]] = {"client": [], "bare": []}
     for turn in range(number // 25 + 1):  # the first warms up
         for kind, one in (("bare", bare), ("client", embed)):

@@ -133,7 +133,7 @@ def report(results: dict[str, Any]) -> Iterator[str]:
     waves = -(-FEW // (BATCH * CONCURRENCY))
     yield f"| ideal: {waves} waves | {0.05 * waves:.2f} | {0.2 * waves:.2f} |"
     yield f"\nOne query after the other, {QUERIES} of them, ms:\n"
-    yield "| client | p50 | p99 | × aiohttp's own call between them |"
+    yield "| client | p50 | p99 | × aiohttp's bare call of our request |"
     yield "|---|---|---|---|"
     for name, row in queries.items():
         client, bare = row["client"], row["bare"]
