@@ -18,7 +18,7 @@ from kalm_integrations.bulk import parts
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import Filling
-from kalm_integrations.errors import InvalidInputError, InvalidText
+from kalm_integrations.errors import BadRowsError, InvalidInputError, InvalidText
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import Call, Session
@@ -97,7 +97,7 @@ async def embed(service: EmbeddingService, claim: Claim) -> Filling:
             InvalidText(bad.index, f"({part.places[bad.index]}) {bad.reason}")
             for bad in error.invalid
         ]
-        raise (type(error).of(places) if places else error) from error
+        raise (BadRowsError.of(places) if places else error) from error
     finally:
         for task in sending:
             task.cancel()
