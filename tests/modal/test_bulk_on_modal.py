@@ -319,7 +319,7 @@ def test_texts_that_only_the_model_refuses(
     command = on_modal(source, out, "--on-error", on_error)
     if on_error == "fail":
         said = kalm(*command, status=1)[1]
-        assert "part-000001.parquet (rows 50 to 99, tried 1 times): invalid_input: " in said
+        assert "part-000001.parquet (rows 50 to 99, tried 1 times): bad_rows: " in said
         assert "(in.jsonl line 71) is refused" in said
         assert "2 of 3 shards are finished" in said
         return
@@ -335,7 +335,7 @@ def test_bad_rows_are_refused_before_anything_is_uploaded(
 ) -> None:
     source = corpus(tmp_path / "in.jsonl", rows=60, seed=8, r7=" ")
     jobs = set((emulator.volume("kalm-bulk") / "jobs").glob("*"))
-    said = kalm(*on_modal(source, tmp_path / "out"), status=1)[1]
+    said = kalm(*on_modal(source, tmp_path / "out"), status=2)[1]
     assert "in.jsonl line 8 is white space only" in said
     assert set((emulator.volume("kalm-bulk") / "jobs").glob("*")) == jobs
 
@@ -401,7 +401,7 @@ def test_an_input_in_a_bucket(emulator: Emulator, kalm: Any, tmp_path: Path) -> 
     for seed in (12, 13):
         corpus(there / f"{seed}.jsonl", rows=100, seed=seed, r5=" ")
     out, options = tmp_path / "out", ["--bucket-secret", "bucket-key"]
-    said = kalm(*on_modal("s3://crawl/2026", out, *options), status=1)[1]
+    said = kalm(*on_modal("s3://crawl/2026", out, *options), status=2)[1]
     assert "2 of 200 rows cannot be embedded: 12.jsonl line 6 is white space only" in said
     kalm(*on_modal("s3://crawl/2026", out / "skipped", *options, "--on-error", "skip"))
     assert same(out / "skipped", local(there, tmp_path / "local", on_error="skip"))
