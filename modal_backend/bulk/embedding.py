@@ -7,14 +7,11 @@ the same loop.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from kalm_integrations.batching import plan
-from kalm_integrations.bulk import parts
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import Filling
@@ -28,20 +25,6 @@ from modal_backend.service import EmbeddingService
 
 _FOREVER: Final = 86_400.0
 """Seconds for a request: how long a shard may take is for Modal's own limit."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A shard that this container has taken."""
-
-    job: Job
-    number: int
-    part: Part
-
-    @classmethod
-    def read(cls, path: Path, job: Job, number: int) -> Claim:
-        """With its input."""
-        return cls(job, number, parts.read(path, job.text_column))
 
 
 class _Beside:
@@ -62,7 +45,7 @@ class _Beside:
         """Nothing: the container has the service."""
 
 
-async def embed(service: EmbeddingService, claim: Claim) -> Filling:
+async def embed(service: EmbeddingService, job: Job, number: int, part: Part) -> Filling:
     """Embed a shard's texts, each distinct one once.
 
     Raises:
@@ -70,12 +53,11 @@ async def embed(service: EmbeddingService, claim: Claim) -> Filling:
             job's on_error is "fail".
         KalmError: The engine failed, or gave what is no vector of the job's.
     """
-    job, part = claim.job, claim.part
     identity = VectorIdentity.from_dict(job.identity)
     settings = _settings(job, identity)
     filling = Filling(
-        number=claim.number,
-        start=claim.number * job.shard_rows,
+        number=number,
+        start=number * job.shard_rows,
         places=part.places,
         vectors=np.full(
             (len(part.places), identity.dimensions or service.dimensions[0]),

@@ -14,7 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from kalm_integrations.bulk import shards
+import pyarrow as pa
+
+from kalm_integrations.bulk import parts, shards
+from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.on_modal import records
 from kalm_integrations.bulk.on_modal.records import Attempt, Record, Stop
 from kalm_integrations.bulk.on_modal.state import Reader
@@ -26,7 +29,7 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
-from modal_backend.bulk.embedding import Claim, embed
+from modal_backend.bulk.embedding import embed
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -111,8 +114,14 @@ class Worker:
             await self._give_way()
             raise _for_modal(self._container.failure or TransportError("not trusted."))
         try:
-            filling = await embed(self._service, claimed)
-            await self._with_files(lambda: self._finish(folder, run, claimed, filling))
+            path = folder / records.INPUT / shards.name_of(number)
+            part = await self._with_files(
+                lambda: parts.read(path, claimed.text_column), commit=False
+            )
+            filling = await embed(self._service, claimed, number, part)
+            await self._with_files(
+                lambda: self._finish(folder, run, claimed, filling, part.columns)
+            )
         except Exception as error:
             failure = error if isinstance(error, KalmError) else _unexpected(error)
             log.exception("shard %d of %s failed", number, job)
@@ -140,8 +149,9 @@ class Worker:
 
     # --- on a thread, with the files
 
-    def _claim(self, folder: Path, run: str, number: int) -> Claim | str | None:
-        """The shard's input; or why it is not wanted; None where this container cannot."""
+    def _claim(self, folder: Path, run: str, number: int) -> Job | str | None:
+        """The job, an attempt at the shard being noted; or why it is not wanted; None where this
+        container cannot."""
         store, here = FolderStore(folder), f"{records.RUNS}/{run}"
         if unwanted := self._unwanted(store, run, number):
             return unwanted
@@ -171,7 +181,7 @@ class Worker:
         )
         store.write({f"{here}/{records.attempts_name(number)}": records.to_bytes(attempts)})
         (folder / shards.FOLDER).mkdir(exist_ok=True)
-        return Claim.read(folder / records.INPUT / shards.name_of(number), job, number)
+        return job
 
     def _unwanted(self, store: FolderStore, run: str, number: int) -> str:
         """Why nothing is to be done; empty if something is."""
@@ -186,15 +196,17 @@ class Worker:
         given_up = (store.folder / here / records.failed_name(number)).exists()
         return "given up" if given_up else ""
 
-    def _finish(self, folder: Path, run: str, claimed: Claim, filling: Filling) -> None:
-        shard = shards.write(folder, filling, claimed.job, claimed.part.columns)
+    def _finish(
+        self, folder: Path, run: str, job: Job, filling: Filling, columns: pa.Table
+    ) -> None:
+        shard = shards.write(folder, filling, job, columns)
         record = Record(
             shard=shard,
-            attempts=self._attempts(folder, run, claimed.number),
+            attempts=self._attempts(folder, run, filling.number),
             finished=time.time(),
             gpu=self._container.gpu,
         )
-        name = f"{records.RECORDS}/{records.record_name(claimed.number)}"
+        name = f"{records.RECORDS}/{records.record_name(filling.number)}"
         FolderStore(folder).write({name: records.to_bytes(record)})
 
     def _failed(self, folder: Path, run: str, number: int, failure: KalmError) -> bool:

@@ -184,11 +184,28 @@ def test_a_shard_that_always_fails_is_given_up_after_four_attempts(
 def test_a_shard_that_kills_its_containers_is_given_up_too(job: FolderStore, new: Any) -> None:
     for number in range(records.MOST_ATTEMPTS):
         made = new(name=f"ta-{number}")
-        claim = made.worker._claim(job.folder, RUN, 0)  # and then it dies
-        assert claim.number == 0
+        claimed = made.worker._claim(job.folder, RUN, 0)  # and then it dies
+        assert claimed.shard_rows == 4
     assert new().embed(0) == ["given up"]
     assert "4 containers died" in state(job).failed[0].message
     assert len(state(job).containers) == 4
+
+
+def test_a_part_that_cannot_be_read_is_recorded_as_any_failure(job: FolderStore, new: Any) -> None:
+    (job.folder / records.INPUT / shards.name_of(2)).write_bytes(b"PAR1 no more PAR1")
+    outcomes = [new().embed(2)[0] for _ in range(records.MOST_ATTEMPTS)]
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 3 + [str]
+    assert state(job).failed[2].code == "invalid_request"
+    assert "part-000002.parquet is no input part" in state(job).failed[2].message
+
+
+def test_a_shard_that_cannot_be_written_is_recorded_too(job: FolderStore, new: Any) -> None:
+    (job.folder / "shards" / ".part-000000.parquet.tmp").mkdir(parents=True)
+    (outcome,) = new().embed(0)
+    assert isinstance(outcome, RuntimeError)
+    (attempt,) = state(job).trying[0]
+    assert "Error" in attempt.error
+    assert state(job).finished == {}
 
 
 @pytest.mark.parametrize("spoil", [lambda v: v / 2, lambda v: v * np.nan, lambda v: v[:-1]])

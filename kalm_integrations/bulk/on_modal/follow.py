@@ -29,9 +29,16 @@ _SHOWN: Final = 5
 def alive(place: Place, store: VolumeStore, state: State) -> bool:
     """Whether Modal still has shards of the newest run, waiting or running."""
     import modal
+    from grpclib import GRPCError
 
     if state.run is None or state.over:
         return False
+    told_nothing = (
+        GRPCError,
+        OSError,
+        modal.exception.ConnectionError,
+        modal.exception.ClientClosed,
+    )
     with translated(place.settings):
         call = call_of(store, state.run.id)
         if call is None:
@@ -39,16 +46,14 @@ def alive(place: Place, store: VolumeStore, state: State) -> bool:
         for number in state.waiting[:_ASKED]:
             try:
                 call.get(timeout=0, index=state.run.shards.index(number))
-            except modal.exception.OutputExpiredError:
-                continue
-            except modal.exception.FunctionTimeoutError:
-                continue
             except TimeoutError:
                 return True
             except modal.exception.NotFoundError:
                 return False
-            except Exception:  # noqa: BLE001, S112 (what the shard raised at last)
-                continue
+            except told_nothing:
+                raise
+            except (Exception, modal.exception.InputCancellation):  # noqa: BLE001, S112
+                continue  # what the shard ended with; it has no record
     return False
 
 

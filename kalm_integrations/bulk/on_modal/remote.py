@@ -10,7 +10,7 @@ from kalm_integrations.bulk.on_modal import pool, records
 from kalm_integrations.bulk.on_modal.place import Place, translated
 from kalm_integrations.bulk.on_modal.store import Store
 from kalm_integrations.bulk.terms import Options, Terms
-from kalm_integrations.errors import ConfigurationError, JobFailedError, TransportError
+from kalm_integrations.errors import ConfigurationError, ContainerFailedError, JobFailedError
 from kalm_integrations.wire import read_error
 
 SCHEMES: Final = ("modal", "s3")
@@ -126,7 +126,7 @@ def prepared(place: Place, store: Store) -> bool:
                 return True  # of long ago: what it wrote is there
             except TimeoutError:
                 return False
-    except TransportError as error:
+    except ContainerFailedError as error:
         raise JobFailedError(f"{noted['source']} could not be prepared: {error}") from error
     if "error" in said:
         raise read_error(said["error"])
