@@ -401,6 +401,10 @@ def test_an_input_in_a_bucket(emulator: Emulator, kalm: Any, tmp_path: Path) -> 
     for seed in (12, 13):
         corpus(there / f"{seed}.jsonl", rows=100, seed=seed, r5=" ")
     out, options = tmp_path / "out", ["--bucket-secret", "bucket-key"]
+    job = sent(kalm, *on_modal("s3://crawl/2026/", tmp_path / "cancelled", *options))
+    assert "its input is being read" in kalm("--status", job)[0]
+    assert "stopped, before anything was sent" in kalm("--cancel", job)[0]
+    assert "could not be prepared" in kalm("--status", job, status=1)[1]
     said = kalm(*on_modal("s3://crawl/2026", out, *options), status=2)[1]
     assert "2 of 200 rows cannot be embedded: 12.jsonl line 6 is white space only" in said
     kalm(*on_modal("s3://crawl/2026", out / "skipped", *options, "--on-error", "skip"))

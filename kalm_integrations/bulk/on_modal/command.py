@@ -135,14 +135,30 @@ def fetch(word: str, folder: Path, client: KalmClient, screen: Screen) -> tuple[
     return name, state
 
 
-def cancel(word: str, client: KalmClient) -> tuple[str, State]:
-    """Stop a job; what is finished stays."""
+def cancel(word: str, client: KalmClient) -> tuple[str, State | None]:
+    """Stop a job, whether its input is read or its shards are embedded; what is finished stays.
+
+    Returns:
+        Its name, and its state; None where nothing was sent yet.
+
+    Raises:
+        JobFailedError: There is no such job.
+    """
     there, name = place.find(client), output.named(word)
+    store = there.store(name)
+    if remotes.cancel(there, store):
+        return name, Reader(store).read()
     return name, follow.cancel(there, name)
 
 
 def said(name: str, state: State | None, *, alive: bool, as_json: bool) -> str:
-    """What `--status`, `--cancel` and `--detach` print."""
+    """What `--status` and `--cancel` print."""
+    if state is None and not alive:
+        return (
+            json.dumps({"job": name, "state": "stopped"}, indent=2)
+            if as_json
+            else (f"{name}: stopped, before anything was sent")
+        )
     if state is None:
         waiting = {"job": name, "state": "preparing"}
         return json.dumps(waiting, indent=2) if as_json else f"{name}: its input is being read"

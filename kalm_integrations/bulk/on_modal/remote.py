@@ -10,7 +10,12 @@ from kalm_integrations.bulk.on_modal import pool, records
 from kalm_integrations.bulk.on_modal.place import Place, translated
 from kalm_integrations.bulk.on_modal.store import Store
 from kalm_integrations.bulk.terms import Options, Terms
-from kalm_integrations.errors import ConfigurationError, ContainerFailedError, JobFailedError
+from kalm_integrations.errors import (
+    ConfigurationError,
+    ContainerFailedError,
+    JobFailedError,
+    KalmError,
+)
 from kalm_integrations.wire import read_error
 
 SCHEMES: Final = ("modal", "s3")
@@ -67,7 +72,8 @@ class Remote:
 
     def job_name(self, options: Options, decided: Terms) -> str:
         """Of the job: the input's content is not known here, so it is its address that counts."""
-        asked = {"source": self.typed, "options": _deciding(options), "terms": asdict(decided)}
+        address = f"{self.scheme}://{self.name}/{self.path}"
+        asked = {"source": address, "options": _deciding(options), "terms": asdict(decided)}
         return records.job_name(asked)
 
     def prepare(
@@ -130,6 +136,21 @@ def prepared(place: Place, store: Store) -> bool:
         raise JobFailedError(f"{noted['source']} could not be prepared: {error}") from error
     if "error" in said:
         raise read_error(said["error"])
+    return True
+
+
+def cancel(place: Place, store: Store) -> bool:
+    """End the preparation, if one is on its way; whether one was."""
+    import modal
+
+    try:
+        if prepared(place, store):
+            return False
+    except KalmError:
+        return False  # it has ended, or there was none
+    with translated(place.settings):
+        call = json.loads(store.read(records.PREPARING))["call"]
+        modal.FunctionCall.from_id(call).cancel()
     return True
 
 
