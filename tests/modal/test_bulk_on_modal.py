@@ -300,7 +300,7 @@ def test_a_poisoned_shard_is_reported_after_the_others_and_tried_again_later(
 ) -> None:
     source, out = corpus(tmp_path / "in.jsonl", seed=6, r120="a poisoned text"), tmp_path / "out"
     said = kalm(*on_modal(source, out), status=1)[1]
-    assert "1 shards of embed-" in said
+    assert "1 shard of embed-" in said
     assert "part-000002.parquet (rows 100 to 149, tried 4 times): unexpected: " in said
     assert "RuntimeError: the engine choked" in said
     assert "7 of 8 shards are finished" in said

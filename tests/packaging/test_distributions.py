@@ -332,7 +332,7 @@ class TestEachExtraAlone:
         alone = environments["bulk"]
         (alone.home / "in.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
         said = alone.kalm("embed", "in.jsonl", "--output", "out", **service)
-        assert f"{len(TEXTS)} rows in 1 shards" in said
+        assert f"{len(TEXTS)} rows in 1 shard," in said
         code = """
             from kalm_integrations.bulk import read
 
