@@ -30,7 +30,7 @@ def deployed_tags(app_name: str, environment_name: str | None) -> dict[str, str]
     except modal.exception.NotFoundError:
         return None
     except modal.exception.Error as error:
-        raise _ours(error) from error
+        raise _ours(error, "Nothing was changed; try again.") from error
 
 
 def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
@@ -93,11 +93,11 @@ def _check_secrets(settings: DeploySettings) -> None:
             raise _ours(error) from error
 
 
-def _ours(error: Exception) -> KalmError:
+def _ours(error: Exception, then: str = "Nothing was deployed.") -> KalmError:
     said = f"Modal: {str(error).strip().rstrip('.')}."
     if isinstance(error, modal.exception.AuthError):
         return ModalTokenError(said)
-    return KalmError(f"{said} Nothing was deployed.")
+    return KalmError(f"{said} {then}")
 
 
 def _check_identity(

@@ -128,7 +128,10 @@ def serving(*command: Any) -> Iterator[None]:
     import urllib.request
 
     environment = {**os.environ, "KALM_API_KEY": KEY}
-    server = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+    nowhere = subprocess.DEVNULL
+    server = subprocess.Popen(
+        list(map(str, command)), env=environment, stdout=nowhere, stderr=nowhere
+    )
     try:
         while True:
             try:

@@ -25,15 +25,20 @@ _LARGEST: Final = 2**63
 
 
 class Columns:
-    """Gathers the types of JSON's columns, row by row."""
+    """Gathers the types of JSON's columns, row by row.
 
-    def __init__(self) -> None:
+    The text's own column is text whatever bad rows hold, since its texts are what was embedded.
+    """
+
+    def __init__(self, text_column: str) -> None:
+        self._text_column = text_column
         self.kinds: dict[str, str] = {}
 
     def see(self, row: Mapping[str, Any]) -> None:
         """Widen the types so that this row fits."""
         for name, value in row.items():
-            kind, before = _kind(value), self.kinds.setdefault(name, _NOTHING)
+            kind = "str" if name == self._text_column else _kind(value)
+            before = self.kinds.setdefault(name, _NOTHING)
             if before == _NOTHING:
                 self.kinds[name] = kind
             elif kind not in (before, _NOTHING):
@@ -43,17 +48,19 @@ class Columns:
         """The columns in the order in which they were first seen."""
         return pa.schema([(name, _ARROW[kind]) for name, kind in self.kinds.items()])
 
-    def holds_text(self, name: str) -> bool:
-        """Whether a column of texts has them as they are, and not as JSON."""
-        return self.kinds.get(name, "str") == "str"
-
     def values(self, name: str, values: Sequence[Any]) -> list[Any]:
         """`values` of a column, as its type takes them."""
         if self.kinds[name] == _JSON:
-            values = [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
+            values = [None if v is None else _written(v) for v in values]
+        elif name == self._text_column:
+            values = [v if v is None or isinstance(v, str) else _written(v) for v in values]
         if _ARROW[self.kinds[name]] == pa.string():
             values = [v if v is None or v.isascii() else _text(v) for v in values]
         return list(values)
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _text(value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,14 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
             if elsewhere and not arguments.dry_run:
                 shown = on_modal.run(arguments, client, options)
             elif arguments.dry_run:
-                found = estimate(arguments.input, client, options, screen)
+                counting = replace(options, on_error="skip")  # bad rows are a part of the answer
+                found = estimate(arguments.input, client, counting, screen)
                 said = _forecast(found, client, options, gpu, elsewhere)
-                shown = json.dumps(said, indent=2) if arguments.json else _forecast_text(said)
+                shown = (
+                    json.dumps(said, indent=2)
+                    if arguments.json
+                    else _forecast_text(said, found, options.on_error)
+                )
             else:
                 done = embed_corpus(arguments.input, arguments.output, client, options, screen)
                 shown = outcome(done, Path(arguments.output), as_json=arguments.json)
@@ -189,12 +195,14 @@ def _forecast(
     return said
 
 
-def _forecast_text(said: dict[str, Any]) -> str:
+def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
     lines = [
         f"{said['rows']:,} rows: {said['texts']:,} texts to embed, {said['copies']:,} copies, "
         f"{said['bad_rows']:,} that cannot be embedded",
         f"about {said['tokens']:,} tokens (estimated, 4 bytes a token)",
     ]
+    if found.bad and on_error == "fail":
+        lines.append(f"--on-error fail would refuse them: {'; '.join(found.examples)}")
     if said["vector_bytes"]:
         lines.append(
             f"{said['vector_bytes'] / 2**30:,.2f} GiB of vectors, in {said['shards']:,} shards"
@@ -205,7 +213,7 @@ def _forecast_text(said: dict[str, Any]) -> str:
         how = "measured" if said["measured"] else "calculated"
         lines.append(
             f"on Modal, on {said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), each "
-            "container's start and the wait at its end included:"
+            "container's start included, and in its price the wait at its end:"
         )
         lines += as_text(said["on_modal"])
     elif "gpu" in said:
@@ -214,8 +222,8 @@ def _forecast_text(said: dict[str, Any]) -> str:
         how = "measured" if said["measured"] else "calculated"
         lines.append(
             f"about {duration(3600 * said['hours'])} and ${said['dollars']:,.2f} on one "
-            f"{said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), its start and the "
-            "wait at its end included"
+            f"{said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), a service's start "
+            "included, and in the price its wait at the end"
         )
     else:
         lines.append("--gpu NAME adds time and cost; `kalm cost` compares GPUs")

@@ -23,7 +23,7 @@ from kalm_integrations.bulk.sources import Source
 from kalm_integrations.errors import ConfigurationError
 
 _OURS: Final = "kalm:"
-_PLACE, _REASON, _TEXT = f"{_OURS}place", f"{_OURS}reason", f"{_OURS}text"
+_PLACE, _REASON = f"{_OURS}place", f"{_OURS}reason"
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,19 @@ def check_columns(found: Scan) -> None:
         raise ConfigurationError(f"column {taken[0]!r}: names that begin with {_OURS!r} are ours.")
 
 
-def write(path: Path, block: Block, found: Scan, text_column: str) -> int:
+def write(path: Path, block: Block, found: Scan) -> int:
     """Write the part of one block.
 
     Returns:
         About how many tokens its texts have.
     """
     columns = shards.table_of(block.rows, found.columns, found.schema)
-    good = [row.text if n not in block.reasons else None for n, row in enumerate(block.rows)]
+    good = {row.text for number, row in enumerate(block.rows) if number not in block.reasons}
     reasons = [block.reasons.get(number) for number in range(len(block.rows))]
     columns = columns.append_column(_PLACE, pa.array(block.places, pa.string()))
     columns = columns.append_column(_REASON, pa.array(reasons, pa.string()))
-    if not found.columns.holds_text(text_column):
-        columns = columns.append_column(_TEXT, pa.array(good, pa.string()))
     shards.write_table(path, columns)
-    return sum(estimate_tokens(len(text.encode())) for text in set(good) if text is not None)
+    return sum(estimate_tokens(len(text.encode())) for text in good)
 
 
 def split(source: Source, found: Scan, job: Job, folder: Path) -> Iterator[tuple[Path, int]]:
@@ -79,7 +77,7 @@ def split(source: Source, found: Scan, job: Job, folder: Path) -> Iterator[tuple
     truncate: Any = job.truncate
     for block in blocks(source, found, job.shard_rows, truncate):
         path = folder / shards.name_of(block.number)
-        yield path, write(path, block, found, job.text_column)
+        yield path, write(path, block, found)
 
 
 def read(path: Path, text_column: str) -> Part:
@@ -94,7 +92,7 @@ def read(path: Path, text_column: str) -> Part:
         with pq.ParquetFile(path, memory_map=False) as file:
             table = file.read()
         places, found = table[_PLACE].to_pylist(), table[_REASON].to_pylist()
-        texts = table[_TEXT if _TEXT in table.schema.names else text_column].to_pylist()
+        texts = table[text_column].to_pylist()
     except (KeyError, pa.ArrowInvalid) as error:
         raise ConfigurationError(f"{path.name} is no input part ({error}).") from error
     reasons = {row: reason for row, reason in enumerate(found) if reason is not None}

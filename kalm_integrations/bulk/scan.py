@@ -69,7 +69,7 @@ def scan(source: Source, truncate: Truncate, seen: Callable[[int], object]) -> S
     Raises:
         ConfigurationError: There is nothing, or it cannot be read as a whole.
     """
-    columns = Columns()
+    columns = Columns(source.text_column)
     schema = parquet_schema(source) if source.kind == "parquet" else None
     keys, sizes = bytearray(), bytearray()
     files: dict[str, str] = {}

@@ -325,6 +325,18 @@ def test_parquet_of_another_schema_or_without_text_is_refused(tmp_path: Path, ov
 # --- bad rows
 
 
+def test_texts_stay_texts_whatever_stands_in_bad_rows(tmp_path: Path, over: Over) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n{"text": 17}\n{"text": null}\n{"text": ["b"]}\n{"text": "c"}\n')
+    for on_error, expected in (("skip", ["a", "c"]), ("null", ["a", "17", None, '["b"]', "c"])):
+        out = tmp_path / on_error
+        embed_corpus(source, out, over(ScriptedTransport()), Options(on_error=on_error))
+        assert pq.read_table(out / "shards")["text"].to_pylist() == expected
+        (rows,) = read(out)
+        assert rows.texts == ["a", "c"]
+        assert np.array_equal(rows.vectors, vectors_of(["a", "c"]))
+
+
 def test_bad_rows_are_named_by_their_places_and_nothing_is_sent(tmp_path: Path, over: Over) -> None:
     transport = ScriptedTransport()
     source = lines(tmp_path / "in.jsonl", {"text": "a"}, {"text": None}, b"{", b'{"text": "\xff"}')

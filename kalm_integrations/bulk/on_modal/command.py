@@ -55,14 +55,17 @@ def embed(
         name = local.name
         if folder is not None:
             output.claim(folder, name, local.job)
-        _send(there, local, containers, screen)
+        if _send(there, local, containers, screen):
+            screen.say(f"{name} is complete")
+        else:
+            screen.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
     else:
         name = remote.job_name(options, decided)
         if folder is not None:
             output.claim(folder, name, None)
         if not _at_work(there, there.store(name)):
             remote.prepare(there, name, options, decided, containers)
-    screen.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
+        screen.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
     if arguments.detach or folder is None:
         return name, None
     store = there.store(name)
@@ -81,8 +84,8 @@ def embed(
     return name, state
 
 
-def _send(there: Place, local: Local, containers: int, screen: Screen) -> None:
-    """Upload and send what is neither finished nor at work."""
+def _send(there: Place, local: Local, containers: int, screen: Screen) -> bool:
+    """Upload and send what is neither finished nor at work; whether all was finished before."""
     store = there.store(local.name)
     state = Reader(store).read()
     if state is None:
@@ -90,11 +93,12 @@ def _send(there: Place, local: Local, containers: int, screen: Screen) -> None:
         state = State(description=description, finished={})
     elif follow.alive(there, store, state):
         screen.say(f"{local.name} runs already")
-        return
+        return False
     if state.missing:
         queue = there.queue(containers)
         with place.translated(there.settings):
             queue.send(store, local.name, state.description, state.missing)
+    return state.complete
 
 
 def _at_work(there: Place, store: VolumeStore) -> bool:
@@ -110,7 +114,8 @@ def _at_work(there: Place, store: VolumeStore) -> bool:
 
 def status(word: str, client: KalmClient) -> tuple[str, State | None, bool]:
     """A job's name, its state (None while its input is read), and whether Modal works at it."""
-    there, name = place.find(client), output.named(word)
+    name = output.named(word)
+    there = place.find(client)
     store = there.store(name)
     state = Reader(store).read()
     if state is None:
@@ -126,11 +131,13 @@ def fetch(word: str, folder: Path, client: KalmClient, screen: Screen) -> tuple[
     Raises:
         JobFailedError: There is no such job, or nothing of it yet.
     """
-    there, name = place.find(client), output.named(word)
+    name = output.named(word)
+    there = place.find(client)
     store = there.store(name)
     state = Reader(store).read()
     if state is None:
-        raise JobFailedError(f"{name} has nothing to fetch yet.")
+        remotes.prepared(there, store)
+        raise JobFailedError(f"{name} has nothing to fetch yet: its input is being read.")
     _fetch(store, name, state, folder, screen)
     return name, state
 
@@ -144,7 +151,8 @@ def cancel(word: str, client: KalmClient) -> tuple[str, State | None]:
     Raises:
         JobFailedError: There is no such job.
     """
-    there, name = place.find(client), output.named(word)
+    name = output.named(word)
+    there = place.find(client)
     store = there.store(name)
     if remotes.cancel(there, store):
         return name, Reader(store).read()
@@ -181,4 +189,7 @@ def _identity(client: KalmClient) -> dict[str, object]:
 
 
 def _ways(name: str) -> str:
-    return f"Come back with the same command, or `kalm embed --status {name}`, --fetch, --cancel."
+    return (
+        f"Come back with the same command, or with `kalm embed --status {name}`, `--fetch {name} "
+        f"--output DIR`, `--cancel {name}`."
+    )

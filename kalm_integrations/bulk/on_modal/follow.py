@@ -16,6 +16,7 @@ from kalm_integrations.bulk.on_modal.place import Place, VolumeStore, translated
 from kalm_integrations.bulk.on_modal.queue import call_of
 from kalm_integrations.bulk.on_modal.records import Stop
 from kalm_integrations.bulk.on_modal.state import Reader, State
+from kalm_integrations.bulk.screen import counted
 from kalm_integrations.errors import InvalidResponseError, JobFailedError
 
 _ASKED: Final = 8
@@ -113,7 +114,8 @@ def check(job: str, state: State) -> None:
     ]
     if len(state.failed) > _SHOWN:
         said.append(f"and {len(state.failed) - _SHOWN:,} more")
-    raise JobFailedError(f"{len(state.failed):,} shards of {job} failed; {done} {'; '.join(said)}")
+    failed = counted(len(state.failed), "shard")
+    raise JobFailedError(f"{failed} of {job} failed; {done} {'; '.join(said)}")
 
 
 def cancel(place: Place, job: str) -> State:

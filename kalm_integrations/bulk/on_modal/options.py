@@ -65,6 +65,9 @@ def check(arguments: argparse.Namespace, parser: Parser) -> None:
             if wrong := sorted(given - {action} - _WITH_A_JOB[action]):
                 raise ConfigurationError(f"--{action} does not go with {_option(wrong[0])}.")
             if action == "fetch" and arguments.output is None:
+                if Path(arguments.fetch).is_dir():  # which was its --output before
+                    arguments.output = arguments.fetch
+                    return
                 raise ConfigurationError("--fetch needs --output, the folder for the shards.")
             return
     _check_job(arguments, given)

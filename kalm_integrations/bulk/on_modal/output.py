@@ -44,6 +44,11 @@ def named(word: str) -> str:
         ConfigurationError: It is neither.
     """
     noted = _noted(Path(word).expanduser())
+    if noted is None and Manifest.read(Path(word).expanduser()) is not None:
+        raise ConfigurationError(
+            f"{word!r} is the output of a local job: its manifest.json says how far that is, and "
+            "the same command goes on with it."
+        )
     if noted is None and not records.is_job_name(word):
         raise ConfigurationError(
             f"{word!r} is neither a job's name, like embed-0123456789abcdef, nor an --output of "

@@ -67,7 +67,8 @@ def find(settings: ClientSettings) -> Place:
     if expected.declared and tags.get(IDENTITY_TAG) != expected.fingerprint:
         raise IdentityMismatchError(
             f"app {settings.app_name!r} was deployed for vectors of the space "
-            f"{tags.get(IDENTITY_TAG)}, and {expected.fingerprint} ({expected.model}) is expected."
+            f"{tags.get(IDENTITY_TAG)}, and {expected.fingerprint} ({expected.model}) is expected. "
+            "For what is deployed set the variables that `kalm deploy` showed at its end."
         )
     volume = modal.Volume.from_name(
         tags[BULK_TAG],

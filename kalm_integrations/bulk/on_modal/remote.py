@@ -123,7 +123,11 @@ def prepared(place: Place, store: Store) -> bool:
     try:
         noted = json.loads(store.read(records.PREPARING))
     except FileNotFoundError:
-        raise JobFailedError("there is no such job, or its upload was interrupted.") from None
+        raise JobFailedError(
+            f"in the Volume {place.volume_name!r} is no such job, or its upload was interrupted: "
+            "the same command goes on with it. If there should be one, check its name, "
+            "KALM_APP_NAME and KALM_ENVIRONMENT_NAME."
+        ) from None
     try:
         with translated(place.settings):
             try:

@@ -7,7 +7,7 @@ import time
 from typing import Any, Final
 
 from kalm_integrations.bulk.on_modal.state import State
-from kalm_integrations.bulk.screen import duration
+from kalm_integrations.bulk.screen import counted, duration
 from kalm_integrations.terminal import write
 
 _EVERY: Final = 10.0
@@ -74,7 +74,7 @@ def line(state: State) -> str:
             f", {state.tokens_per_second:,.0f} tokens/s, about {duration(state.seconds_left)} left"
         )
     if state.containers:
-        said += f", {len(state.containers)} containers, ${state.dollars:,.2f} so far"
+        said += f", {counted(len(state.containers), 'container')}, ${state.dollars:,.2f} so far"
     if not state.over and state.dollars_to_come is not None:
         said += f", ${state.dollars_to_come:,.2f} to come"
     return said
