@@ -18,7 +18,7 @@ import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ RESULTS = HERE / "results.json"
 PORTS = {0: 8410, 50: 8411, 200: 8412}
 """By the server's latency in milliseconds."""
 MANY, FEW, QUERIES = 10_000, 2_000, 500
+TABLES = ("many", "late", "queries")
 TO_NUMPY = [name for name in CLIENTS if "bytes" in name or name.startswith(("KalmClient", "raw"))]
 LANGCHAIN, OPENAI = "KalmModalEmbeddings, LangChain", "LangChain OpenAIEmbeddings"
 LATE = [name for name in CLIENTS if "bytes" not in name and not name.startswith(("raw", "urllib"))]
@@ -78,20 +79,20 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """All figures."""
+def measure(rounds: int, tables: Sequence[str]) -> dict[str, Any]:
+    """The figures of some tables."""
     many, late, queries = defaultdict(list), defaultdict(list), defaultdict(list)
     for turn in range(rounds):
         for name in CLIENTS:
             print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-            if name != "urllib3 and json" or turn == 0:  # takes minutes, and says one thing
+            if "many" in tables and (name != "urllib3 and json" or turn == 0):  # takes minutes
                 many[name].append(measured("many", name, 0, MANY))
             for latency in (50, 200):
-                if name in LATE and turn < 3:
+                if "late" in tables and name in LATE and turn < 3:
                     late[f"{latency} {name}"].append(measured("many", name, latency, FEW))
-            if "float32" not in name or name == FLOOR:
+            if "queries" in tables and ("float32" not in name or name == FLOOR):
                 queries[name].append(measured("queries", name, 0, QUERIES))
-    return {
+    found = {
         "many": {name: median(rows) for name, rows in many.items()},
         "late": {name: median(rows) for name, rows in late.items()},
         "queries": {
@@ -104,6 +105,9 @@ def measure(rounds: int) -> dict[str, Any]:
             }
             for name, rows in queries.items()
         },
+    }
+    return {
+        **{table: found[table] for table in tables},
         "rounds": rounds,
         "machine": f"Python {platform.python_version()}, {platform.machine()} "
         f"{platform.system()}, {os.cpu_count()} cores",
@@ -163,11 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="print the report of the last run")
+    parser.add_argument("--only", choices=TABLES, help="one table; the others stay as they were")
     asked = parser.parse_args()
     if not asked.again:
         with servers():
-            results = measure(asked.rounds)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            results = measure(asked.rounds, [asked.only] if asked.only else TABLES)
+        kept = json.loads(RESULTS.read_text()) if asked.only else {}
+        RESULTS.write_text(json.dumps(kept | results, indent=1) + "\n")
     print("\n".join(report(json.loads(RESULTS.read_text()))))
 
 

@@ -137,6 +137,6 @@ def _check_shards(folder: Path, manifest: Manifest) -> None:
         path = folder / shards.FOLDER / shard.name
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise ConfigurationError(
-                f"{path} is missing or was changed since it was written: restore it from a copy, or "
-                f"remove {folder}, and begin anew."
+                f"{path} is missing or was changed since it was written: restore it from a copy, "
+                f"or remove {folder}, and begin anew."
             )

@@ -123,11 +123,11 @@ class Pipeline:
         work, client, job = self._work, self._work.client, self._work.manifest.job
         finished = len(work.manifest.shards)
         for block in blocks(work.source, work.scan, job.shard_rows, client.truncate, finished):
+            while self._writing and len(self._open) + len(self._writing) >= _MOST_OPEN:
+                self._writing.popleft().result()
             fresh = self._opened(block)
             yield from plan(fresh, client.document_template, client.request_limits)
             self._settle()
-            while len(self._writing) > 1:
-                self._writing.popleft().result()
 
     def _opened(self, block: Block) -> list[tuple[int, str]]:
         """A new shard; the texts that it has first, with their rows."""

@@ -327,7 +327,8 @@ def test_parquet_of_another_schema_or_without_text_is_refused(tmp_path: Path, ov
 
 def test_texts_stay_texts_whatever_stands_in_bad_rows(tmp_path: Path, over: Over) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text('{"text": "a"}\n{"text": 17}\n{"text": null}\n{"text": ["b"]}\n{"text": "c"}\n')
+    lines = ['{"text": "a"}', '{"text": 17}', '{"text": null}', '{"text": ["b"]}', '{"text": "c"}']
+    source.write_text("\n".join(lines))
     for on_error, expected in (("skip", ["a", "c"]), ("null", ["a", "17", None, '["b"]', "c"])):
         out = tmp_path / on_error
         embed_corpus(source, out, over(ScriptedTransport()), Options(on_error=on_error))
