@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import screen
@@ -32,6 +34,7 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(stream: io.StringIO, warns: int = 0, every: float = 0.0) -> str:
         monkeypatch.setattr(screen.sys, "stderr", stream)
         monkeypatch.setattr(screen, "_EVERY", every)
+        monkeypatch.setattr("tqdm.tqdm", partial(tqdm, mininterval=0))  # however short the job
 
         class Watched(Progress):
             def begun(self, *arguments: Any) -> None:

@@ -137,10 +137,10 @@ def test_no_result_waits_for_another_one():
     """A lock that they share would stay taken for ever in a process that is forked meanwhile."""
 
     class Slow(np.ndarray):  # type: ignore[type-arg]
-        def astype(self, *arguments: Any, **named: Any) -> Any:
+        def view(self, *arguments: Any, **named: Any) -> Any:
             begun.set()
             assert go_on.wait(10)
-            return np.asarray(self).astype(*arguments, **named)
+            return np.asarray(self).view(*arguments, **named)
 
     begun, go_on = threading.Event(), threading.Event()
     slow = replace(result("float16"), packed=np.eye(3, 4, dtype=np.float16).view(Slow))
