@@ -113,7 +113,9 @@ class Environment:
         """What a program prints; where it has to fail, the last line of why."""
         command = [self.folder / "bin/python", "-W", "error", "-c", dedent(code)]
         done = run(command, self.home, status, HOME=str(self.home), **variables)
-        assert status or not done.stderr
+        # How long a container takes to start is this machine's matter; all else is a complaint.
+        said = [line for line in done.stderr.splitlines() if "may be starting" not in line]
+        assert status or not said
         return (done.stderr.splitlines()[-1:] if status else []) + done.stdout.splitlines()
 
     def kalm(self, *arguments: str | Path, status: int = 0, **variables: str) -> str:
