@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,9 +128,7 @@ class State:
         mine = self._of_this_run()
         if not mine:
             return None
-        begun = min(record.attempts[-1].at for record in mine)
-        seconds = max(record.finished for record in mine) - begun
-        return sum(record.shard.tokens for record in mine) / max(seconds, 1e-3)
+        return sum(record.shard.tokens for record in mine) / max(_span(mine), 1e-3)
 
     @property
     def seconds_left(self) -> float | None:
@@ -138,11 +136,9 @@ class State:
         mine = self._of_this_run()
         if not mine:
             return None
-        begun = min(record.attempts[-1].at for record in mine)
-        seconds = max(record.finished for record in mine) - begun
         tokens = self.description.tokens
         done = sum(tokens[n] for n in (self.run.shards if self.run else []) if n in self.finished)
-        return seconds * sum(tokens[n] for n in self.waiting) / max(1, done)
+        return _span(mine) * sum(tokens[n] for n in self.waiting) / max(1, done)
 
     def manifest(self) -> Manifest:
         """As a local job's, of what is finished; seconds are those of containers."""
@@ -173,6 +169,12 @@ class State:
             yield from ((attempt, attempt.at) for attempt in failure.attempts)
         for attempts in self.trying.values():
             yield from ((attempt, attempt.at) for attempt in attempts)
+
+
+def _span(shards: Sequence[Record]) -> float:
+    """Seconds from the first of these shards' beginnings to the last one's end."""
+    begun = min(record.attempts[-1].at for record in shards)
+    return max(record.finished for record in shards) - begun
 
 
 class Reader:
