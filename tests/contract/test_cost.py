@@ -350,8 +350,16 @@ def test_nonsense_is_refused_with_status_2(
 def test_a_corpus_without_text_says_what_to_give_instead(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1\xff\xfe")
-    for path in (tmp_path, tmp_path / "a.parquet"):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe")
+    for path in (tmp_path, tmp_path / "a.bin"):
         assert main(["cost", "--corpus", str(path)]) == 2
         assert "has no text" in (said := capfd.readouterr().err)
         assert "--texts and --tokens-per-text" in said
+
+
+def test_parquet_is_counted_by_the_dry_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (path := tmp_path / "a.parquet").write_bytes(b"PAR1\xff\xfe")
+    assert main(["cost", "--corpus", str(path)]) == 2
+    assert f"`kalm embed {path} --dry-run --gpu GPU`" in capfd.readouterr().err
