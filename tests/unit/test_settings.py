@@ -187,7 +187,7 @@ def test_an_argument_goes_before_a_variable_even_one_that_is_wrong(name, monkeyp
         assert getattr(local(**{name: argument}), name) == argument
 
 
-@pytest.mark.parametrize("name", FIELDS.keys() - {"backend"})
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"backend"}))
 def test_an_empty_variable_is_an_unset_one(name, monkeypatch):
     monkeypatch.setenv(ClientSettings.variables()[name], "")
     assert getattr(local(), name) == FIELDS[name][0]
