@@ -308,11 +308,14 @@ class KalmClient(ClientSettings):
     def _run_alone(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
         """`_run` of one batch, a query's: nothing flies beside it, and each step counts."""
         for batch in batches:
-            answer = io_thread().submit(self._send(batch, call))
-            try:
-                yield from self._reported([answer.result()])
-            finally:
-                answer.cancel()
+            part = self._sessions.send_by_lane(batch, call)
+            if part is None:
+                answer = io_thread().submit(self._send(batch, call))
+                try:
+                    part = answer.result()
+                finally:
+                    answer.cancel()
+            yield from self._reported([part])
 
     async def _arun_alone(
         self, batches: Iterator[Batch], call: Call

@@ -33,12 +33,29 @@ class Closable(Protocol):
         ...
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks names up on daemon threads.
+class ClientLoop(asyncio.SelectorEventLoop):
+    """An event loop that looks names up on daemon threads, and can be left behind by a fork.
 
     asyncio's own lookups are waited for when the interpreter exits, however long the name server
     takes, and are refused once the main thread has ended, though others may go on embedding.
     """
+
+    def __init__(self) -> None:
+        self._watched = selectors.DefaultSelector()
+        super().__init__(self._watched)
+        self.slow_callback_duration = math.inf  # under -X dev; a first import takes a while
+
+    def let_go(self) -> None:
+        """In a forked child: give up the parent's connections.
+
+        They would stay open for the child's life, whatever the parent does with its own. Closed
+        as sockets they might be told to the selector, which is shared with the parent; so their
+        numbers are left to them, with nothing behind.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for key in (self._watched.get_map() or {}).values():  # None once the loop has ended
+            os.dup2(nothing, key.fd, inheritable=False)
+        os.close(nothing)
 
     async def getaddrinfo(self, *args: Any, **hints: Any) -> list[Any]:
         found: Future[list[Any]] = Future()
@@ -58,9 +75,7 @@ class IOThread:
     """A daemon thread that runs an event loop until the process ends."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self.loop = _Loop(self._selector)
-        self.loop.slow_callback_duration = math.inf  # under -X dev; a first import takes a while
+        self.loop = ClientLoop()
         self.resources: set[Closable] = set()
         """What is open on the loop, to be closed when it ends."""
         self._thread = threading.Thread(target=self._run, name="kalm-io", daemon=True)
@@ -136,18 +151,6 @@ class IOThread:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(stand)
                 standing.wait(_STAND_TIMEOUT)
-
-    def let_go(self) -> None:
-        """In a forked child: give up the parent's connections.
-
-        They would stay open for the child's life, whatever the parent does with its own. Closed
-        as sockets they might be told to the selector, which is shared with the parent; so their
-        numbers are left to them, with nothing behind.
-        """
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for key in (self._selector.get_map() or {}).values():  # None once the loop has ended
-            os.dup2(nothing, key.fd, inheritable=False)
-        os.close(nothing)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -225,7 +228,7 @@ def _after_fork_in_child() -> None:
     # untouched, even by the garbage collector: its selector is shared with the parent.
     global _lock, _current, _ending
     if _current is not None:
-        _current.let_go()
+        _current.loop.let_go()
         _abandoned.append(_current)
     _lock = threading.Lock()
     _current, _ending = None, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.io_thread import IOThread, io_thread, is_running
+from kalm_integrations.lane import Lane
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryBudget, delay_before
@@ -54,12 +56,14 @@ class Call:
 
 
 class Session:
-    """A client's connections, and the slots that bound its requests in flight."""
+    """A client's connections on one loop, and the slots that bound its requests in flight."""
 
-    def __init__(self, settings: ClientSettings, transport: Transport) -> None:
+    def __init__(
+        self, settings: ClientSettings, transport: Transport, verifier: Verifier | None = None
+    ) -> None:
         self._settings = settings
         self._transport = transport
-        self._verifier = Verifier(settings)
+        self._verifier = verifier or Verifier(settings)
         self._told = False
         self._failed: KalmError | None = None
         self._budget = RetryBudget(settings.max_retries * settings.max_concurrency)
@@ -82,6 +86,14 @@ class Session:
                 return await self._embed(batch, call, deadline)
 
         return await self._in_time(in_slot, call)
+
+    def lane(self, owner: object) -> Lane | None:
+        """A lane beside this session, whose answers are held against the same identity; None for
+        a transport that cannot be used so."""
+        if not self._transport.may_rest:
+            return None
+        beside = Session(self._settings, open_transport(self._settings), self._verifier)
+        return Lane(beside, owner)
 
     async def wake(self, call: Call) -> SpaceIdentity | None:
         """Have the service ready, and its identity checked; what it reports, if it does."""
@@ -204,16 +216,18 @@ class Session:
 
 
 class SessionHolder:
-    """Where a client keeps its session. Touched on the I/O thread only.
+    """Where a client keeps its session, and the lane beside it.
 
     A session belongs to one loop and so to one process: after a fork there is a new loop, and a
-    new session with it. Copies and pickles of the holder are empty, and all holders are equal:
-    clients compare by their settings.
+    new session with it. It is touched on the I/O thread only. Copies and pickles of the holder are
+    empty, and all holders are equal: clients compare by their settings.
     """
 
     def __init__(self) -> None:
         self._thread: IOThread | None = None
         self._session: Session | None = None
+        self._opening = threading.Lock()
+        self._lane: Lane | None = None
 
     def open(self, client: ClientSettings) -> Session:
         thread = io_thread()
@@ -227,12 +241,36 @@ class SessionHolder:
             self._end.atexit = False
         return self._session
 
+    def send_by_lane(self, batch: Batch, call: Call) -> EmbeddedBatch | None:
+        """`Session.send`, on the caller's thread; None where it has to be the I/O thread, which it
+        is before anything was sent."""
+        lane = self._lane
+        if lane is None or lane.closed:
+            lane = self._open_lane()
+        return None if lane is None else lane.send(batch, call)
+
     async def close(self) -> None:
         session, self._session = self._session, None
+        lane, self._lane = self._lane, None
         if session is not None and self._thread is io_thread():
             self._end.detach()  # or every closed session would be kept
             self._thread.resources.discard(session)
             await session.close()
+        if lane is not None:
+            await asyncio.wrap_future(lane.close())
+
+    def _open_lane(self) -> Lane | None:
+        session = self._session
+        # The lock may be a parent process's, and never be released.
+        if session is None or self._thread is None or not is_running(self._thread):
+            return None
+        if not self._opening.acquire(blocking=False):
+            return None
+        try:
+            self._lane = session.lane(self)
+            return self._lane
+        finally:
+            self._opening.release()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SessionHolder)

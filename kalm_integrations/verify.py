@@ -24,13 +24,13 @@ _LEAST, _MOST = (1 - NORM_TOLERANCE) ** 2, (1 + NORM_TOLERANCE) ** 2
 
 
 class Verifier:
-    """What the answers of one session must be. What the client does not know beforehand, the
-    first answer sets for all others."""
+    """What the answers to one client must be. What the client does not know beforehand, the
+    first answer sets for all others. May be used by several threads."""
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._dimensions = settings.vector_dimensions
-        self._seen: tuple[SpaceIdentity | None] | None = None
+        self._seen: dict[None, SpaceIdentity | None] = {}  # one or none; setdefault is atomic
 
     def check(self, answer: EmbedAnswer, batch: Batch) -> None:
         """Check that `answer` is what was asked for `batch`.
@@ -59,11 +59,9 @@ class Verifier:
         Raises:
             IdentityMismatchError: It is not what is expected, or not what it was before.
         """
-        if self._seen is None:
+        if not self._seen:
             self._check_first(served)
-            self._seen = (served,)
-            return
-        (before,) = self._seen
+        before = self._seen.setdefault(None, served)
         if served is not before and served != before:
             differences = before.differences(served) if before and served else ""
             raise IdentityMismatchError(

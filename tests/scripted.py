@@ -62,6 +62,7 @@ class ScriptedTransport:
     """
 
     may_be_cold = True
+    may_rest = False
 
     def __init__(
         self,

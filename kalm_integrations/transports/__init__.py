@@ -10,16 +10,18 @@ from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 
 class Transport(Protocol):
-    """A way to a service. Used on the I/O thread only; opens nothing before the first call.
+    """A way to a service. Used on one loop only; opens nothing before the first call.
 
     A transport sends one request and translates what comes back. It neither retries nor checks
     vectors. It raises `KalmError`s, with indices counted within the request.
 
     Attributes:
         may_be_cold: Whether a late first answer may be that of a service that starts.
+        may_rest: Whether its loop may stand still between calls.
     """
 
     may_be_cold: bool
+    may_rest: bool
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Send one request."""

@@ -70,6 +70,7 @@ class HttpTransport:
     """One pool of connections to one base URL."""
 
     may_be_cold = True
+    may_rest = True
 
     def __init__(self, settings: ClientSettings) -> None:
         assert settings.base_url is not None

@@ -22,6 +22,7 @@ class InProcessTransport:
     """All clients of a process share one service, and so one copy of the weights."""
 
     may_be_cold = False
+    may_rest = False
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         return await (await _service()).embed(request)

@@ -42,6 +42,7 @@ class ModalTransport:
     """Calls the class's packed method. Modal's own client, one a process, has the connections."""
 
     may_be_cold = True
+    may_rest = False
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
@@ -102,6 +103,7 @@ class DiscoveredHttpTransport:
     """backend="http" without a base_url: the HTTP door of the app, whose address Modal knows."""
 
     may_be_cold = True
+    may_rest = False
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings

@@ -31,6 +31,7 @@ class _Beside:
     """The transport to a service in this process, on this loop."""
 
     may_be_cold = False
+    may_rest = False
 
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service

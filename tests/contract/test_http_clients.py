@@ -22,7 +22,7 @@ from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from pydantic import SecretStr
 from scripted import vectors_of
-from serving import FaultyServer, serving
+from serving import FaultyServer, Received, packed, serving
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, llama_index
 from kalm_integrations.errors import (
@@ -169,8 +169,32 @@ class TestOurs:
     def test_connections_are_reused(self, app: Any) -> None:
         with FaultyServer() as server, KalmClient(base_url=server.url, model=MODEL) as client:
             for i in range(5):
-                client.embed([f"text {i}"])
+                client.embed([f"text {i}", "b"])
             assert len(server._tasks) == 1
+            for i in range(5):
+                client.embed([f"text {i}"])
+            assert len(server._tasks) == 2  # one more, for lone texts
+
+    def test_a_connection_that_the_server_closed_meanwhile_costs_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("kalm_integrations.lane._FRESH", 0.0)
+
+        async def answer_and_close(request: Received, writer: asyncio.StreamWriter) -> None:
+            await packed()(request, writer)
+            asyncio.get_running_loop().call_later(0.05, writer.close)
+
+        with FaultyServer([answer_and_close] * 9) as server:
+            with KalmClient(base_url=server.url, model=MODEL) as client:
+                for i in range(4):
+                    client.embed([f"text {i}"])
+                    for _ in range(500):
+                        if not server._tasks:
+                            break
+                        time.sleep(0.01)
+                    assert not server._tasks
+            assert len(server.posted) == 4
+        assert not caplog.records  # no retry
 
     def test_connections_close_with_their_client(self) -> None:
         with FaultyServer() as server:

@@ -47,15 +47,15 @@ def test_a_client_that_ended_has_no_connection(http: Service, end: str) -> None:
             print(all(pool.map(right, range(20))))
         sys.stdin.readline()
         {ENDS[end]}
-        print(threads())
         sys.stdin.readline()
+        print(threads())
     """) as program:
         assert program.line() == "True"
         assert http.connections() > 0
         program.tell()
-        assert program.line() == "['MainThread', 'kalm-io']"
         program.wait_until(lambda: not http.connections(), SOON)
         program.tell()
+        assert program.line() == "['MainThread', 'kalm-io']"
         assert program.finish() == []
 
 

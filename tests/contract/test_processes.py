@@ -19,18 +19,19 @@ def test_parent_and_children_have_connections_of_their_own(http: Service) -> Non
     http.peers.clear()
     out = http.run("""
         client = KalmClient(max_concurrency=1)
-        right(0)
+        right(0)  # by the I/O thread
+        right(1)  # by the lane, as all that follow
         def child():
-            return right(1) and right(2) and ended_well(fork(grandchild)) and right(3)
+            return right(2) and right(3) and ended_well(fork(grandchild)) and right(4)
         def grandchild():
-            return right(4)
-        print(ended_well(fork(child)), right(5))
+            return right(5) and right(6)
+        print(ended_well(fork(child)), right(7))
     """)
     assert out == ["True True"]
-    parent, child, again, grandchild, child_again, parent_again = http.peers
-    assert child == again == child_again
-    assert parent == parent_again  # a child's end ends nothing of its parent's
-    assert len({parent, child, grandchild}) == 3
+    *parent, child, child_lane, grandchild, grandchild_lane, child_again, parent_again = http.peers
+    assert child_lane == child_again
+    assert parent[1] == parent_again  # a child's end ends nothing of its parent's
+    assert len({*parent, child, child_lane, grandchild, grandchild_lane}) == 6
 
 
 def test_a_child_does_not_hold_the_connections_that_its_parent_closes(http: Service) -> None:

@@ -81,7 +81,9 @@ def test_each_way_works(services: dict[str, dict[str, str]], way: int, block: in
         text=True,
         env=outside(**variables),
     )
-    assert (done.stdout, done.stderr) == (SHOWN[block], "")
+    # How long a container takes to start is this machine's matter; all else is a complaint.
+    said = [line for line in done.stderr.splitlines() if "may be starting" not in line]
+    assert (done.stdout, said) == (SHOWN[block], [])
 
 
 def test_what_kalm_deploy_shows() -> None:

@@ -142,11 +142,13 @@ def test_a_call_that_is_cancelled_before_it_begins_does_nothing(thread):
     async def work():
         begun.set()
 
-    async def hold_up(submitted):
+    async def hold_up():
+        held_up.set()
         assert submitted.wait(5)  # blocks the loop: what comes now has to wait
 
-    submitted = threading.Event()
-    holding = thread.submit(hold_up(submitted))
+    held_up, submitted = threading.Event(), threading.Event()
+    holding = thread.submit(hold_up())
+    assert held_up.wait(5)
     future = thread.submit(work())
     assert future.cancel()
     submitted.set()
