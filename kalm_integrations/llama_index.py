@@ -154,7 +154,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             with looking_up("query"):
                 return super().get_query_embedding(query)
         with self._observed([query]) as seen:
-            seen([embedding := self._get_query_embedding(query)])
+            seen([embedding := self._embed_to_lists([query], "query")[0]])
         return embedding
 
     @dispatcher.span
@@ -164,7 +164,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             with looking_up("query"):
                 return await super().aget_query_embedding(query)
         with self._observed([query]) as seen:
-            seen([embedding := await self._aget_query_embedding(query)])
+            seen([embedding := (await self._aembed_to_lists([query], "query"))[0]])
         return embedding
 
     def _get_query_embedding(self, query: str) -> Embedding:
