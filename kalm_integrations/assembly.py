@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +53,18 @@ class Assembly(ABC):
 
 
 class ArrayAssembly(Assembly):
-    """One array of them, in the type that travels. Without dimensions, the first part tells."""
+    """One array of them, widened part by part while later ones are on their way.
+
+    Args:
+        total: Number of texts.
+        dimensions: Of the vectors; 0 where the first part tells.
+        dtype: The type that travels.
+    """
 
     def __init__(self, total: int, dimensions: int, dtype: VectorDtype) -> None:
         super().__init__(total)
-        self._vectors: NDArray[np.floating[Any]] = np.empty((total, dimensions), dtype=dtype)
+        self._dtype: VectorDtype = dtype
+        self._vectors = np.empty((total, dimensions), dtype=np.float32)
 
     def result(self, identity: VectorIdentity) -> EmbeddingResult:
         """All vectors.
@@ -67,15 +73,15 @@ class ArrayAssembly(Assembly):
             InvalidResponseError: A row was never filled.
         """
         self._check()
-        return EmbeddingResult(self._vectors, identity, self.usage)
+        return EmbeddingResult(self._vectors, self._dtype, identity, self.usage)
 
     def _put(self, part: EmbeddedBatch) -> None:
         if not self._vectors.shape[1]:
-            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), part.packed.dtype)
-        self._vectors[part.indices] = part.packed
+            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), np.float32)
+        self._vectors[part.indices] = widen(part.packed)
 
     def _taken(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        return widen(self._vectors[indices])
+        return self._vectors[indices]
 
 
 class ListAssembly(Assembly):

@@ -14,6 +14,7 @@ from kalm_integrations.errors import InvalidText
 
 if TYPE_CHECKING:
     from kalm_integrations.identity import VectorIdentity
+    from kalm_integrations.wire import VectorDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +34,28 @@ class EmbeddingResult:
     """Vectors in the order of the texts.
 
     Attributes:
-        packed: Shape (texts, dimensions), in the type that travelled (float16 or float32).
+        vectors: Shape (texts, dimensions), float32, each row of unit length.
+        dtype: The type that travelled.
         identity: What these vectors may be compared with.
         usage: What the call cost.
     """
 
-    packed: NDArray[np.floating[Any]] = field(repr=False)
+    vectors: NDArray[np.float32] = field(repr=False)
+    dtype: VectorDtype
     identity: VectorIdentity
     usage: Usage
 
     @property
-    def vectors(self) -> NDArray[np.float32]:
-        """Shape (texts, dimensions), float32, each row of unit length."""
-        return _unpacked(self)
+    def packed(self) -> NDArray[np.floating[Any]]:
+        """`vectors` in the type that travelled, exactly: half the memory, if that is float16."""
+        return self.vectors.astype(self.dtype, copy=False)
 
     def to_lists(self) -> list[list[float]]:
         """One list of Python floats a text, as LangChain and LlamaIndex take them."""
         return floats.to_lists(self.packed)
 
     def __len__(self) -> int:
-        return len(self.packed)
+        return len(self.vectors)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.vectors, dtype=dtype, copy=copy)
@@ -78,7 +81,14 @@ class EmbeddedBatch:
     @property
     def vectors(self) -> NDArray[np.float32]:
         """Shape (n, dimensions), float32, each row of unit length."""
-        return _unpacked(self)
+        # Kept, but not by cached_property: Python 3.11 guards that by one lock for all instances,
+        # and a process forked while another thread holds it waits for ever.
+        kept = self.__dict__
+        if "_vectors" not in kept:
+            wide = floats.widen(self.packed)
+            kept["_vectors"] = wide if wide.flags.writeable else wide.copy()
+        vectors: NDArray[np.float32] = kept["_vectors"]
+        return vectors
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -103,14 +113,3 @@ class PartialResult:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-
-def _unpacked(answer: EmbeddingResult | EmbeddedBatch) -> NDArray[np.float32]:
-    # Kept, but not by cached_property: Python 3.11 guards that by one lock for all instances, and
-    # a process forked while another thread holds it waits for ever.
-    kept = answer.__dict__
-    if "_vectors" not in kept:
-        wide = floats.widen(answer.packed)
-        kept["_vectors"] = wide if wide.flags.writeable else wide.copy()
-    vectors: NDArray[np.float32] = kept["_vectors"]
-    return vectors

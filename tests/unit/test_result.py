@@ -34,7 +34,7 @@ IDENTITY = VectorIdentity(space=SPACE, dimensions=4, document_template="{text}")
 
 
 def result(dtype: str) -> EmbeddingResult:
-    return EmbeddingResult(np.eye(3, 4, dtype=dtype), IDENTITY, Usage(9, 1))
+    return EmbeddingResult(np.eye(3, 4, dtype=np.float32), dtype, IDENTITY, Usage(9, 1))
 
 
 def batch(*indices: int) -> EmbeddedBatch:
@@ -63,10 +63,17 @@ def test_asarray_converts_to_the_type_asked_for():
     assert result("float16").__array__(np.float64).dtype == np.float64
 
 
-@pytest.mark.parametrize(
-    "make", [result, lambda dtype: EmbeddedBatch(np.arange(3), np.eye(3, dtype=dtype), Usage())]
-)
-def test_vectors_are_converted_once_and_float32_not_at_all(make):
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_packed_is_what_travelled(dtype):
+    packed = result(dtype).packed
+    assert packed.dtype == dtype
+    assert np.array_equal(packed, np.eye(3, 4))
+
+
+def test_vectors_of_a_part_are_converted_once_and_float32_not_at_all():
+    def make(dtype: str) -> EmbeddedBatch:
+        return EmbeddedBatch(np.arange(3), np.eye(3, dtype=dtype), Usage())
+
     narrow, wide = make("float16"), make("float32")
     assert narrow.vectors is narrow.vectors
     assert narrow.vectors.dtype == np.float32
@@ -84,7 +91,7 @@ def test_vectors_may_be_changed_though_they_came_in_a_read_only_body(dtype):
 def test_printing_an_answer_prints_no_vectors():
     vectors = np.full((2, 4), 0.625, dtype=np.float32)
     answers = (
-        EmbeddingResult(vectors, IDENTITY, Usage()),
+        EmbeddingResult(vectors, "float32", IDENTITY, Usage()),
         EmbeddedBatch(np.arange(2), vectors, Usage()),
         PartialResult(3, np.arange(2), vectors),
     )
@@ -133,7 +140,7 @@ def test_usage_adds_up():
     assert sum([Usage(10, 1), Usage(5, 2)], Usage()) == Usage(tokens=15, requests=3)
 
 
-def test_no_result_waits_for_another_one():
+def test_no_part_waits_for_another_one():
     """A lock that they share would stay taken for ever in a process that is forked meanwhile."""
 
     class Slow(np.ndarray):  # type: ignore[type-arg]
@@ -143,11 +150,11 @@ def test_no_result_waits_for_another_one():
             return np.asarray(self).view(*arguments, **named)
 
     begun, go_on = threading.Event(), threading.Event()
-    slow = replace(result("float16"), packed=np.eye(3, 4, dtype=np.float16).view(Slow))
+    slow = replace(batch(0, 1, 2), packed=np.eye(3, 4, dtype=np.float16).view(Slow))
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(lambda: slow.vectors)
         assert begun.wait(10)
-        other = pool.submit(lambda: result("float16").vectors)
+        other = pool.submit(lambda: batch(0, 1, 2).vectors)
         try:
             np.testing.assert_array_equal(other.result(timeout=5), np.eye(3, 4))
         finally:
