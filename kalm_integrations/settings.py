@@ -139,7 +139,8 @@ class ClientSettings(EnvironmentSettings):
 
     max_concurrency: int = Field(16, ge=1, le=256)
     """Most requests in flight, over all calls of this object; queries have as many again of
-    their own, so that they never wait behind documents."""
+    their own, so that they never wait behind documents. Over HTTP, one text that a blocking call
+    waits for comes on top."""
 
     timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds for a whole call, retries and cold start included; for each request of
