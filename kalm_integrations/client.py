@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Literal, Self, get_args
@@ -23,7 +22,7 @@ from kalm_integrations import inputs
 from kalm_integrations.assembly import ArrayAssembly, Assembly, ListAssembly
 from kalm_integrations.batching import Batch, plan
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.flight import Flight
+from kalm_integrations.flight import Launch, afly, fly
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.io_thread import io_thread, is_ending
 from kalm_integrations.prompts import Role
@@ -254,76 +253,42 @@ class KalmClient(ClientSettings):
         busy: Callable[[], bool] = lambda: False,
     ) -> Generator[EmbeddedBatch]:
         """Send `batches`; no further one is read while the caller is `busy` with what has come."""
-        landed = threading.Event()
-        flight = Flight(self.max_concurrency, landed.set)
-        ready: list[EmbeddedBatch] = []
-        try:
-            for batch in flight.read(batches):
-                flight.launch(io_thread().submit(self._send(batch, call)))
-                ready += flight.take()
-                # What has come is handed out while all slots are taken: no slot waits for it.
-                while flight.full or (flight.flying and busy()):
-                    if not ready:
-                        landed.wait()
-                        landed.clear()
-                    parts, ready = ready, []
-                    yield from self._reported(parts)
-                    ready += flight.take()
-            yield from self._reported(ready)
-            while flight.flying:
-                landed.wait()
-                landed.clear()
-                yield from self._reported(flight.take())
-            flight.finish()
-        finally:
-            flight.cancel()
+        with closing(fly(batches, self._launcher(call), self.max_concurrency, busy)) as parts:
+            for part in parts:
+                self._report(part)
+                yield part
 
     async def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
-        loop, landed = asyncio.get_running_loop(), asyncio.Event()
-        flight = Flight(self.max_concurrency, lambda: loop.call_soon_threadsafe(landed.set))
-        ready: list[EmbeddedBatch] = []
-        try:
-            for batch in flight.read(batches):
-                flight.launch(io_thread().submit(self._send(batch, call)))
-                ready += flight.take()
-                while flight.full:
-                    if not ready:
-                        await landed.wait()
-                        landed.clear()
-                    parts, ready = ready, []
-                    for part in self._reported(parts):
-                        yield part
-                    ready += flight.take()
-            for part in self._reported(ready):
+        async with aclosing(afly(batches, self._launcher(call), self.max_concurrency)) as parts:
+            async for part in parts:
+                self._report(part)
                 yield part
-            while flight.flying:
-                await landed.wait()
-                landed.clear()
-                for part in self._reported(flight.take()):
-                    yield part
-            flight.finish()
-        finally:
-            flight.cancel()
 
     def _run_alone(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
         """`_run` of one batch, a query's: nothing flies beside it, and each step counts."""
+        launch = self._launcher(call)
         for batch in batches:
             part = self._sessions.send_by_lane(batch, call)
             if part is None:
-                answer = io_thread().submit(self._send(batch, call))
+                answer = launch(batch)
                 try:
                     part = answer.result()
                 finally:
                     answer.cancel()
-            yield from self._reported([part])
+            self._report(part)
+            yield part
 
     async def _arun_alone(
         self, batches: Iterator[Batch], call: Call
     ) -> AsyncGenerator[EmbeddedBatch]:
+        launch = self._launcher(call)
         for batch in batches:
-            answer = io_thread().submit(self._send(batch, call))
-            for part in self._reported([await asyncio.wrap_future(answer)]):
-                yield part
+            part = await asyncio.wrap_future(launch(batch))
+            self._report(part)
+            yield part
+
+    def _launcher(self, call: Call) -> Launch:
+        return lambda batch: io_thread().submit(self._send(batch, call))
 
     async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
         return await self._session().send(batch, call)
@@ -335,14 +300,12 @@ class KalmClient(ClientSettings):
     def _session(self) -> Session:
         return self._sessions.open(self)
 
-    def _reported(self, parts: Iterable[EmbeddedBatch]) -> Iterator[EmbeddedBatch]:
-        for part in parts:
-            if self.on_usage is not None and part.usage.requests:
-                try:
-                    self.on_usage(part.usage)
-                except Exception:  # the caller's accounting must not cost the caller's vectors
-                    log.exception("on_usage failed")
-            yield part
+    def _report(self, part: EmbeddedBatch) -> None:
+        if self.on_usage is not None and part.usage.requests:
+            try:
+                self.on_usage(part.usage)
+            except Exception:  # the caller's accounting must not cost the caller's vectors
+                log.exception("on_usage failed")
 
     @contextmanager
     def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:

@@ -2,14 +2,83 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.result import EmbeddedBatch
+
+Launch = Callable[[Batch], Future[EmbeddedBatch]]
+"""Sends a request."""
+
+
+def fly(
+    batches: Iterator[Batch], launch: Launch, limit: int, busy: Callable[[], bool]
+) -> Generator[EmbeddedBatch]:
+    """Launch `batches`, at most `limit` at a time; what has landed, as it comes.
+
+    No further batch is read while the caller is `busy`. What is in flight when the caller goes is
+    cancelled.
+    """
+    landed = threading.Event()
+    flight = Flight(limit, landed.set)
+    ready: list[EmbeddedBatch] = []
+    try:
+        for batch in flight.read(batches):
+            flight.launch(launch(batch))
+            ready += flight.take()
+            # What has come is handed out while all slots are taken: no slot waits for it.
+            while flight.full or (flight.flying and busy()):
+                if not ready:
+                    landed.wait()
+                    landed.clear()
+                parts, ready = ready, []
+                yield from parts
+                ready += flight.take()
+        yield from ready
+        while flight.flying:
+            landed.wait()
+            landed.clear()
+            yield from flight.take()
+        flight.finish()
+    finally:
+        flight.cancel()
+
+
+async def afly(
+    batches: Iterator[Batch], launch: Launch, limit: int
+) -> AsyncGenerator[EmbeddedBatch]:
+    """`fly`, for a caller on a running loop."""
+    loop, landed = asyncio.get_running_loop(), asyncio.Event()
+    flight = Flight(limit, lambda: loop.call_soon_threadsafe(landed.set))
+    ready: list[EmbeddedBatch] = []
+    try:
+        for batch in flight.read(batches):
+            flight.launch(launch(batch))
+            ready += flight.take()
+            while flight.full:
+                if not ready:
+                    await landed.wait()
+                    landed.clear()
+                parts, ready = ready, []
+                for part in parts:
+                    yield part
+                ready += flight.take()
+        for part in ready:
+            yield part
+        while flight.flying:
+            await landed.wait()
+            landed.clear()
+            for part in flight.take():
+                yield part
+        flight.finish()
+    finally:
+        flight.cancel()
 
 
 class Flight:

@@ -19,7 +19,11 @@ from contextlib import contextmanager
 from typing import Any, Final, NoReturn, Self
 
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation import (  # type: ignore[attr-defined]
+    Dispatcher,
+    get_dispatcher,
+)
+from llama_index.core.instrumentation.event_handlers import NullEventHandler
 from llama_index.core.instrumentation.events.embedding import (
     EmbeddingEndEvent,
     EmbeddingStartEvent,
@@ -36,6 +40,7 @@ from kalm_integrations.prompts import Role
 from kalm_integrations.settings import ClientSettings
 
 dispatcher = get_dispatcher(__name__)
+_unheard: Final[Callable[[list[Embedding]], None]] = lambda _: None  # noqa: E731
 
 _WRONG_FRAMEWORK = (
     "this is the LlamaIndex class; LangChain takes the other one: "
@@ -232,7 +237,10 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 
     @contextmanager
     def _observed(self, texts: list[str]) -> Iterator[Callable[[list[Embedding]], None]]:
-        """What LlamaIndex tells observers of a batch; the block says its result."""
+        """What LlamaIndex tells whoever observes a batch; the block says its result."""
+        if not (self.callback_manager.handlers or _is_heard(dispatcher)):
+            yield _unheard
+            return
         described = {
             "class_name": self.class_name(),
             "model_name": self.model_name,
@@ -256,3 +264,13 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             return
         with progress_bar(total) as advance:
             yield advance
+
+
+def _is_heard(where: Dispatcher) -> bool:
+    """Whether an event that is dispatched here reaches anybody: making one takes longer than all
+    else that LlamaIndex does for a query."""
+    while all(isinstance(handler, NullEventHandler) for handler in where.event_handlers):
+        if not where.propagate:
+            return False
+        where = where.parent
+    return True
