@@ -542,6 +542,7 @@ class TestGolden:
         ],
         ids=["values", "order", "not finite", "one too few"],
     )
+    @pytest.mark.usefixtures("quick_retries")
     def test_vectors_that_are_not_kalms(
         self, doctor: Doctor, kalm: Callable[..., KalmEngine], spoil: Callable, found: str
     ) -> None:

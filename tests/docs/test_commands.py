@@ -51,7 +51,8 @@ def run(command: str, *, quiet: bool = True) -> str:
 def test_no_command_is_forgotten() -> None:
     tests = ["make test", "make test-vllm"]
     assert {*QUICKSTARTS, *INSTALLS, *SERVES, *tests} == set(COMMANDS)
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-2:] == tests  # what runs this
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()  # what runs this
+    assert [line for line in ci if line in COMMANDS] == tests
 
 
 # The plain one takes half a minute, and is test_quickstart's.
