@@ -269,6 +269,8 @@ class SessionHolder:
         try:
             self._lane = session.lane(self)
             return self._lane
+        except OSError:  # too many open files: the I/O thread has its loop already
+            return None
         finally:
             self._opening.release()
 

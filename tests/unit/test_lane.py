@@ -117,16 +117,21 @@ def test_a_failure_leaves_it_as_it_was(transport: Watched, over: Callable[..., K
     client.close()
 
 
-def test_both_ways_hold_answers_against_one_identity(over: Callable[..., KalmClient]) -> None:
-    other = replace(EMBEDDED.space, revision="another")
-    client = over(
-        Watched(None, lambda answer: replace(answer, identity=other)),
-        expected_identity=None,
+def test_both_ways_hold_answers_against_one_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that nobody declared, the first answer says what all others must be."""
+    first = replace(EMBEDDED.space, model="one/of-mine")
+    second = replace(first, revision="another")
+    transports = iter(
+        [
+            Watched(lambda answer: replace(answer, identity=first)),
+            Watched(lambda answer: replace(answer, identity=second)),
+        ]
     )
-    ask(client, "first")  # by the I/O thread
-    with pytest.raises(IdentityMismatchError, match="revision"):
-        ask(client, "second")  # by the lane
-    client.close()
+    monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: next(transports))
+    with KalmClient(base_url="http://here", model=first.model) as client:
+        ask(client, "by the I/O thread")
+        with pytest.raises(IdentityMismatchError, match="revision"):
+            ask(client, "by the lane")
 
 
 class StruckError(Exception):
@@ -159,11 +164,19 @@ def test_what_a_signals_handler_raises_ends_the_call_and_the_lane_only(
     assert struck is not client._sessions._lane
 
 
-def test_closing_ends_a_call_that_is_under_way(client: KalmClient, transport: Watched) -> None:
+def test_closing_ends_a_call_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    transports = [Watched(), Watched()]
+    opened = iter(transports)
+    monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: next(opened))
+    client = KalmClient(backend="local")
+    ask(client, "by the I/O thread")
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(ask, client, "slow")
-        in_flight(transport, 1)
+        in_flight(transports[1], 1)
+        let_go = threading.Timer(20, transports[1].slow.set)  # or a failure would never end
+        let_go.start()
         client.close()
+        let_go.cancel()
         with pytest.raises(KalmError, match="closed during the call"):
             slow.result(10)
 
@@ -185,6 +198,17 @@ def test_copies_have_none_of_it(client: KalmClient) -> None:
     assert client._sessions._lane is not None
     assert client.model_copy()._sessions._lane is None
     assert client.model_copy() == client
+
+
+def test_without_a_file_left_it_is_the_io_thread(
+    client: KalmClient, transport: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("kalm_integrations.lane.ClientLoop", fail)
+    ask(client, "a")
+    assert transport.threads == [IO]
 
 
 def test_a_transport_whose_loop_must_not_rest_has_none(over: Callable[..., KalmClient]) -> None:
