@@ -69,8 +69,7 @@ def test_a_wrong_count_width_or_type_is_refused(vectors, got):
     assert caught.value.args == (expected,)
 
 
-@pytest.mark.parametrize(("row", "index"), [(0, 40), (1, 41), (2, 42)])
-@pytest.mark.parametrize(
+NO_VECTORS = pytest.mark.parametrize(
     ("values", "what"),
     [
         ([np.nan, 1, 0, 0], "values that are not finite"),
@@ -79,20 +78,38 @@ def test_a_wrong_count_width_or_type_is_refused(vectors, got):
         ([0, 0, 0, 0], "a vector of length 0.0000 instead of 1"),
         ([300, 400, 0, 0], "a vector of length 500.0000 instead of 1"),
         ([0.5, 0, 0, 0], "a vector of length 0.5000 instead of 1"),
+        ([0.9975, 0, 0, 0], "a vector of length 0.9975 instead of 1"),
+        ([1.0025, 0, 0, 0], "a vector of length 1.00"),
     ],
 )
+
+
+@pytest.mark.parametrize(("row", "index"), [(0, 40), (1, 41), (2, 42)])
+@NO_VECTORS
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_vector_that_is_none_is_refused_by_the_callers_first_index(
     row, index, values, what, dtype
 ):
     with pytest.raises(InvalidResponseError) as caught:
         check(with_row(row, values, dtype), dtype=dtype)
-    assert caught.value.args == (f"texts[{index}] got {what}.",)
+    assert str(caught.value).startswith(f"texts[{index}] got {what}")
+
+
+@NO_VECTORS
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_query_alone_is_checked_as_strictly(values, what, dtype):
+    alone = Batch(["a"], [[7]])
+    check(unit(rows=1, dtype=dtype), batch=alone, dtype=dtype)
+    with pytest.raises(InvalidResponseError) as caught:
+        check(np.array([values], dtype=dtype), batch=alone, dtype=dtype)
+    assert str(caught.value).startswith(f"texts[7] got {what}")
 
 
 def test_values_whose_square_overflows_are_refused_without_a_warning():
     with pytest.raises(InvalidResponseError, match=r"texts\[41\] got a vector of length inf"):
         check(with_row(1, [3e38, 0, 0, 0]))
+    with pytest.raises(InvalidResponseError, match=r"texts\[41\] got a vector of length inf"):
+        check(np.float32([[3e38, 0, 0, 0]]), batch=Batch(["b"], [[41]]))
 
 
 def test_of_several_wrong_vectors_the_first_is_named_and_the_others_are_counted():
