@@ -78,7 +78,7 @@ NO_VECTORS = pytest.mark.parametrize(
         ([0, 0, 0, 0], "a vector of length 0.0000 instead of 1"),
         ([300, 400, 0, 0], "a vector of length 500.0000 instead of 1"),
         ([0.5, 0, 0, 0], "a vector of length 0.5000 instead of 1"),
-        ([0.9975, 0, 0, 0], "a vector of length 0.9975 instead of 1"),
+        ([0.9975, 0, 0, 0], "a vector of length 0.997"),
         ([1.0025, 0, 0, 0], "a vector of length 1.00"),
     ],
 )
