@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import aclosing, closing, contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Literal, Self, get_args
@@ -253,16 +253,13 @@ class KalmClient(ClientSettings):
         busy: Callable[[], bool] = lambda: False,
     ) -> Generator[EmbeddedBatch]:
         """Send `batches`; no further one is read while the caller is `busy` with what has come."""
-        with closing(fly(batches, self._launcher(call), self.max_concurrency, busy)) as parts:
-            for part in parts:
-                self._report(part)
-                yield part
+        launch = self._launcher(call)
+        return fly(batches, launch, self.max_concurrency, self._report, busy)
 
-    async def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
-        async with aclosing(afly(batches, self._launcher(call), self.max_concurrency)) as parts:
-            async for part in parts:
-                self._report(part)
-                yield part
+    def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
+        # Not a generator around another: a loop's end may close the inner one alone, and the
+        # outer would be short without a word.
+        return afly(batches, self._launcher(call), self.max_concurrency, self._report)
 
     def _run_alone(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
         """`_run` of one batch, a query's: nothing flies beside it, and each step counts."""

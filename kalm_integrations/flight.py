@@ -15,15 +15,16 @@ from kalm_integrations.result import EmbeddedBatch
 
 Launch = Callable[[Batch], Future[EmbeddedBatch]]
 """Sends a request."""
+Report = Callable[[EmbeddedBatch], object]
 
 
 def fly(
-    batches: Iterator[Batch], launch: Launch, limit: int, busy: Callable[[], bool]
+    batches: Iterator[Batch], launch: Launch, limit: int, report: Report, busy: Callable[[], bool]
 ) -> Generator[EmbeddedBatch]:
     """Launch `batches`, at most `limit` at a time; what has landed, as it comes.
 
-    No further batch is read while the caller is `busy`. What is in flight when the caller goes is
-    cancelled.
+    What is handed out is reported first. No further batch is read while the caller is `busy`.
+    What is in flight when the caller goes is cancelled.
     """
     landed = threading.Event()
     flight = Flight(limit, landed.set)
@@ -38,20 +39,26 @@ def fly(
                     landed.wait()
                     landed.clear()
                 parts, ready = ready, []
-                yield from parts
+                for part in parts:
+                    report(part)
+                    yield part
                 ready += flight.take()
-        yield from ready
+        for part in ready:
+            report(part)
+            yield part
         while flight.flying:
             landed.wait()
             landed.clear()
-            yield from flight.take()
+            for part in flight.take():
+                report(part)
+                yield part
         flight.finish()
     finally:
         flight.cancel()
 
 
 async def afly(
-    batches: Iterator[Batch], launch: Launch, limit: int
+    batches: Iterator[Batch], launch: Launch, limit: int, report: Report
 ) -> AsyncGenerator[EmbeddedBatch]:
     """`fly`, for a caller on a running loop."""
     loop, landed = asyncio.get_running_loop(), asyncio.Event()
@@ -67,14 +74,17 @@ async def afly(
                     landed.clear()
                 parts, ready = ready, []
                 for part in parts:
+                    report(part)
                     yield part
                 ready += flight.take()
         for part in ready:
+            report(part)
             yield part
         while flight.flying:
             await landed.wait()
             landed.clear()
             for part in flight.take():
+                report(part)
                 yield part
         flight.finish()
     finally:
