@@ -4,10 +4,15 @@ from typing import Any
 
 os.environ["MODAL_CONFIG_PATH"] = os.devnull  # read when modal is imported; nobody's own settings
 
+import hypothesis
 import pytest
 from scripted import ScriptedTransport
 
 from kalm_integrations import KalmClient, retry
+
+# How long an example takes is the machine's matter.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)
