@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 
@@ -39,19 +39,13 @@ def fly(
                     landed.wait()
                     landed.clear()
                 parts, ready = ready, []
-                for part in parts:
-                    report(part)
-                    yield part
+                yield from _reported(parts, report)
                 ready += flight.take()
-        for part in ready:
-            report(part)
-            yield part
+        yield from _reported(ready, report)
         while flight.flying:
             landed.wait()
             landed.clear()
-            for part in flight.take():
-                report(part)
-                yield part
+            yield from _reported(flight.take(), report)
         flight.finish()
     finally:
         flight.cancel()
@@ -73,22 +67,26 @@ async def afly(
                     await landed.wait()
                     landed.clear()
                 parts, ready = ready, []
-                for part in parts:
-                    report(part)
+                for part in _reported(parts, report):
                     yield part
                 ready += flight.take()
-        for part in ready:
-            report(part)
+        for part in _reported(ready, report):
             yield part
         while flight.flying:
             await landed.wait()
             landed.clear()
-            for part in flight.take():
-                report(part)
+            for part in _reported(flight.take(), report):
                 yield part
         flight.finish()
     finally:
         flight.cancel()
+
+
+def _reported(parts: Iterable[EmbeddedBatch], report: Report) -> Iterator[EmbeddedBatch]:
+    """`parts`, each reported as it is handed out."""
+    for part in parts:
+        report(part)
+        yield part
 
 
 class Flight:

@@ -40,7 +40,6 @@ from kalm_integrations.prompts import Role
 from kalm_integrations.settings import ClientSettings
 
 dispatcher = get_dispatcher(__name__)
-_unheard: Final[Callable[[list[Embedding]], None]] = lambda _: None  # noqa: E731
 
 _WRONG_FRAMEWORK = (
     "this is the LlamaIndex class; LangChain takes the other one: "
@@ -239,7 +238,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
     def _observed(self, texts: list[str]) -> Iterator[Callable[[list[Embedding]], None]]:
         """What LlamaIndex tells whoever observes a batch; the block says its result."""
         if not (self.callback_manager.handlers or _is_heard(dispatcher)):
-            yield _unheard
+            yield lambda _: None
             return
         described = {
             "class_name": self.class_name(),
@@ -269,7 +268,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 def _is_heard(where: Dispatcher) -> bool:
     """Whether an event that is dispatched here reaches anybody: making one takes longer than all
     else that LlamaIndex does for a query."""
-    while all(isinstance(handler, NullEventHandler) for handler in where.event_handlers):
+    while all(type(handler) is NullEventHandler for handler in where.event_handlers):
         if not where.propagate:
             return False
         where = where.parent

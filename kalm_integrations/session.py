@@ -219,8 +219,8 @@ class SessionHolder:
     """Where a client keeps its session, and the lane beside it.
 
     A session belongs to one loop and so to one process: after a fork there is a new loop, and a
-    new session with it. It is touched on the I/O thread only. Copies and pickles of the holder are
-    empty, and all holders are equal: clients compare by their settings.
+    new session with it. It is used on the I/O thread only, the lane by callers. Copies and pickles
+    of the holder are empty, and all holders are equal: clients compare by their settings.
     """
 
     def __init__(self) -> None:
