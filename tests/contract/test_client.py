@@ -87,7 +87,7 @@ class TestOrder:
         client = over(slow_first, batch_size=2)
         assert np.array_equal(way(client, TEXTS), vectors_of(TEXTS))
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(
         texts=st.lists(st.sampled_from([f"t{i}" for i in range(12)]), max_size=40),
         batch_size=st.integers(1, 7),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kalm_integrations.evaluation import agreement
@@ -85,7 +85,6 @@ def test_cosines_by_hand() -> None:
     np.testing.assert_allclose(found, [1, 0.5, -1, 0], atol=1e-12)
 
 
-@settings(deadline=None)
 @given(SEEDS, st.integers(1, 5000))
 def test_cosines_are_of_the_same_row_in_every_block(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
@@ -94,7 +93,6 @@ def test_cosines_are_of_the_same_row_in_every_block(seed: int, count: int) -> No
     np.testing.assert_allclose(cosines(one, other), right, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(SEEDS)
 def test_vectors_that_travelled_as_float16_still_have_a_cosine_of_1(seed: int) -> None:
     vectors = drawn(seed, 9, 1, 512).documents
@@ -128,7 +126,6 @@ def test_a_querys_own_document_is_left_out_by_hand() -> None:
     assert found.ranked == found.depth == 2
 
 
-@settings(deadline=None)
 @given(SEEDS, COUNTS, COUNTS, st.integers(1, 3), st.booleans(), st.sampled_from([drawn, few]))
 def test_rankings_are_those_found_slowly(
     seed: int, documents: int, queries: int, k: int, left_out: bool, make: Any
@@ -142,7 +139,6 @@ def test_rankings_are_those_found_slowly(
     np.testing.assert_allclose(found.order, order, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(SEEDS, COUNTS, COUNTS, st.sampled_from([drawn, few]))
 def test_the_same_vectors_agree_in_everything(
     seed: int, documents: int, queries: int, make: Any
@@ -154,7 +150,6 @@ def test_the_same_vectors_agree_in_everything(
     np.testing.assert_allclose(defined, 1)
 
 
-@settings(deadline=None)
 @given(SEEDS, COUNTS, COUNTS)
 def test_one_space_is_never_compared_with_the_other(
     seed: int, documents: int, queries: int
@@ -169,7 +164,6 @@ def test_one_space_is_never_compared_with_the_other(
     np.testing.assert_allclose(found.order, 1)
 
 
-@settings(deadline=None)
 @given(SEEDS, COUNTS, COUNTS)
 def test_the_order_of_documents_and_queries_does_not_matter(
     seed: int, documents: int, queries: int
@@ -186,7 +180,6 @@ def test_the_order_of_documents_and_queries_does_not_matter(
     np.testing.assert_allclose(before.order[asked], after.order, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(SEEDS)
 def test_copies_in_the_corpus_are_ranked_the_same_way_in_both(seed: int) -> None:
     """float16 has its noise: it must not order what is as near."""
@@ -262,14 +255,12 @@ def test_spearman_by_hand() -> None:
     assert np.isnan(spearman(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])))
 
 
-@settings(deadline=None)
 @given(st.permutations(range(7)))
 def test_without_ties_it_is_the_formula_of_squared_differences(order: list[int]) -> None:
     x, y = np.arange(7.0), np.array(order, dtype=float)
     assert spearman(x, y) == pytest.approx(1 - 6 * ((x - y) ** 2).sum() / (7 * 48))
 
 
-@settings(deadline=None)
 @given(NUMBERS, SEEDS)
 def test_it_is_the_correlation_of_mean_ranks(x: np.ndarray[Any, Any], seed: int) -> None:
     y = np.random.default_rng(seed).integers(-2, 3, len(x))

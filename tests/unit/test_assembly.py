@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.assembly import ArrayAssembly, ListAssembly
@@ -29,7 +29,6 @@ def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> ArrayAs
     return assembly
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), st.lists(st.integers(0, 40))
 )
@@ -44,7 +43,6 @@ def test_parts_in_any_order_give_each_text_its_vector(dtype, order, cuts):
     assert result.usage == Usage(len(order), len(parts))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
 def test_a_text_without_a_vector_is_an_error_never_memory_that_happened_to_be_there(case):
     total, indices = case
@@ -117,7 +115,6 @@ def listed(total: int, *parts: EmbeddedBatch) -> ListAssembly:
     return assembly
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), st.lists(st.integers(0, 40))
 )

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.batching import Batch, RequestLimits, estimate_tokens, plan
@@ -46,7 +46,6 @@ def fits(texts: list[str], limits: RequestLimits) -> bool:
     return all(used <= most for used, most in zip(cost(texts, limits), allowed, strict=True))
 
 
-@settings(deadline=None)
 @CASES
 def test_every_index_is_in_exactly_one_place(texts, limits):
     batches = plan(enumerate(texts), TEMPLATE, limits)
@@ -54,7 +53,6 @@ def test_every_index_is_in_exactly_one_place(texts, limits):
     assert sorted(indices) == list(range(len(texts)))
 
 
-@settings(deadline=None)
 @CASES
 def test_a_request_holds_the_callers_texts_with_the_instruction_set_in(texts, limits):
     for batch in plan(enumerate(texts), TEMPLATE, limits):
@@ -62,7 +60,6 @@ def test_a_request_holds_the_callers_texts_with_the_instruction_set_in(texts, li
             assert {f"q: {texts[index]}." for index in places} == {prompted}
 
 
-@settings(deadline=None)
 @CASES
 def test_each_distinct_text_is_sent_once_in_the_callers_order(texts, limits):
     batches = list(plan(enumerate(texts), AS_IS, limits))
@@ -70,14 +67,12 @@ def test_each_distinct_text_is_sent_once_in_the_callers_order(texts, limits):
     assert all(places == sorted(places) for batch in batches for places in batch.positions)
 
 
-@settings(deadline=None)
 @CASES
 def test_no_request_exceeds_a_limit_except_one_of_a_single_text(texts, limits):
     for batch in plan(enumerate(texts), TEMPLATE, limits):
         assert len(batch) == 1 or fits(batch.texts, limits)
 
 
-@settings(deadline=None)
 @CASES
 def test_requests_are_as_full_as_the_limits_allow_and_never_empty(texts, limits):
     batches = list(plan(enumerate(texts), TEMPLATE, limits))
@@ -86,7 +81,6 @@ def test_requests_are_as_full_as_the_limits_allow_and_never_empty(texts, limits)
         assert not fits([*batch.texts, following.texts[0]], limits)
 
 
-@settings(deadline=None)
 @CASES
 def test_scatter_puts_each_vector_at_every_index_of_its_text(texts, limits):
     answer = np.full((len(texts), 32), np.nan, dtype=np.float32)
@@ -144,7 +138,6 @@ def test_a_token_is_estimated_at_four_bytes_and_no_text_at_none(utf8_bytes, toke
     assert estimate_tokens(utf8_bytes) == tokens
 
 
-@settings(deadline=None)
 @given(texts=st.lists(st.text(), min_size=2, unique=True))
 def test_halves_are_two_smaller_batches_that_make_up_the_whole(texts):
     positions = [[index, index + 100] for index in range(len(texts))]
@@ -154,7 +147,6 @@ def test_halves_are_two_smaller_batches_that_make_up_the_whole(texts):
     assert len(first) in (len(second), len(second) - 1)
 
 
-@settings(deadline=None)
 @given(texts=st.lists(st.text(), unique=True), dropped=st.sets(st.integers(0, 20)))
 def test_without_drops_the_rows_named_and_keeps_the_others_with_their_places(texts, dropped):
     rest = Batch(texts, [[index] for index in range(len(texts))]).without(iter(dropped))

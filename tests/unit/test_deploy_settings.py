@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -79,7 +79,6 @@ def test_what_a_container_costs() -> None:
     assert DeploySettings(engine="embedded").dollars_per_hour < 0.07
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(GPUS)), st.sampled_from(["none", "fp8"]))
 def test_whatever_is_taken_holds_the_weights_and_gives_the_vectors_it_names(gpu, quantization):
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.errors import ConfigurationError, InvalidText
@@ -104,7 +104,6 @@ def test_a_text_that_may_be_cut_may_be_long(tmp_path: Path) -> None:
     assert "KALM_TRUNCATE=end cuts what is too long" in refused(path)
 
 
-@settings(deadline=None)
 @given(lines=st.lists(LINE, min_size=1))
 def test_every_text_is_where_its_place_says(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str]
@@ -121,7 +120,6 @@ def test_every_text_is_where_its_place_says(
 # --- samples
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 40))
 def test_a_sample_is_always_the_same_and_in_order(count: int, most: int) -> None:
     texts = of(*map(str, range(count)))
@@ -167,7 +165,6 @@ def test_a_first_sentence(query: str, rest: str) -> None:
     assert (queries.texts, own.tolist()) == ([query], [0])
 
 
-@settings(deadline=None)
 @given(st.lists(LINE, min_size=1, max_size=20, unique=True))
 def test_each_query_is_of_its_own_document(texts: list[str]) -> None:
     documents = of(*texts)

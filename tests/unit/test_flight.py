@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.batching import Batch
@@ -216,7 +216,6 @@ def test_an_interrupt_while_reading_is_not_put_off():
         next(Flight(1, lambda: None).read(source()))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_whatever_lands_in_whatever_order_is_handed_out_once_and_invalid_texts_cost_nothing(data):
     order = data.draw(st.permutations(range(data.draw(st.integers(0, 12)))))

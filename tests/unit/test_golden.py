@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kalm import BF16, FP8, KalmTransport, turned, vectors_of
 
@@ -104,20 +104,17 @@ def test_vectors_that_travelled_as_float16_pass():
     assert not wrong(RIGHT.astype(np.float16).astype(np.float32))
 
 
-@settings(deadline=None)
 @given(seed=SEEDS)
 def test_other_kernels_may_round_otherwise(seed):
     assert not wrong(turned(RIGHT, 0.9999, seed))
 
 
-@settings(deadline=None)
 @given(row=PUBLISHED_ROWS, off=st.lists(st.floats(-1.99e-3, 1.99e-3), min_size=6, max_size=6))
 def test_values_within_the_tolerance_pass(row, off):
     assert not wrong(changed(row, ENDS, RIGHT[row, ENDS] + np.float32(off)))
 
 
 # -- what does not -----------------------------------------------------------------------------
-@settings(deadline=None)
 @given(
     row=PUBLISHED_ROWS,
     column=st.sampled_from(ENDS),
@@ -174,7 +171,6 @@ def test_what_is_no_number_is_found(row, column, value, quantization):
     assert repr(golden.TEXTS[row]) in found
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, cosine=st.floats(0, 0.9))
 def test_another_model_is_found_by_the_published_values(seed, cosine):
     """Such as wrong pooling, a wrong prompt or a missing token at the start make of it."""

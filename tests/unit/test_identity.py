@@ -6,7 +6,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.errors import IdentityMismatchError
@@ -65,14 +65,12 @@ def test_dimensions_and_document_template_are_part_of_the_vectors_identity(chang
     assert replace(VECTORS, **change).fingerprint != VECTORS.fingerprint
 
 
-@settings(deadline=None)
 @given(SPACES, SPACES)
 def test_two_spaces_have_one_fingerprint_exactly_if_they_are_equal(one, other):
     assert (one.fingerprint == other.fingerprint) == (one == other)
     assert (one.differences(other) == "") == (one == other)
 
 
-@settings(deadline=None)
 @given(SPACES)
 def test_an_identity_survives_the_journey_through_json(space):
     assert SpaceIdentity.from_dict(json.loads(json.dumps(space.to_dict()))) == space

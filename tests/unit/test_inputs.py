@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations import inputs
@@ -193,7 +193,6 @@ def test_an_argument_that_is_no_list_of_texts_is_refused_as_a_whole(texts, compl
     assert caught.value.invalid == ()
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.text(st.characters(), max_size=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kalm_integrations import prompts
@@ -128,14 +128,12 @@ def test_a_name_without_a_near_preset_gets_the_list_but_no_suggestion():
     assert "did you mean" not in str(caught.value)
 
 
-@settings(deadline=None)
 @given(before=BRACED, text=BRACED, after=BRACED)
 def test_a_text_stays_as_it_is_whatever_braces_and_placeholders_it_has(before, text, after):
     before = before.replace("{text}", "")
     assert prompts.apply(before + "{text}" + after, text) == before + text + after
 
 
-@settings(deadline=None)
 @given(WORDS.map(str.strip).filter(bool), WORDS.map(str.strip).filter(bool))
 def test_a_task_sentence_is_taken_word_for_word(first, second):
     sentence = f"{first} {second}"

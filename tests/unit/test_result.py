@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.errors import InvalidText
@@ -121,7 +121,6 @@ def test_the_length_of_a_part_counts_vectors_not_rejected_texts():
     assert list(part) == []
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 30).flatmap(
         lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)) if n else st.just(set()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.errors import (
@@ -62,7 +62,6 @@ def test_waits_are_spread_so_that_clients_do_not_come_back_together(asked):
     assert {int(wait / 4 * 10) for wait in waits} == set(range(10))
 
 
-@settings(deadline=None)
 @given(retry=st.integers(0, 99), asked=st.floats(0, 1e4))
 def test_no_retry_comes_sooner_than_the_service_asked_nor_much_later(retry, asked):
     busy = ServiceUnavailableError("The service is busy.", retry_after=asked)

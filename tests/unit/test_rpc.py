@@ -223,7 +223,6 @@ async def test_texts_that_cannot_be_embedded_are_named():
     assert [bad["index"] for bad in reply["error"]["invalid"]] == [1, 2, 3, 4]
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from([*request_fields(EmbedRequest(texts=[], role="query"))]), JUNK)
 )
@@ -308,7 +307,7 @@ INLINE = 2 * 2**20
 LETTERS = ("a", "ü", "语", "😀")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 # What fills two megabytes to the last byte, before anything is put around it.
 @example("document", 1024, "float32", 2048, [], 600)
 @example("document", 64, "float16", 128, [("😀", 262_144, 2)], 0)

@@ -63,7 +63,6 @@ async def test_a_call_that_comes_back_goes_before_those_that_came_after_it_but_w
         assert await order_of_turns(turns, [late, early]) == [early, late]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=12), st.randoms())
 def test_the_most_urgent_goes_first_and_among_equals_the_earliest_arrival(priorities, random):
     turns = Turns()
@@ -155,7 +154,7 @@ async def play(script: list[tuple[int, int, int, int | None]]) -> None:
     assert await free(turns)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(  # tick of entry, priority, ticks held, tick of cancellation

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_integrations.batching import Batch
@@ -128,7 +128,6 @@ def test_a_length_that_no_rounding_explains_is_refused(length):
         check(unit() * np.float32(length))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), columns=st.integers(1, 4096), tail=st.sampled_from([1, 3, 9]))
 def test_every_unit_vector_passes_after_rounding_to_float16(seed, columns, tail):
     wide = np.random.default_rng(seed).normal(size=(1, columns)) ** tail

@@ -120,9 +120,7 @@ async def test_steps_that_are_scheduled_ahead_change_nothing(
     assert cosines(found, ladder.vectors).min() >= EXACT
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 async def test_each_caller_gets_its_own_vectors(
     engine: VLLMEngine, pool: Texts, data: st.DataObject
