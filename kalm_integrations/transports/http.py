@@ -235,9 +235,10 @@ class HttpTransport:
         except UnicodeError as error:
             raise ConfigurationError(f"{url.host} is no name of a host.") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            said = openai_answers.blot(str(error), self._secrets) or type(error).__name__
+            cause = openai_answers.blot(str(error), self._secrets) or type(error).__name__
+            cause = openai_answers.short(cause)  # aiohttp shows what it cannot parse
             # aiohttp's own error would show the request's headers in its repr.
-            raise ConnectionFailedError(f"{method} {url}: {said}.") from ConnectionError(said)
+            raise ConnectionFailedError(f"{method} {url}: {cause}.") from ConnectionError(cause)
         raise ConnectionFailedError(f"{_MAX_REDIRECTS} redirects from {url} lead nowhere.")
 
     def _check_echo(self, headers: Any, request_id: str) -> None:
