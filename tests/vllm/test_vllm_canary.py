@@ -156,6 +156,11 @@ async def test_the_table_is_what_happens(seen: dict[str, Seen]) -> None:
             assert np.isnan(found.least)
             assert published == "yes"
             continue
+        if name in ROWS:  # which texts share a step is a matter of time
+            assert cell == "those of other texts"
+            assert found.least < 0.9
+            assert published == "perhaps"
+            continue
         least, most = map(float, cell.split(" to "))
         assert (found.least, found.most) == pytest.approx((least, most), abs=NEAR)
         # Vectors with a cosine of 0.99 to the right ones never have all the published values;
