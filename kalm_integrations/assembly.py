@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations.errors import InvalidResponseError, KalmError
-from kalm_integrations.floats import to_lists, widen
+from kalm_integrations.floats import to_lists
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult, PartialResult, Usage
 from kalm_integrations.wire import VectorDtype
@@ -78,7 +78,7 @@ class ArrayAssembly(Assembly):
     def _put(self, part: EmbeddedBatch) -> None:
         if not self._vectors.shape[1]:
             self._vectors = np.empty((len(self._filled), part.packed.shape[1]), np.float32)
-        self._vectors[part.indices] = widen(part.packed)
+        part.write_into(self._vectors)
 
     def _taken(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._vectors[indices]

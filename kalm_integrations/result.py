@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations import floats
-from kalm_integrations.errors import InvalidText
+from kalm_integrations.errors import InvalidResponseError, InvalidText
 
 if TYPE_CHECKING:
     from kalm_integrations.identity import VectorIdentity
@@ -89,6 +89,25 @@ class EmbeddedBatch:
             kept["_vectors"] = wide if wide.flags.writeable else wide.copy()
         vectors: NDArray[np.float32] = kept["_vectors"]
         return vectors
+
+    def write_into(self, vectors: NDArray[np.floating[Any]], start: int = 0) -> None:
+        """Write each row to its place, widened where that is float32.
+
+        Args:
+            vectors: Where they belong, one a row.
+            start: Index of the text that the first row of `vectors` is of.
+
+        Raises:
+            InvalidResponseError: The rows are not of that many texts, or of other dimensions:
+                numpy would repeat a single row, or a single number, to fill the places.
+        """
+        if not len(self):  # it may not know the dimensions
+            return
+        places = (len(self), vectors.shape[1])
+        if self.packed.shape != places:
+            raise InvalidResponseError(f"vectors of shape {self.packed.shape}, not {places}.")
+        wide = vectors.dtype == np.float32
+        vectors[self.indices - start] = floats.widen(self.packed) if wide else self.packed
 
     def __len__(self) -> int:
         return len(self.indices)

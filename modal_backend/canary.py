@@ -27,8 +27,9 @@ TEXTS: Final = (
     "¿Cómo se calcula la mediana?",
     "A much longer text is computed in other blocks than a short one. " * 12,
 )
-SAME: Final = 0.9999
-"""Cosine to the vectors before a snapshot. bf16 on other hardware rounds to 0.99999."""
+SAME: Final = 0.999
+"""Least cosine of two vectors of one text. In bf16 and with real weights, 0.9998 was seen between
+a text alone and the same text in a batch."""
 _UNIT: Final = 1e-3
 
 Vectors = NDArray[np.float32]
@@ -47,8 +48,14 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
     Raises:
         CanaryFailedError: What is wrong with them. Other errors are the engine's own.
     """
-    made = ["form", "differences"]
+    made = ["form", "each text alone", "differences"]
     vectors = await _embed(engine, list(TEXTS))
+    # One after the other: together they would be one batch again.
+    alone = np.concatenate([await _embed(engine, [text]) for text in TEXTS])
+    if not (least := _least_cosine(vectors, alone)) >= SAME:
+        raise CanaryFailedError(
+            f"texts in one batch do not have the vectors that they have alone: cosine {least:.5f}."
+        )
     instructed = await _embed(engine, [prompts.apply(prompts.RETRIEVAL, TEXTS[0])])
     nearest = np.triu(vectors @ vectors.T, 1).max()
     if nearest > SAME:
@@ -56,16 +63,19 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
     if float(instructed[0] @ vectors[0]) > SAME:
         raise CanaryFailedError("an instruction does not change the vector.")
     if before is not None:
-        cosines = np.einsum("ij,ij->i", vectors, before)
-        if not (cosines >= SAME).all():
+        if not (least := _least_cosine(vectors, before)) >= SAME:
             raise CanaryFailedError(
-                f"vectors are not those of before the snapshot: cosine {cosines.min():.5f}."
+                f"vectors are not those of before the snapshot: cosine {least:.5f}."
             )
         made.append("vectors of before")
     if golden.applies_to(engine.identity):
         made += await _prove_golden(engine)
     log.info("the canary's checks passed: %s", ", ".join(made))
     return vectors
+
+
+def _least_cosine(vectors: Vectors, others: Vectors) -> float:
+    return float(np.einsum("ij,ij->i", vectors, others).min())
 
 
 async def _prove_golden(engine: Engine) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ class Pipeline:
             filling.left -= 1
         if len(part):
             filling = self._of(int(part.indices[0]))
-            filling.vectors[part.indices - filling.start] = part.packed
+            part.write_into(filling.vectors, filling.start)
             filling.left -= len(part)
             filling.tokens += part.usage.tokens
             filling.requests += part.usage.requests

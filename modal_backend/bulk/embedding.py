@@ -91,7 +91,7 @@ async def embed(service: EmbeddingService, job: Job, number: int, part: Part) ->
 def _take(filling: Filling, batch: EmbeddedBatch) -> None:
     for bad in batch.rejected:
         filling.reasons[bad.index] = bad.reason
-    filling.vectors[batch.indices] = batch.packed
+    batch.write_into(filling.vectors)
     filling.left -= len(batch) + len(batch.rejected)
     filling.tokens += batch.usage.tokens
     filling.requests += batch.usage.requests

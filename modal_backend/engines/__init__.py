@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.errors import KalmError
+from kalm_integrations.errors import InvalidResponseError, KalmError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import Truncate
@@ -83,3 +83,18 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Free what it holds. It is not used afterwards."""
         ...
+
+
+def check_shape(vectors: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Compare what a model returned with the place that it is copied to: numpy would repeat a
+    single vector, or a single number, until the place is full.
+
+    Args:
+        vectors: What the model returned.
+        shape: Of the place.
+
+    Raises:
+        InvalidResponseError: They differ.
+    """
+    if vectors.shape != shape:
+        raise InvalidResponseError(f"the engine gave {vectors.shape} instead of {shape}.")

@@ -33,7 +33,7 @@ from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
+from modal_backend.engines import EngineOutput, check_shape
 from modal_backend.engines.turns import PRIORITY, Turns, pieces
 from modal_backend.engines.worker import Worker
 
@@ -147,6 +147,7 @@ class EmbeddedEngine:
                 if too_long:  # nothing more is computed, but every such text is named
                     continue
                 rows = await self._worker.run(self._backend.encode, ids)
+                check_shape(rows, (len(piece), DIMENSIONS))
                 vectors[start : start + len(piece)] = rows
                 tokens += sum(map(len, ids))
         if too_long:

@@ -358,11 +358,11 @@ class TestRetries:
 class TestDeadline:
     @whole_calls
     def test_one_total_deadline_for_a_call(self, over: Over, way: Way) -> None:
-        stalled = ScriptedTransport(delay=lambda r: 0.0 if "text 0" in r.texts else 30)
+        stalled = ScriptedTransport(delay=lambda r: 0.0 if "text 0" in r.texts else 120)
         start = time.monotonic()
         with pytest.raises(DeadlineExceededError, match=r"timeout=0\.3 s") as caught:
             way(over(stalled, batch_size=5, timeout=0.3), TEXTS)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
         assert caught.value.partial is not None
         assert caught.value.partial.indices.tolist() == [0, 1, 2, 3, 4]
         assert isinstance(caught.value, TimeoutError)

@@ -223,7 +223,7 @@ def test_retry_after_as_a_date() -> None:
         start = time.monotonic()
         client.embed(["a"])
         client.close()
-    assert 0.9 < time.monotonic() - start < 5  # dates are whole seconds
+    assert 0.9 < time.monotonic() - start < 60  # dates are whole seconds
 
 
 def test_shuffled_indices_are_put_in_order() -> None:

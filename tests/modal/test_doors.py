@@ -205,7 +205,7 @@ class TestHttp:
             for thread in threads:
                 thread.join()
         # Alone, an HTTP call of this load takes seconds; a queue of them would take minutes.
-        assert max(took) < 10
+        assert max(took) < 60
         modal_env.stop_app("busy")
 
 

@@ -147,3 +147,23 @@ def test_lists_that_failed_at_once_have_an_empty_partial():
     with pytest.raises(KalmError) as caught, listed(2).kept_on_error():
         raise KalmError("It happened.")
     assert caught.value.partial.vectors.shape == (0, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (1, 1), (3, 4), (2, 8), (4,)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_of_another_shape_are_an_error_never_repeated(shape, dtype):
+    wrong = EmbeddedBatch(np.array([0, 1]), np.ones(shape, dtype=dtype), Usage())
+    assembly = ArrayAssembly(2, 4, "float16")
+    with pytest.raises(InvalidResponseError):
+        assembly.add(wrong)
+    shard = np.full((2, 4), np.nan, dtype=dtype)
+    with pytest.raises(InvalidResponseError):
+        wrong.write_into(shard)
+    assert np.isnan(shard).all()
+
+
+def test_rows_go_to_their_places_in_a_shard():
+    shard = np.full((3, 4), np.nan, dtype="float16")
+    part(12, 10).write_into(shard, 10)
+    assert shard[[0, 2]].tolist() == [[10] * 4, [12] * 4]
+    assert np.isnan(shard[1]).all()

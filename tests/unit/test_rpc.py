@@ -188,9 +188,9 @@ async def test_the_packed_method_answers_with_packed_vectors():
 
 async def test_the_deadline_reaches_the_engine():
     served = service()
-    await rpc.embed_packed(served, asked(timeout=5.0))
+    await rpc.embed_packed(served, asked(timeout=60.0))
     (_, how), *_ = served.engine.asked
-    assert 0 < how["deadline"] - time.monotonic() < 5
+    assert 0 < how["deadline"] - time.monotonic() < 60
 
 
 @pytest.mark.parametrize("kind", TOLD)

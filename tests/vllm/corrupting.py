@@ -7,6 +7,7 @@ happens to real memory: to the weights, to the tables of the rotary embedding, t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ class Model:
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self._kept = {name: tensor.clone() for name, tensor in self.tensors.items()}
         self._kept_products: dict[Any, Any] = {}
+        self._pooler = model.pooler
 
     def change(self, part: str, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Of all tensors whose names contain `part`."""
@@ -49,8 +51,22 @@ class Model:
         self._kept_products.setdefault(module, module.cpu_linear)
         module.cpu_linear = lambda x, _, bias: torch.nn.functional.linear(x, weight, bias)
 
+    def change_rows(self, to: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
+        """Of what the pooler makes of a step: a vector for each text that ends in it."""
+        pooler = self._pooler
+
+        def forward(*args: Any, **kwargs: Any) -> list[torch.Tensor | None]:
+            rows = list(type(pooler).forward(pooler, *args, **kwargs))
+            ended = [number for number, row in enumerate(rows) if row is not None]
+            for number, row in zip(ended, to([rows[number] for number in ended]), strict=True):
+                rows[number] = row
+            return rows
+
+        pooler.forward = forward
+
     def mend(self) -> None:
         """As it was."""
+        self._pooler.__dict__.pop("forward", None)
         for name, tensor in self.tensors.items():
             tensor.data.copy_(self._kept[name])
         for module, product in self._kept_products.items():
@@ -73,12 +89,15 @@ class Corrupting(Extension):
         for cache in self.model_runner.kv_caches:  # type: ignore[attr-defined]
             cache.zero_()
         if how:
-            CORRUPTIONS[how](self._healthy)
+            (CORRUPTIONS | SHAPES)[how](self._healthy)
 
-    def inspect_model_as(self, dtype: str) -> dict[str, Any]:
-        """`inspect_model` of the model in another dtype."""
+    def inspect_model_as(self, dtype: str, part: str = "") -> dict[str, Any]:
+        """`inspect_model` of the model with those parameters in another dtype whose names
+        `part` is found in, a regular expression."""
         model = self.get_model()  # type: ignore[attr-defined]
-        kept = [(parameter, parameter.data) for parameter in model.parameters()]
+        named = model.named_parameters()
+        kept = [(parameter, parameter.data) for name, parameter in named if re.search(part, name)]
+        assert kept, f"nothing is called {part}"
         for parameter, data in kept:
             parameter.data = data.to(getattr(torch, dtype))
         try:
@@ -151,6 +170,10 @@ def _rotary(layer: int, base: float) -> Callable[[Model], None]:
     return corrupt
 
 
+def _rows(to: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Callable[[Model], None]:
+    return lambda model: model.change_rows(to)
+
+
 def _all_zero(model: Model) -> None:
     for linear in LINEAR:
         _every(linear, torch.zeros_like)(model)
@@ -164,7 +187,7 @@ CORRUPTIONS: dict[str, Callable[[Model], None]] = {
     "one bit of one weight": _one_bit,
     "one layer's weights zero": _one_layer(torch.zeros_like),
     "one layer's weights off by a thousandth of their size": _one_layer(_noisy(0.001)),
-    "one layer's weights off by a thirtieth of their size": _one_layer(_noisy(1 / 30)),
+    "one layer's weights off by a twentieth of their size": _one_layer(_noisy(1 / 20)),
     "one layer's weights off by a tenth of their size": _one_layer(_noisy(0.1)),
     "one layer's weights off by their size": _one_layer(_noisy(1.0)),
     "two layers swapped": _swapped,
@@ -176,6 +199,14 @@ CORRUPTIONS: dict[str, Callable[[Model], None]] = {
     "rotary base of the global layer that of the others": _rotary(5, 1e4),
     "rotary tables zero": _tensor("cos_sin_cache", torch.zeros_like),
     "embeddings negated": _tensor("embed_tokens", torch.neg),
+    "rows of a step in reverse order": _rows(lambda rows: rows[::-1]),
     "embeddings a row aside": _tensor("embed_tokens", lambda table: table.roll(1, 0)),
 }
 """By name; the first, and one of the rotary ones, are controls that change nothing."""
+
+SHAPES: dict[str, Callable[[Model], None]] = {
+    "vectors of one number": _rows(lambda rows: [row[:1] / row[:1].abs() for row in rows]),
+    "vectors of half the numbers": _rows(lambda rows: [row[: len(row) // 2] for row in rows]),
+    "vectors in a vector": _rows(lambda rows: [row[None] for row in rows]),
+}
+"""By name; what has no vector's shape."""

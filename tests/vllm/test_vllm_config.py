@@ -236,7 +236,7 @@ async def test_a_load_that_fails_says_so_in_one_error_and_leaves_nothing_behind(
     started = time.monotonic()
     with pytest.raises(EngineLoadError) as caught:
         await VLLMEngine.load(locate(str(folder)), FP32)
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - started < 500  # vLLM's own patience with a core is 600 s
     assert str(folder) in str(caught.value)
     assert said in str(caught.value)
     assert not left_behind(before)

@@ -115,8 +115,11 @@ async def test_a_huge_text_is_cut_while_the_queries_of_others_stay_quick(
     assert huge.usage.tokens == 4 * 2048
     right = reference_vectors(gemma, [MEGABYTE[:MAX_CHARACTERS]], max_tokens=2048)
     assert cosines(np.asarray(huge.vectors), right.repeat(4, axis=0)).min() >= EXACT
-    assert np.median(waits) < 1.0
-    assert max(waits) < 3.0
+    started = time.monotonic()
+    engine._tokenizer.encode([MEGABYTE] * 4, "end", 0)
+    uncut = time.monotonic() - started
+    assert np.median(waits) < uncut / 2
+    assert max(waits) < uncut
     # Nobody has to cut it before.
     output = await embed(engine, [MEGABYTE], truncate="end")
     assert cosines(output.vectors, right).min() >= EXACT

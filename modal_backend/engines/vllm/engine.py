@@ -12,8 +12,10 @@ import asyncio
 import gc
 import itertools
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from copy import copy
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -32,7 +34,7 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import profile_of
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
+from modal_backend.engines import EngineOutput, check_shape
 from modal_backend.engines.turns import PRIORITY, Turns, pieces
 from modal_backend.engines.vllm import process
 from modal_backend.engines.vllm.config import VLLMOptions, check, dimensions_of, identity_of
@@ -78,7 +80,7 @@ class VLLMEngine:
         self._can_sleep = can_sleep
         self._asleep = self._closed = False
         self._calls: set[asyncio.Task[Any]] = set()
-        self._ending = _stopping
+        self._ending: Callable[[], KalmError] = _stopping
         self._tokenizer = Tokenizer(llm.get_tokenizer(), self.max_tokens)
         self._guard = guard
         self._cores = process.cores(llm)
@@ -144,14 +146,18 @@ class VLLMEngine:
             dimensions = dimensions_of(llm.model_config, weights.name)
             return cls(llm, guard, identity, dimensions, asked["enable_sleep_mode"])
         except BaseException as error:
-            if llm is not None:
+            if llm is None:
+                number = process.signal_in(error)
+            else:
+                number = process.signal_of(process.cores(llm))
                 await process.shut_down(llm)
             guard.finish()
             if isinstance(error, KalmError) or not isinstance(error, Exception):
                 raise
-            raise EngineLoadError(
-                f"vLLM could not load {weights.folder}: {type(error).__name__}: {error}."
-            ) from error
+            reason = f"{type(error).__name__}: {error}."
+            if number is not None:
+                reason = process.core_failure(number)
+            raise EngineLoadError(f"vLLM could not load {weights.folder}: {reason}") from error
         finally:
             # Imports keep this frame alive, and it would keep a closed engine in memory.
             llm = None
@@ -203,7 +209,7 @@ class VLLMEngine:
         # A flag that vLLM sets from a thread.
         while self._closed or not self._llm.errored:  # noqa: ASYNC110
             await asyncio.sleep(_DEAD_CHECK)
-        return _core_died()
+        return self._core_died()
 
     async def sleep(self) -> None:
         """Move the weights into host memory, drop the KV cache (vLLM's level 1). Requests in
@@ -234,7 +240,7 @@ class VLLMEngine:
             return
         self._closed = True
         if self._llm.errored:
-            self._ending = _core_died
+            self._ending = partial(copy, self._core_died())  # before it is killed here
         for call in self._calls:
             call.cancel()
         self._worker.stop()
@@ -272,8 +278,9 @@ class VLLMEngine:
                 if number % _PIECE_TEXTS == 0:
                     await asyncio.sleep(0)
             for row, request in zip(vectors, requests, strict=True):
-                output = await request.get()
-                row[:] = output.outputs.data.numpy()
+                output = (await request.get()).outputs.data.numpy()
+                check_shape(output, row.shape)
+                row[:] = output
         except BaseException as error:  # noqa: BLE001 (raised below)
             failure = error
             if not self._closed:
@@ -281,7 +288,7 @@ class VLLMEngine:
                     await self._llm.abort([each.request_id for each in requests], internal=True)
         if failure is not None:
             # Out here, or vLLM's exceptions would be its context; nor are its frames for callers.
-            raise _translation(failure, self._dead_error).with_traceback(None)
+            raise self._translation(failure).with_traceback(None)
         return vectors
 
     async def _request(self, tokens: list[int], priority: int) -> Any:
@@ -301,13 +308,26 @@ class VLLMEngine:
         finally:
             answer.cancel()
         if (error := answer.exception()) is not None:
-            raise _translation(error, self._dead_error)
+            raise self._translation(error)
 
     def _check_alive(self) -> None:
         if self._closed:
             raise EngineLoadError("the engine is closed.")
         if self._llm.errored:
-            raise _core_died()
+            raise self._core_died()
+
+    def _core_died(self) -> KalmError:
+        return ContainerFailedError(process.core_failure(process.signal_of(self._cores)))
+
+    def _translation(self, error: BaseException) -> BaseException:
+        """What callers see of an error of vLLM's: its classes mean nothing to them, and one
+        instance of it is shared by all requests."""
+        if isinstance(error, KalmError) or not isinstance(error, Exception):
+            return error
+        if isinstance(error, self._dead_error) or isinstance(error.__cause__, self._dead_error):
+            return self._core_died()
+        log.error("vLLM failed", exc_info=error)
+        return TransportError(f"vLLM failed: {type(error).__name__}: {error}.")
 
     def _check_usable(self) -> None:
         self._check_alive()
@@ -333,18 +353,3 @@ def _params() -> Any:
 
 def _stopping() -> KalmError:
     return ServiceUnavailableError("the service is stopping.", retry_after=1.0)
-
-
-def _core_died() -> KalmError:
-    return ContainerFailedError("the engine's core process died.")
-
-
-def _translation(error: BaseException, dead: type[BaseException]) -> BaseException:
-    """What callers see of an error of vLLM's: its classes mean nothing to them, and one instance
-    of it is shared by all requests."""
-    if isinstance(error, KalmError) or not isinstance(error, Exception):
-        return error
-    if isinstance(error, dead) or isinstance(error.__cause__, dead):
-        return _core_died()
-    log.error("vLLM failed", exc_info=error)
-    return TransportError(f"vLLM failed: {type(error).__name__}: {error}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -41,7 +42,7 @@ class Extension:
             "projector": getattr(pooler.head, "projector", None) is not None,
             "attention": sorted({_name(m.attn_type) for m in modules if _attention(m)}),
             "windows": sorted(window for window in windows if window),
-            "dtypes": sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()}),
+            "dtypes": sorted({str(weight.dtype) for weight in _weights(modules)}),
             "linear": sorted({_scheme(m) for m in modules if hasattr(m, "quant_method")} - {""}),
             "cuda_graphs": _graphs(self.model_runner),  # type: ignore[attr-defined]
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -54,6 +55,19 @@ def _graphs(runner: Any) -> str:
         if (graphs := getattr(runner, holder, None)) is not None:
             return str(graphs.cudagraph_mode.name)
     return "NONE"
+
+
+def _weights(modules: Iterable[Any]) -> Iterator[Any]:
+    """All parameters that are floats, but not the biases of linear layers.
+
+    Where a processor has AMX, vLLM widens those to float32, which changes none of their values.
+    Whatever else has a type of its own belongs to the identity.
+    """
+    for module in modules:
+        linear = hasattr(module, "quant_method")
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (linear and name == "bias"):
+                yield parameter
 
 
 def _attention(module: Any) -> bool:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
@@ -38,6 +41,8 @@ ENVIRONMENT: Final = {
 
 MARK: Final = "KALM_ENGINE_MARK"
 """The variable by which the processes of an engine are known, its workers' too."""
+
+_CPU_EXECUTOR: Final = "modal_backend.engines.vllm.cpu_executor.SignalForwardingExecutor"
 
 # Reads until the other end is closed: by `finish`, or by the kernel when the front-end is gone.
 _SCRIPT: Final = """
@@ -113,9 +118,62 @@ def start(weights: Weights, options: VLLMOptions) -> tuple[Any, dict[str, Any]]:
         asked["max_num_batched_tokens"] = max(options.max_num_batched_tokens, model.max_model_len)
     if current_platform.is_cuda():
         asked["worker_cls"] = "modal_backend.engines.vllm.worker.WholeGraphs"
+    elif current_platform.is_cpu():
+        asked["worker_cls"] = "modal_backend.engines.vllm.cpu_worker.AmxWorker"
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1":  # as vLLM decides
+            asked["distributed_executor_backend"] = _CPU_EXECUTOR
     if options.gpu_memory_utilization is None:
         asked["kv_cache_memory_bytes"] = kv_cache_bytes(model, asked["max_num_batched_tokens"])
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**asked)), asked
+
+
+def signal_of(processes: Sequence[BaseProcess]) -> int | None:
+    """The number of the signal that ended one of the processes; None if none did, or SIGTERM,
+    which is how vLLM ends them."""
+    ended = wait([process.sentinel for process in processes], timeout=0)
+    for process in processes:
+        if process.sentinel in ended:
+            process.join(1)  # its files were closed; its status may not be there yet
+    statuses = [process.exitcode or 0 for process in processes]
+    return next((-each for each in statuses if each < 0 and each != -signal.SIGTERM), None)
+
+
+def signal_in(error: BaseException) -> int | None:
+    """`signal_of` the core that `start` could not start.
+
+    Args:
+        error: What it raised. vLLM does not hand its processes out: they are looked for in the
+            function that waited for them. (Its message has no status of a core that has only just
+            ended.)
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        manager = getattr(frame.f_locals.get("launch"), "engine_manager", None)
+        if manager is not None:
+            return signal_of(manager.processes)
+    return None
+
+
+def core_failure(number: int | None) -> str:
+    """A sentence that says how a core process ended, and what to do where that is known.
+
+    Args:
+        number: Of the signal that ended it; None if none did.
+    """
+    from vllm.platforms import current_platform
+
+    if number is None:
+        return "the engine's core process died."
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        name = f"signal {number}"
+    ended = f"the engine's core process was ended by {name}."
+    if number == signal.SIGILL and current_platform.is_cpu():
+        ended += (
+            " This processor lacks an instruction that vLLM uses, or Linux does not grant it: use "
+            "float32 (--dtype fp32), or another machine."
+        )
+    return ended
 
 
 def cores(llm: Any) -> list[BaseProcess]:

