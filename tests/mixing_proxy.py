@@ -1,0 +1,163 @@
+"""An HTTP proxy on loopback that mixes up or damages answers, as broken intermediaries do."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Self
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class Answer:
+    head: bytes
+    body: bytes
+
+    def __bytes__(self) -> bytes:
+        return self.head + self.body
+
+
+Send = Callable[[Answer], Awaitable[None]]
+Fault = Callable[["MixingProxy", Answer, Send], Awaitable[None]]
+
+
+class MixingProxy:
+    """Forwards each request on a connection of its own; `fault` sends the answers to POSTs.
+
+    Args:
+        url: Of the real server.
+        fault: Gets the right answer, and what sends one to this caller.
+        missing_models: The number of first probes of `/v1/models` that get 404.
+    """
+
+    def __init__(self, url: str, fault: Fault, missing_models: int = 0) -> None:
+        self._server = urlsplit(url)
+        self._fault = fault
+        self._missing_models = missing_models
+        self.previous: Answer | None = None
+        self.waiting: asyncio.Future[tuple[Answer, Send]] | None = None
+        self.answers = 0
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
+
+        async def start() -> None:
+            self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            self.url = f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}"
+            started.set()
+
+        def run() -> None:
+            self._loop.run_until_complete(start())
+            self._loop.run_forever()
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+        started.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def stop() -> None:
+            self._listening.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def send(answer: Answer) -> None:
+            writer.write(bytes(answer))
+            await writer.drain()
+
+        try:
+            while request := await _message(reader):
+                if request.head.startswith(b"GET") and self._missing_models:
+                    self._missing_models -= 1
+                    await send(Answer(b"HTTP/1.1 404 -\r\nContent-Length: 0\r\n\r\n", b""))
+                    continue
+                answer = await self._forward(request)
+                if request.head.startswith(b"POST"):
+                    self.answers += 1
+                    await self._fault(self, answer, send)
+                else:
+                    await send(answer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    async def _forward(self, request: Answer) -> Answer:
+        reader, writer = await asyncio.open_connection(self._server.hostname, self._server.port)
+        writer.write(bytes(request))
+        answer = await _message(reader)
+        writer.close()
+        assert answer is not None
+        return answer
+
+
+async def _message(reader: asyncio.StreamReader) -> Answer | None:
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+    return Answer(head, await reader.readexactly(int(fields.get(b"content-length", 0))))
+
+
+async def swapped(proxy: MixingProxy, answer: Answer, send: Send) -> None:
+    """Two callers at a time get each other's answer."""
+    waiting, proxy.waiting = proxy.waiting, None
+    if waiting is not None and not waiting.done():
+        waiting.set_result((answer, send))
+        return
+    proxy.waiting = asyncio.get_running_loop().create_future()
+    try:
+        other, send_other = await asyncio.wait_for(proxy.waiting, 0.2)
+    except TimeoutError:  # nobody to swap with
+        await send(answer)
+        return
+    with suppress(ConnectionError):
+        await send_other(answer)
+    await send(other)
+
+
+async def bodies_swapped(proxy: MixingProxy, answer: Answer, send: Send) -> None:
+    """Each caller gets the body of the answer before, under its own header."""
+    previous, proxy.previous = proxy.previous, answer
+    if previous is not None and len(previous.body) == len(answer.body):
+        answer = replace(answer, body=previous.body)
+    await send(answer)
+
+
+async def late_duplicate(proxy: MixingProxy, answer: Answer, send: Send) -> None:
+    """Each answer comes twice."""
+    await send(answer)
+    await asyncio.sleep(0.01)
+    await send(answer)
+
+
+async def stale_first(proxy: MixingProxy, answer: Answer, send: Send) -> None:
+    """The answer before comes before the right one."""
+    previous, proxy.previous = proxy.previous, answer
+    if previous is not None:
+        await send(previous)
+    await send(answer)
+
+
+def damaged(change: Callable[[bytes], bytes]) -> Fault:
+    """Every second answer has another body."""
+
+    async def fault(proxy: MixingProxy, answer: Answer, send: Send) -> None:
+        if proxy.answers % 2:
+            answer = replace(answer, body=change(answer.body))
+        await send(answer)
+
+    return fault
