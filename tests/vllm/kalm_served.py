@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 KEY = "correct-horse"
-LOADING = 120  # seconds that a load may take on a machine that has other things to do
+LOADING = 400  # seconds that a load may take on a machine that has other things to do
 
 
 class Serving:

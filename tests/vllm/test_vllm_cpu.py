@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -50,10 +50,11 @@ async def recorded() -> AsyncIterator[VLLMEngine]:
     assert left_behind(before) == set()
 
 
-def process_named(name: str, parent: psutil.Process | None = None) -> psutil.Process | None:
-    for found in (parent or psutil.Process()).children(recursive=True):
+def process_named(name: str, but: Collection[int] = ()) -> psutil.Process | None:
+    """One of this process's, but none of those whose ids are named: of another engine."""
+    for found in psutil.Process().children(recursive=True):
         try:
-            if found.name().startswith(name):
+            if found.pid not in but and found.name().startswith(name):
                 return found
         except psutil.NoSuchProcess:
             pass
@@ -146,15 +147,15 @@ async def test_a_signal_while_it_loads_is_reported_by_its_name(
 ) -> None:
     monkeypatch.setenv(MULTIPROCESSING, multiprocessing)
     ended = threading.Event()
+    before = children()
 
     def end() -> None:
         while not ended.is_set():
-            if (found := process_named(name)) is not None:
+            if (found := process_named(name, before)) is not None:
                 found.send_signal(number)
                 return
             time.sleep(0.02)
 
-    before = children()
     ending = threading.Thread(target=end)
     ending.start()
     try:

@@ -67,14 +67,14 @@ def commit(emulator: Emulator, without_weights: EngineLoadError, folder: Path) -
 @pytest.fixture(scope="module")
 def container(emulator: Emulator, commit: str) -> Container:
     """The first that found the weights."""
-    with client(timeout=180) as waiting:
+    with client(timeout=400) as waiting:
         waiting.warm_up()
     (running,) = emulator.running(SERVICE)
     return running
 
 
 def client(**settings: Any) -> KalmClient:
-    arguments = {"backend": "modal", "model": MODEL, "timeout": 120, "max_retries": 1}
+    arguments = {"backend": "modal", "model": MODEL, "timeout": 400, "max_retries": 1}
     return KalmClient(**{**arguments, **settings})
 
 
@@ -138,7 +138,7 @@ def test_a_container_whose_core_dies_says_so_and_is_replaced_and_no_process_is_l
     emulator.wait(lambda: container.stopping or container.gone.is_set(), timeout=120)
     emulator.wait(container.gone.is_set, timeout=120)
     assert container.log.count("core process was ended by SIGKILL") < 20
-    with client(vector_dtype="float32", timeout=180) as over_rpc:
+    with client(vector_dtype="float32", timeout=400) as over_rpc:
         vectors = over_rpc.embed(TEXTS[:5]).vectors
     assert cosines(vectors, reference_vectors(folder, TEXTS[:5])).min() >= 0.999
     (other,) = emulator.running(SERVICE)
