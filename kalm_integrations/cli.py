@@ -97,7 +97,7 @@ def _explained(
     elif isinstance(error, KalmError):
         wrong = isinstance(error, ConfigurationError | InvalidInputError)
         status = WRONG_USAGE if wrong else FAILED
-        said = str(error).removesuffix(error.remedy).strip()
+        said = error.message
         failure = (status, command, error.code, said, error.remedy)
     elif isinstance(error, ImportError):
         install = install_command(arguments.extra)

@@ -1,8 +1,8 @@
 """Every error of this package: what happened, its class, what to do next.
 
-One table, used on both sides of the wire: a service answers with an error's `status` and `code`,
-a client makes the same error of them again. `remedy` is appended to each message, so that the
-person who reads a log line needs no second look-up. Only `retry.py` reads `retryable` and
+One table, used on both sides of the wire: a service answers with an error's `status`, `code` and
+message, and the client raises the same class again. `remedy` is advice for Python callers: it is
+appended when an error is shown, and never sent. Only `retry.py` reads `retryable` and
 `most_retries`.
 """
 
@@ -36,8 +36,13 @@ class KalmError(Exception):
     remedy: ClassVar[str] = ""
     partial: PartialResult | None = None
 
+    @property
+    def message(self) -> str:
+        """What happened, without the remedy."""
+        return super().__str__()
+
     def __str__(self) -> str:
-        return " ".join(part for part in (super().__str__(), self.remedy) if part)
+        return " ".join(part for part in (self.message, self.remedy) if part)
 
 
 class ConfigurationError(KalmError, ValueError):
@@ -64,22 +69,17 @@ class InvalidText:
     reason: str
 
 
-class InvalidInputError(KalmError, ValueError):
-    """Texts that cannot be embedded. Never retried.
+class _TextsError(Exception):
+    """What errors about particular texts share.
 
     Attributes:
         invalid: Every offending text that was found, by its index in the caller's list.
-            Empty where the argument as a whole is wrong (a bare string, for instance).
+            Empty where the error concerns the request as a whole.
     """
 
-    status = 400
-    code = "invalid_input"
     SHOWN: ClassVar[int] = 5
-    remedy = (
-        'Mend or leave out these texts, or take the others with iter_embed(texts, on_error="skip").'
-    )
 
-    def __init__(self, message: str, invalid: Sequence[InvalidText] = ()) -> None:
+    def __init__(self, message: str = "", invalid: Sequence[InvalidText] = ()) -> None:
         super().__init__(message)
         self.invalid = tuple(invalid)
 
@@ -89,6 +89,21 @@ class InvalidInputError(KalmError, ValueError):
         shown = "; ".join(f"texts[{bad.index}] {bad.reason}" for bad in invalid[: cls.SHOWN])
         more = len(invalid) - cls.SHOWN
         return cls(shown + (f"; and {more} more." if more > 0 else "."), invalid)
+
+
+class InvalidInputError(_TextsError, KalmError, ValueError):
+    """Texts that cannot be embedded. Never retried.
+
+    Attributes:
+        invalid: Every offending text that was found, by its index in the caller's list.
+            Empty where the argument as a whole is wrong (a bare string, for instance).
+    """
+
+    status = 400
+    code = "invalid_input"
+    remedy = (
+        'Fix or remove these texts, or embed the others with iter_embed(texts, on_error="skip").'
+    )
 
 
 class InvalidArgumentError(InvalidInputError):
@@ -105,7 +120,7 @@ class InputTooLongError(InvalidInputError):
     status = 400
     code = "input_too_long"
     remedy = (
-        'Split these texts, or pass truncate="end" to embed their beginnings, or take the '
+        'Split these texts, or pass truncate="end" to embed their beginnings, or embed the '
         'others with iter_embed(texts, on_error="skip").'
     )
 
@@ -234,12 +249,30 @@ class TransportError(KalmError):
     remedy = "This is a bug: please report it with the traceback."
 
 
-class InvalidResponseError(KalmError):
-    """The service's answer is not the vectors that were asked for: wrong count, dimensions,
-    type, values that are not finite, or no unit length. Nothing of that request is returned."""
+class InvalidResponseError(_TextsError, KalmError):
+    """The service's answer is not the vectors that were requested: wrong count, dimensions,
+    type, values that are not finite, or no unit length. Nothing of that request is returned.
+
+    Attributes:
+        invalid: The texts whose vectors are wrong, by index in the caller's list; empty where
+            the answer as a whole is wrong.
+    """
 
     code = "invalid_vectors"
-    remedy = "Do not store vectors of this service until it is mended."
+    remedy = "Do not store vectors of this service until it is fixed."
+
+
+class CorruptedAnswerError(InvalidResponseError):
+    """The answer was damaged on its way, or belongs to another request. Nothing of it is
+    returned; the request is retried twice."""
+
+    code = "corrupted_answer"
+    retryable = True
+    most_retries = 2
+    remedy = (
+        "Something between this client and the service mixes up answers or changes bytes: call "
+        "the service directly, or fix the proxy between them."
+    )
 
 
 class JobFailedError(KalmError):
@@ -267,8 +300,10 @@ def subclasses(kind: type[KalmError]) -> list[type[KalmError]]:
 
 
 def by_code(code: object) -> type[KalmError] | None:
-    """The error of a code that a service may send; codes that only clients use are not believed."""
+    """The error of a code that a service may send; None for codes that only clients use."""
     return _BY_CODE.get(code) if isinstance(code, str) else None
 
 
-_BY_CODE = {kind.code: kind for kind in subclasses(KalmError) if kind.status != KalmError.status}
+CLIENT_ONLY = (JobFailedError, IdentityMismatchError, CorruptedAnswerError)
+"""What only a client can find out."""
+_BY_CODE = {kind.code: kind for kind in subclasses(KalmError) if kind not in CLIENT_ONLY}

@@ -18,6 +18,7 @@ from kalm_integrations.batching import Batch
 from kalm_integrations.errors import (
     DeadlineExceededError,
     InvalidInputError,
+    InvalidResponseError,
     InvalidText,
     KalmError,
     RequestTooLargeError,
@@ -151,8 +152,9 @@ class Session:
                 return _joined(*halves)
             cause: KalmError = error
             refused = [InvalidText(0, "is too large for the service even alone")]
+            rejection: InvalidInputError | InvalidResponseError
             rejection = InvalidInputError.of(batch.locate(refused))
-        except InvalidInputError as error:
+        except (InvalidInputError, InvalidResponseError) as error:
             refused = list(error.invalid)
             if not refused:
                 raise  # the request as a whole
@@ -173,7 +175,7 @@ class Session:
     async def _request(self, batch: Batch, role: Role, deadline: float) -> EmbeddedBatch:
         settings = self._settings
 
-        def attempt() -> Awaitable[EmbedAnswer]:
+        async def attempt() -> EmbedAnswer:
             request = EmbedRequest(
                 texts=batch.texts,
                 role=role,
@@ -182,10 +184,12 @@ class Session:
                 dtype=settings.vector_dtype,
                 timeout=deadline - time.monotonic(),
             )
-            return self._transport.embed(request)
+            answer = await self._transport.embed(request)
+            self._verifier.check_request(answer, request)
+            return answer
 
         answer = await self._retrying(attempt, deadline)
-        self._verifier.check(answer, batch)
+        self._verifier.check(answer, len(batch))
         indices, rows = batch.scatter(answer.vectors)
         return EmbeddedBatch(indices, rows, answer.usage)
 

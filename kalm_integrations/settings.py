@@ -149,6 +149,10 @@ class ClientSettings(EnvironmentSettings):
     connect_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
     """Seconds to reach the service; how long its answer may take is `timeout`'s matter."""
 
+    keepalive_timeout: float = Field(15.0, gt=0, allow_inf_nan=False)
+    """Seconds that an idle HTTP connection is kept for the next request. It must be shorter than
+    the server and all proxies keep theirs, which is 60 s or more for most of them."""
+
     max_retries: int = Field(6, ge=0, le=100)
     """Most retries of one request, for failures that may pass."""
 

@@ -1,4 +1,4 @@
-"""No vector reaches a caller unchecked."""
+"""Checks of answers: no vector reaches a caller unchecked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.batching import Batch
-from kalm_integrations.errors import IdentityMismatchError, InvalidResponseError
+from kalm_integrations.errors import (
+    CorruptedAnswerError,
+    IdentityMismatchError,
+    InvalidResponseError,
+    InvalidText,
+)
 from kalm_integrations.floats import widen
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedAnswer
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 log = logging.getLogger(__name__)
 
@@ -30,27 +34,40 @@ class Verifier:
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._dimensions = settings.vector_dimensions
-        self._seen: dict[None, SpaceIdentity | None] = {}  # one or none; setdefault is atomic
+        self._seen: dict[None, SpaceIdentity] = {}  # one or none; setdefault is atomic
+        self._warned = False
 
-    def check(self, answer: EmbedAnswer, batch: Batch) -> None:
-        """Check that `answer` is what was asked for `batch`.
+    def check_request(self, answer: EmbedAnswer, request: EmbedRequest) -> None:
+        """Check that `answer` was made from `request`, as far as the service says.
+
+        Raises:
+            CorruptedAnswerError: It was made from another request.
+        """
+        if answer.digest is not None and answer.digest != request.digest():
+            raise CorruptedAnswerError("the answer belongs to another request.")
+
+    def check(self, answer: EmbedAnswer, rows: int) -> None:
+        """Check that `answer` has the vectors that were requested.
+
+        Args:
+            answer: Of one request.
+            rows: Number of its texts.
 
         Raises:
             IdentityMismatchError: The vectors are of another space, or of an unknown one.
-            InvalidResponseError: Wrong count, dimensions or type; a value that is not finite; a
-                vector without unit length. The message names the caller's index.
+            InvalidResponseError: Wrong count, dimensions or type; or, with their rows in
+                `invalid`, vectors without unit length or with values that are not finite.
         """
         self.check_identity(answer.identity)
         vectors, dtype = answer.vectors, self._settings.vector_dtype
         dimensions = self._dimensions or vectors.shape[-1]
-        if vectors.shape != (len(batch), dimensions) or vectors.dtype != dtype:
+        if vectors.shape != (rows, dimensions) or vectors.dtype != dtype:
             raise InvalidResponseError(
-                f"asked for {len(batch)} {dtype} vectors of {dimensions} dimensions, got "
+                f"requested {rows} {dtype} vectors of {dimensions} dimensions, got "
                 f"{vectors.dtype} of shape {vectors.shape}."
             )
-        if wrong := first_wrong(vectors):
-            row, what = wrong
-            raise InvalidResponseError(f"texts[{batch.positions[row][0]}] got {what}.")
+        if wrong := wrong_rows(vectors):
+            raise InvalidResponseError.of(wrong)
         self._dimensions = dimensions
 
     def check_identity(self, served: SpaceIdentity | None) -> None:
@@ -61,7 +78,7 @@ class Verifier:
         """
         if not self._seen:
             self._check_first(served)
-        before = self._seen.setdefault(None, served)
+        before = self._seen.get(None) if served is None else self._seen.setdefault(None, served)
         if served is not before and served != before:
             differences = before.differences(served) if before and served else ""
             raise IdentityMismatchError(
@@ -75,10 +92,12 @@ class Verifier:
                 raise IdentityMismatchError(
                     f"expected {_name(expected)}, but the service reports no identity."
                 )
-            log.warning(
-                "unverified: the service reports no identity; only the model's name, the "
-                "dimensions and the vectors' length are checked"
-            )
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "unverified: the service reports no identity; only the model's name, the "
+                    "dimensions and the vectors' length are checked"
+                )
         elif served.model != expected.model:
             raise IdentityMismatchError(
                 f"expected {_name(expected)}, but the service has {_name(served)}: "
@@ -91,36 +110,35 @@ class Verifier:
             )
 
 
-def first_wrong(vectors: NDArray[Any]) -> tuple[int, str] | None:
-    """The first row that is no vector of unit length, and what is wrong; None if all are right.
+def wrong_rows(vectors: NDArray[Any]) -> list[InvalidText]:
+    """The rows that are no vectors of unit length, and what is wrong with each.
 
     Args:
         vectors: One a row, of any type of floats.
     """
     if not len(vectors):
-        return None
+        return []
     if len(vectors) == 1:  # a query's: each step costs more than its arithmetic
         row = vectors[0].astype(np.float32)
         if _LEAST <= np.vdot(row, row) <= _MOST:
-            return None
+            return []
     wide = widen(vectors)
     with np.errstate(all="ignore"):  # what overflows is wrong
         # Each row with itself: three times as fast as einsum.
         squares = np.matmul(wide[:, None, :], wide[:, :, None])
         if squares.min() >= _LEAST and squares.max() <= _MOST:  # false of NaN
-            return None
+            return []
         lengths = np.sqrt(squares[:, 0, 0])
-    wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
-    if not wrong.size:
-        return None
-    row = int(wrong[0])
-    what = (
-        f"a vector of length {lengths[row]:.4f} instead of 1"
-        if np.isfinite(vectors[row]).all()
-        else "values that are not finite"
-    )
-    more = f", and {wrong.size - 1} more texts got wrong vectors" if wrong.size > 1 else ""
-    return row, what + more
+    wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE)).tolist()
+    return [
+        InvalidText(
+            row,
+            f"got a vector of length {lengths[row]:.4f} instead of 1"
+            if np.isfinite(vectors[row]).all()
+            else "got values that are not finite",
+        )
+        for row in wrong
+    ]
 
 
 def _name(space: SpaceIdentity | None) -> str:

@@ -21,7 +21,7 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
-from kalm_integrations.wire import IDENTITY_HEADER, REQUEST_ID_HEADER
+from kalm_integrations.wire import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.metrics import Metrics
 from modal_backend.openai_schema import error_headers, render_error
@@ -96,9 +96,8 @@ class HttpGuard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = headers.get(REQUEST_ID_HEADER, "")
-        if not re.fullmatch(r"[\w.-]{1,64}", request_id):
-            request_id = uuid.uuid4().hex
+        request_id = _request_id(headers, REQUEST_ID_HEADER) or uuid.uuid4().hex
+        echo = _request_id(headers, ECHO_HEADER)
         scope.setdefault("state", {})["request_id"] = request_id
 
         started = False
@@ -112,6 +111,8 @@ class HttpGuard:
                 if identity := self._identity():
                     answer[IDENTITY_HEADER] = identity
                 answer[REQUEST_ID_HEADER] = request_id
+                if echo:
+                    answer[ECHO_HEADER] = echo
             await send(message)
 
         known = self._keys.know(headers.get("authorization", ""))
@@ -146,6 +147,12 @@ class HttpGuard:
         if scope["path"] not in UNCOUNTED_ROUTES or status >= 400:
             end = scope["state"].get("end") or ("ok" if status < 400 else str(status))
             self._metrics.requests.labels(end).inc()
+
+
+def _request_id(headers: Headers, name: str) -> str:
+    """What a caller names its request; nothing where that is no safe name."""
+    given = headers.get(name, "")
+    return given if re.fullmatch(r"[\w.-]{1,64}", given) else ""
 
 
 def _digest(key: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from copy import copy
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -14,13 +15,14 @@ from kalm_integrations import inputs
 from kalm_integrations.errors import (
     ConfigurationError,
     InvalidResponseError,
+    InvalidText,
     KalmError,
     RequestTooLargeError,
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
-from kalm_integrations.verify import first_wrong
+from kalm_integrations.verify import wrong_rows
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest, Vectors
 from modal_backend.admission import Admission
 from modal_backend.engines import Engine
@@ -110,31 +112,30 @@ class EmbeddingService:
         as_they_are = vectors.shape[1] == dimensions and vectors.dtype == request.dtype
         if not as_they_are:
             vectors = np.empty((len(texts), dimensions), dtype=request.dtype)
+        wrong: list[InvalidText] = []
         for start in range(0, len(texts), _ROWS_AT_ONCE):
             if start:
                 await asyncio.sleep(0)  # of so many, others need not wait for all
             rows = output.vectors[start : start + _ROWS_AT_ONCE]
-            _check(rows, start)
-            if rows.shape[1] != dimensions:
+            bad = wrong_rows(rows)  # most callers over HTTP check nothing
+            if not bad and rows.shape[1] != dimensions:
                 rows = _cut(rows, dimensions)
-                _check(rows, start)
+                bad = wrong_rows(rows)
+            wrong += [replace(text, index=start + text.index) for text in bad]
             if not as_they_are:
-                vectors[start : start + len(rows)] = rows
+                vectors[start : start + len(rows)] = rows[:, :dimensions]
+        if wrong:
+            raise InvalidResponseError.of(wrong)
         return EmbedAnswer(
             vectors=vectors,
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
+            digest=request.digest(),
         )
 
     async def close(self) -> None:
         """Close the engine."""
         await self.engine.close()
-
-
-def _check(rows: NDArray[np.float32], start: int) -> None:
-    if wrong := first_wrong(rows):  # most callers over HTTP check nothing
-        row, what = wrong
-        raise InvalidResponseError(f"texts[{start + row}] got {what}.")
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

@@ -110,6 +110,7 @@ class ScriptedTransport:
             vectors=np.array([vector_of(text, request.dtype) for text in request.texts]),
             identity=self._space,
             usage=Usage(tokens=len(request.texts), requests=1),
+            digest=request.digest(),
         )
         return answer if fault is None else fault(answer)
 

@@ -17,7 +17,7 @@ from scripted import vector_of, vectors_of
 
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, pack
+from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, EmbedRequest, pack
 
 
 @contextmanager
@@ -166,10 +166,19 @@ def packed(change: Callable[[EmbedAnswer], EmbedAnswer] = lambda answer: answer)
     """Our server's answer, changed."""
 
     async def step(request: Received, writer: asyncio.StreamWriter) -> None:
-        dtype = json.loads(request.body)["embed_dtype"]
-        vectors = vectors_of(request.texts, dtype).astype(dtype)
+        fields = json.loads(request.body)
+        dtype = fields["embed_dtype"]
+        read = EmbedRequest(
+            texts=request.texts,
+            role=fields["priority"],
+            dimensions=fields.get("dimensions"),
+            truncate=fields["truncate"],
+        )
         answer = EmbedAnswer(
-            vectors=vectors, identity=EMBEDDED.space, usage=Usage(len(request.texts), 1)
+            vectors=vectors_of(request.texts, dtype).astype(dtype),
+            identity=EMBEDDED.space,
+            usage=Usage(len(request.texts), 1),
+            digest=read.digest(),
         )
         await reply(200, pack(change(answer)), MEDIA_TYPE)(request, writer)
 

@@ -34,7 +34,7 @@ from kalm_integrations.errors import (
     InvalidText,
 )
 from kalm_integrations.result import EmbeddedBatch
-from kalm_integrations.verify import first_wrong
+from kalm_integrations.verify import wrong_rows
 
 _MOST_OPEN: Final = 3
 
@@ -196,7 +196,7 @@ class Pipeline:
         others = copies & ~own
         if others.any():
             taken: NDArray[Any] = self._recurring.take(first[others])
-            if first_wrong(taken):
+            if wrong_rows(taken):
                 raise ConfigurationError(
                     f"{self._work.folder} lacks the vectors of texts that recur: remove it, and "
                     "begin anew."

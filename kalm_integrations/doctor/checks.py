@@ -137,11 +137,6 @@ class Patient:
         return self.settings.timeout if self.wake else min(self.settings.timeout, LIMIT)
 
 
-def said(error: KalmError) -> str:
-    """What happened, without what to do."""
-    return str(error).removesuffix(error.remedy).strip()
-
-
 def skipped(check: Check, patient: Patient, before: Mapping[str, Finding]) -> Finding | None:
     """Why `check` is not made; None if it is to be made."""
     for need in check.needs:
@@ -176,7 +171,7 @@ def made(check: Check, patient: Patient) -> Finding:
 
 
 def _failure(error: BaseException, check: Check) -> Finding:
-    what = said(error) if isinstance(error, KalmError) else f"{type(error).__name__}: {error}"
+    what = error.message if isinstance(error, KalmError) else f"{type(error).__name__}: {error}"
     if isinstance(error, ConnectionFailedError | DeadlineExceededError):
         return Finding.fail(what, check.silence)
     own = error.remedy if isinstance(error, KalmError) else _BUG

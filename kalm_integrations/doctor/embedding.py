@@ -10,7 +10,7 @@ import numpy as np
 
 from kalm_integrations import golden
 from kalm_integrations.client import KalmClient
-from kalm_integrations.doctor.checks import Check, Finding, Patient, said
+from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import (
     EngineLoadError,
     IdentityMismatchError,
@@ -57,7 +57,7 @@ def _first_answer(patient: Patient) -> Finding:
     except EngineLoadError as error:
         if patient.settings.resolved_backend != "local":
             raise
-        return Finding.fail(said(error), f"Run {install_command('local')}")
+        return Finding.fail(error.message, f"Run {install_command('local')}")
     patient.first = time.perf_counter() - started
     return Finding.ok("the service answers, and lets this client in")
 

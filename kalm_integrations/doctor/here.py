@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from pydantic import SecretStr
 
 from kalm_integrations import version as ours
-from kalm_integrations.doctor.checks import Check, Finding, Patient, said
+from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.extras import NAME
 
@@ -105,7 +105,7 @@ def settings(patient: Patient) -> Finding:
     try:
         patient.configured = made = ClientSettings()
     except ConfigurationError as error:
-        return Finding.fail(said(error), _CHOOSE if NO_BACKEND in str(error) else _CORRECT)
+        return Finding.fail(error.message, _CHOOSE if NO_BACKEND in str(error) else _CORRECT)
     return Finding.ok("\n".join([_backend(made), *_shown(made)]))
 
 

@@ -1,7 +1,8 @@
 """backend="http": our own server, or any that speaks OpenAI's embeddings API.
 
-The first request of a session asks `/v1/models` whom it talks to. Our server gets our extensions
-and answers with packed vectors and its identity; any other gets OpenAI's fields only, and base64.
+The first request asks `/v1/models` which server this is. Our server gets our extensions and answers
+with packed vectors and its identity; any other gets OpenAI's fields only, and answers in base64.
+If the probe fails, the answers decide: one that has an identity is our server's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from yarl import URL
 from kalm_integrations.errors import (
     ConfigurationError,
     ConnectionFailedError,
+    CorruptedAnswerError,
     DeadlineExceededError,
     IdentityMismatchError,
     InvalidResponseError,
@@ -31,6 +33,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.transports import openai_answers
 from kalm_integrations.wire import (
+    ECHO_HEADER,
     IDENTITY_HEADER,
     MEDIA_TYPE,
     REQUEST_ID_HEADER,
@@ -49,14 +52,6 @@ _MAX_DIMENSIONS = 16_384
 _READ_AHEAD = 2**20
 _JSON = json.JSONEncoder(ensure_ascii=False)
 _SHORTEST = 0.001  # seconds; less is not sent
-
-
-@dataclass(frozen=True, slots=True)
-class _Server:
-    """Who answers. `identity` is None for a server that is not ours, as far as we can tell."""
-
-    identity: SpaceIdentity | None
-    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +81,24 @@ class HttpTransport:
         if self._proxy is not None and (password := URL(self._proxy).password):
             self._secrets.append(password)
         self._http: aiohttp.ClientSession | None = None
-        self._server: _Server | None = None
-        self._asking: asyncio.Task[_Server] | None = None
+        self._mixed_up: aiohttp.ClientSession | None = None
+        """The connections on which an answer came that belongs to another request."""
+        self._is_ours: bool | None = None
+        """Whether this is our server; None while that is not known."""
+        self._probe: asyncio.Task[SpaceIdentity | None] | None = None
         self._closed = False
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
-        asked = time.monotonic()
-        server = self._server or await self._who()
+        start = time.monotonic()
+        if self._is_ours is None:
+            await self._identify()
         fields: dict[str, Any] = {"model": self._model, "input": request.texts}
         if request.dimensions is not None:
             fields["dimensions"] = request.dimensions
-        if server.identity is None:
-            return await self._embed_plainly(request, fields)
+        if not self._is_ours:
+            answer = await self._embed_plainly(request, fields)
+            if answer is not None:
+                return answer
         fields |= {
             "truncate": request.truncate,
             "priority": request.role,
@@ -105,7 +106,7 @@ class HttpTransport:
         }
         headers = {"Accept": MEDIA_TYPE}
         if request.timeout is not None:
-            left = request.timeout - (time.monotonic() - asked)
+            left = request.timeout - (time.monotonic() - start)
             if left < _SHORTEST:
                 raise DeadlineExceededError("the deadline passed before the request was sent.")
             headers[TIMEOUT_HEADER] = f"{left:.3f}"
@@ -114,30 +115,38 @@ class HttpTransport:
         if kind == MEDIA_TYPE:
             return unpack(reply.body)
         if kind == "application/json":
-            self._server = None
+            self._is_ours = None
             raise IdentityMismatchError(
                 "the service answered as ours before, with its identity, and does no longer."
             )
         raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets)
 
     async def wake(self) -> SpaceIdentity | None:
-        return (await self._who()).identity
+        return await self._identify()
 
     async def close(self) -> None:
         self._closed = True
-        if self._asking is not None:
-            self._asking.cancel()
-        if self._http is not None:
-            await self._http.close()
+        if self._probe is not None:
+            self._probe.cancel()
+        for connections in (self._http, self._mixed_up):
+            if connections is not None:
+                await connections.close()
 
-    async def _embed_plainly(self, request: EmbedRequest, fields: dict[str, Any]) -> EmbedAnswer:
+    async def _embed_plainly(
+        self, request: EmbedRequest, fields: dict[str, Any]
+    ) -> EmbedAnswer | None:
+        """The answer of a server that is not ours; None if it turns out to be ours."""
         if request.truncate != "error":
             raise ConfigurationError(
                 f"truncate={request.truncate!r} needs our server: {self._base} is another, and "
                 "OpenAI's API has no such field."
             )
-        fields["encoding_format"] = "base64"
-        reply = await self._post(fields, {"Accept": "application/json"}, len(request.texts))
+        plain = fields | {"encoding_format": "base64"}
+        reply = await self._post(plain, {"Accept": "application/json"}, len(request.texts))
+        if IDENTITY_HEADER in reply.headers:
+            # `/v1/models` failed; these vectors came without their identity and are not used.
+            self._is_ours = True
+            return None
         return openai_answers.decode(
             reply.headers,
             reply.body,
@@ -146,32 +155,32 @@ class HttpTransport:
             secrets=self._secrets,
         )
 
-    async def _who(self) -> _Server:
-        """Whom we talk to; all who want to know at a time share one question."""
-        if self._server is not None:
-            return self._server
-        if self._asking is None:
-            self._asking = asyncio.create_task(self._ask_who())
-            self._asking.add_done_callback(self._told)
-        return await asyncio.shield(self._asking)
+    async def _identify(self) -> SpaceIdentity | None:
+        """The identity that the server reports; concurrent callers share one probe."""
+        if self._probe is None:
+            self._probe = asyncio.create_task(self._ask_models())
+            self._probe.add_done_callback(self._probed)
+        return await asyncio.shield(self._probe)
 
-    def _told(self, asking: asyncio.Task[_Server]) -> None:
-        self._asking = None
-        if not asking.cancelled() and asking.exception() is None and asking.result().certain:
-            self._server = asking.result()
+    def _probed(self, probe: asyncio.Task[SpaceIdentity | None]) -> None:
+        self._probe = None
+        if not probe.cancelled():
+            probe.exception()  # retrieved, should all callers be gone
 
-    async def _ask_who(self) -> _Server:
+    async def _ask_models(self) -> SpaceIdentity | None:
         reply = await self._send("GET", self._base / "models", None, {}, 2**20, absent=True)
         if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
             if IDENTITY_HEADER in reply.headers:  # ours, under another path
                 raise NotFoundError(f"our server is there, but not at {self._base}.")
-            return _Server(None, certain=False)
+            return None  # decides nothing: a proxy may have answered
         try:
             (model, *_) = json.loads(reply.body)["data"]
             described = model.get("identity")
-            return _Server(None if described is None else SpaceIdentity.from_dict(described))
+            identity = None if described is None else SpaceIdentity.from_dict(described)
         except openai_answers.ODD as error:
             raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets) from error
+        self._is_ours = identity is not None
+        return identity
 
     async def _post(self, fields: dict[str, Any], headers: dict[str, str], texts: int) -> _Reply:
         body = _JSON.encode(fields).encode()
@@ -194,7 +203,8 @@ class HttpTransport:
         Raises what its status stands for, unless it is 404 and what we ask for may be absent.
         """
         request_id = next(self._request_ids)
-        ours = {**self._headers, **headers, REQUEST_ID_HEADER: request_id}
+        ids = {REQUEST_ID_HEADER: request_id, ECHO_HEADER: request_id}
+        ours = {**self._headers, **headers, **ids}
         try:
             for _ in range(_MAX_REDIRECTS):
                 async with self._pool().request(
@@ -204,6 +214,7 @@ class HttpTransport:
                         method, body, url = self._redirected(response, method, body, url)
                         continue
                     reply = _Reply(response.status, response.headers, await _read(response, limit))
+                self._check_echo(reply.headers, request_id)
                 if reply.status != 200 and not (absent and reply.status == 404):
                     raise openai_answers.error(
                         reply.status, reply.headers, reply.body, self._secrets, request_id
@@ -224,10 +235,26 @@ class HttpTransport:
         except UnicodeError as error:
             raise ConfigurationError(f"{url.host} is no name of a host.") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            said = openai_answers.blot(str(error), self._secrets) or type(error).__name__
+            cause = openai_answers.blot(str(error), self._secrets) or type(error).__name__
+            cause = openai_answers.short(cause)  # aiohttp shows what it cannot parse
             # aiohttp's own error would show the request's headers in its repr.
-            raise ConnectionFailedError(f"{method} {url}: {said}.") from ConnectionError(said)
+            raise ConnectionFailedError(f"{method} {url}: {cause}.") from ConnectionError(cause)
         raise ConnectionFailedError(f"{_MAX_REDIRECTS} redirects from {url} lead nowhere.")
+
+    def _check_echo(self, headers: Any, request_id: str) -> None:
+        """Check that an answer of our server belongs to its request; others echo nothing."""
+        echoed = headers.get(ECHO_HEADER)
+        if echoed is None and (self._is_ours or IDENTITY_HEADER in headers):
+            echoed = headers.get(REQUEST_ID_HEADER)
+        if echoed in (None, request_id):
+            return
+        # What else comes on these connections may be late or doubled too: from now on each
+        # request has a connection of its own. Requests in flight keep theirs.
+        if self._mixed_up is None:
+            self._mixed_up, self._http = self._http, None
+        raise CorruptedAnswerError(
+            f"request {request_id} got the answer to request {openai_answers.short(echoed)}."
+        )
 
     def _redirected(
         self, response: aiohttp.ClientResponse, method: str, body: bytes | None, url: URL
@@ -254,9 +281,12 @@ class HttpTransport:
         if self._closed:
             raise KalmError("the client was closed during the call.")
         if self._http is None:
+            apart = self._mixed_up is not None
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
                     limit=0,  # the session's slots are the limit
+                    force_close=apart,
+                    keepalive_timeout=None if apart else self._settings.keepalive_timeout,
                     # aiohttp's own was made on import, and SSL_CERT_FILE may be newer.
                     ssl=ssl.create_default_context() if self._base.scheme == "https" else True,
                 ),
@@ -311,7 +341,7 @@ def _credentials(settings: ClientSettings) -> dict[str, str]:
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:
     """The body, never more than `limit` bytes of it, and never decompressed."""
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+    if response.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
         raise InvalidResponseError("the answer is compressed, which was not asked for.")
     chunks, size = [], 0
     async for chunk in response.content.iter_any():

@@ -78,12 +78,12 @@ def decode(
         raise wrong_type(headers, body, secrets) from error
     if served != model:
         raise IdentityMismatchError(
-            f"asked model {model!r}, but {_short(blot(str(served), secrets))!r} answered."
+            f"asked model {model!r}, but {short(blot(str(served), secrets))!r} answered."
         )
     if len(rows) != len(items) or set(rows) != set(range(len(rows))):
         raise InvalidResponseError(
             f"the answer's indices are not 0 to {len(items) - 1}, each once: "
-            f"{_short(str([item['index'] for item in items]))}."
+            f"{short(str([item['index'] for item in items]))}."
         )
     if len({row.shape for row in rows.values()}) > 1:
         raise InvalidResponseError("the answer's vectors have different dimensions.")
@@ -107,9 +107,11 @@ def error(
     if kind is None or kind.status != status:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
-    said = _short(said.removesuffix(kind.remedy).strip())
+    said = short(said.strip())
+    if issubclass(kind, InvalidInputError | InvalidResponseError) and invalid:
+        return kind.of(invalid)
     if issubclass(kind, InvalidInputError):
-        return kind.of(invalid) if invalid else kind(said)
+        return kind(said)
     message = f"HTTP {status}, request {request_id}: {said or 'no explanation.'}"
     if issubclass(kind, ServiceUnavailableError):
         return kind(message, retry_after(headers))
@@ -122,7 +124,7 @@ def wrong_type(
     """For an answer that is 200 and yet no embeddings: a login page, a cut-off document."""
     kind = blot(headers.get("Content-Type", "no type"), secrets)
     shown = _snippet(blot(body.decode(errors="replace"), secrets))
-    return InvalidResponseError(f"the answer is not embeddings but {_short(kind)}: {shown}.")
+    return InvalidResponseError(f"the answer is not embeddings but {short(kind)}: {shown}.")
 
 
 def blot(text: str, secrets: Sequence[str]) -> str:
@@ -173,7 +175,7 @@ def _read_error(body: str) -> tuple[str, str | None, list[InvalidText]]:
         return _snippet(body), None, []
     listed = detail.get("invalid")
     invalid = [
-        InvalidText(bad["index"], _short(bad["reason"]))
+        InvalidText(bad["index"], short(bad["reason"]))
         for bad in (listed if isinstance(listed, list) else [])
         if isinstance(bad, dict)
         and type(bad.get("index")) is int
@@ -187,8 +189,9 @@ def _snippet(body: str) -> str:
     text = body[:4096]
     if title := re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL):
         text = f"the page {title[1].strip()!r}"
-    return _short(re.sub(r"\s+", " ", text).strip()) or "an empty body"
+    return short(re.sub(r"\s+", " ", text).strip()) or "an empty body"
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """At most 200 characters of `text`."""
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -228,13 +228,13 @@ class Worker:
     def _give_up(
         self, store: FolderStore, here: str, number: int, why: KalmError, attempts: list[Attempt]
     ) -> None:
-        said = str(why).removesuffix(why.remedy).strip()
+        said = why.message
         failure = records.Failure(code=why.code, message=said, attempts=attempts)
         store.write({f"{here}/{records.failed_name(number)}": records.to_bytes(failure)})
 
     def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> bool:
         """Record it; whether it was one too many."""
-        said = str(failure).removesuffix(failure.remedy).strip()
+        said = failure.message
         store.write({f"{here}/canary-{self._container.id}.json": records.to_bytes({"said": said})})
         found = [name for name in store.names(here) if name.startswith("canary-")]
         if len(found) < records.MOST_CANARIES:

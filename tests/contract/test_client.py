@@ -221,10 +221,10 @@ class TestChecks:
     @pytest.mark.parametrize(
         ("fault", "message"),
         [
-            (wrong_count, r"asked for 5 .* got .* shape \(4, 512\)"),
-            (one_too_many, r"asked for 5 .* got .* shape \(6, 512\)"),
+            (wrong_count, r"requested 5 .* got .* shape \(4, 512\)"),
+            (one_too_many, r"requested 5 .* got .* shape \(6, 512\)"),
             (other_dimensions, r"512 dimensions, got .* shape \(5, 256\)"),
-            (other_dtype, "asked for 5 float16 .* got float64"),
+            (other_dtype, "requested 5 float16 .* got float64"),
             (poisoned(np.nan, row=2), r"texts\[7\] got values that are not finite"),
             (poisoned(np.inf, row=2), r"texts\[7\] got values that are not finite"),
             (zeroed, r"texts\[5\] got a vector of length 0\.0000"),

@@ -55,6 +55,7 @@ class TestPipelineCache:
         {"max_concurrency": 2},
         {"timeout": 17.0},
         {"connect_timeout": 3.0},
+        {"keepalive_timeout": 3.0},
         {"max_retries": 1},
         {"show_progress": True},
         {"num_workers": 4},

@@ -14,7 +14,7 @@ PAGE = (ROOT / "docs/architecture.md").read_text()
 PACKAGES = ("kalm_integrations", "modal_backend")
 NAMED = {
     "modal_backend.engines.turns": {"kalm_integrations.batching.estimate_tokens"},
-    "modal_backend.service": {"kalm_integrations.verify.first_wrong"},
+    "modal_backend.service": {"kalm_integrations.verify.wrong_rows"},
     "modal_backend.settings": {"kalm_integrations.settings.DEFAULT_APP"},
 }
 """What crosses to the client beside the shared words."""

@@ -24,7 +24,7 @@ def family(cls: type[KalmError] = KalmError) -> list[type[KalmError]]:
 
 def example(cls: type[KalmError]) -> KalmError:
     """An error with everything that one of its class can carry."""
-    if issubclass(cls, InvalidInputError):
+    if issubclass(cls, InvalidInputError | errors.InvalidResponseError):
         error = cls("It happened.", INVALID)
     elif issubclass(cls, errors.ServiceUnavailableError):
         error = cls("It happened.", retry_after=2.5)
@@ -82,8 +82,9 @@ def test_an_error_that_embedded_nothing_has_no_partial(cls):
 
 
 @ALL
-def test_only_a_service_that_is_unavailable_may_answer_the_same_request_later(cls):
-    assert cls.retryable == issubclass(cls, errors.ServiceUnavailableError)
+def test_only_what_may_pass_is_retried(cls):
+    passing = errors.ServiceUnavailableError | errors.CorruptedAnswerError
+    assert cls.retryable == issubclass(cls, passing)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,9 @@ def test_what_waiting_may_mend_is_no_value_error():
         (900, "; and 895 more."),
     ],
 )
-@pytest.mark.parametrize("cls", [InvalidInputError, errors.InputTooLongError])
+@pytest.mark.parametrize(
+    "cls", [InvalidInputError, errors.InputTooLongError, errors.InvalidResponseError]
+)
 def test_the_message_names_five_texts_and_the_attribute_all(cls, count, ending):
     invalid = [InvalidText(index, "is empty") for index in range(count)]
     error = cls.of(invalid)

@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_integrations.batching import Batch
-from kalm_integrations.errors import IdentityMismatchError, InvalidResponseError
+from kalm_integrations.errors import (
+    CorruptedAnswerError,
+    IdentityMismatchError,
+    InvalidResponseError,
+)
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import Usage
 from kalm_integrations.settings import ClientSettings
 from kalm_integrations.verify import Verifier
-from kalm_integrations.wire import EmbedAnswer
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 SPACE = EMBEDDED.space
-BATCH = Batch(["a", "b", "c"], [[40, 50], [41], [42, 60]])
 
 
 def verifier(**arguments):
@@ -27,9 +29,9 @@ def verifier(**arguments):
     return Verifier(ClientSettings.model_construct(**(settings | arguments)))
 
 
-def check(vectors, identity=SPACE, batch=BATCH, dimensions=4, dtype="float32"):
+def check(vectors, identity=SPACE, rows=3, dimensions=4, dtype="float32"):
     answer = EmbedAnswer(vectors=vectors, identity=identity, usage=Usage())
-    verifier(dimensions=dimensions, vector_dtype=dtype).check(answer, batch)
+    verifier(dimensions=dimensions, vector_dtype=dtype).check(answer, rows)
 
 
 def unit(rows=3, columns=4, dtype="float32"):
@@ -65,7 +67,7 @@ def test_unit_vectors_of_the_right_number_and_type_pass(dtype):
 def test_a_wrong_count_width_or_type_is_refused(vectors, got):
     with pytest.raises(InvalidResponseError) as caught:
         check(vectors)
-    expected = f"asked for 3 float32 vectors of 4 dimensions, got {got}."
+    expected = f"requested 3 float32 vectors of 4 dimensions, got {got}."
     assert caught.value.args == (expected,)
 
 
@@ -84,37 +86,36 @@ NO_VECTORS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize(("row", "index"), [(0, 40), (1, 41), (2, 42)])
+@pytest.mark.parametrize("row", [0, 1, 2])
 @NO_VECTORS
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_vector_that_is_none_is_refused_by_the_callers_first_index(
-    row, index, values, what, dtype
-):
+def test_a_vector_that_is_none_is_refused_by_its_row(row, values, what, dtype):
     with pytest.raises(InvalidResponseError) as caught:
         check(with_row(row, values, dtype), dtype=dtype)
-    assert str(caught.value).startswith(f"texts[{index}] got {what}")
+    assert str(caught.value).startswith(f"texts[{row}] got {what}")
+    assert [bad.index for bad in caught.value.invalid] == [row]
 
 
 @NO_VECTORS
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_query_alone_is_checked_as_strictly(values, what, dtype):
-    alone = Batch(["a"], [[7]])
-    check(unit(rows=1, dtype=dtype), batch=alone, dtype=dtype)
+    check(unit(rows=1, dtype=dtype), rows=1, dtype=dtype)
     with pytest.raises(InvalidResponseError) as caught:
-        check(np.array([values], dtype=dtype), batch=alone, dtype=dtype)
-    assert str(caught.value).startswith(f"texts[7] got {what}")
+        check(np.array([values], dtype=dtype), rows=1, dtype=dtype)
+    assert str(caught.value).startswith(f"texts[0] got {what}")
 
 
 def test_values_whose_square_overflows_are_refused_without_a_warning():
-    with pytest.raises(InvalidResponseError, match=r"texts\[41\] got a vector of length inf"):
+    with pytest.raises(InvalidResponseError, match=r"texts\[1\] got a vector of length inf"):
         check(with_row(1, [3e38, 0, 0, 0]))
-    with pytest.raises(InvalidResponseError, match=r"texts\[41\] got a vector of length inf"):
-        check(np.float32([[3e38, 0, 0, 0]]), batch=Batch(["b"], [[41]]))
+    with pytest.raises(InvalidResponseError, match=r"texts\[0\] got a vector of length inf"):
+        check(np.float32([[3e38, 0, 0, 0]]), rows=1)
 
 
-def test_of_several_wrong_vectors_the_first_is_named_and_the_others_are_counted():
-    with pytest.raises(InvalidResponseError, match=r"texts\[40\] got .* 1, and 2 more texts"):
-        check(unit() * 2)
+def test_all_wrong_vectors_are_named():
+    with pytest.raises(InvalidResponseError) as caught:
+        check(unit() * np.float32([[2], [1], [3]]))
+    assert [bad.index for bad in caught.value.invalid] == [0, 2]
 
 
 @pytest.mark.parametrize("length", [0.9985, 1.0015])
@@ -132,7 +133,7 @@ def test_a_length_that_no_rounding_explains_is_refused(length):
 def test_every_unit_vector_passes_after_rounding_to_float16(seed, columns, tail):
     wide = np.random.default_rng(seed).normal(size=(1, columns)) ** tail
     vectors = (wide / np.linalg.norm(wide)).astype(np.float16)
-    check(vectors, batch=Batch(["a"], [[0]]), dimensions=columns, dtype="float16")
+    check(vectors, rows=1, dimensions=columns, dtype="float16")
 
 
 @pytest.mark.parametrize("field", ["model", "revision", "pooling", "attention", "quantization"])
@@ -156,6 +157,27 @@ def test_a_service_without_identity_cannot_be_the_one_that_is_asked_for():
         verifier(expected_identity=SPACE).check_identity(None)
 
 
+def test_an_identity_that_a_first_answer_lacked_is_taken_from_a_later_one():
+    """One answer without it, of a proxy for instance, does not decide what the service is."""
+    session = verifier()
+    session.check_identity(None)
+    session.check_identity(SPACE)
+    session.check_identity(SPACE)
+    with pytest.raises(IdentityMismatchError):
+        session.check_identity(replace(SPACE, revision="another"))
+    with pytest.raises(IdentityMismatchError):
+        session.check_identity(None)
+
+
+def test_an_answer_to_another_request_is_refused():
+    request = EmbedRequest(texts=["a", "b"], role="document")
+    answer = EmbedAnswer(vectors=unit(2), identity=SPACE, usage=Usage(), digest=request.digest())
+    verifier().check_request(answer, request)
+    verifier().check_request(replace(answer, digest=None), request)  # a server that reports none
+    with pytest.raises(CorruptedAnswerError):
+        verifier().check_request(answer, replace(request, texts=["b", "a"]))
+
+
 @pytest.mark.parametrize("later", [None, replace(SPACE, revision="another")])
 def test_a_service_must_stay_what_it_was(later):
     session = verifier()
@@ -169,9 +191,9 @@ def test_of_a_model_that_nobody_knows_the_first_answer_sets_the_rest():
     session = verifier(backend="http", model="some/model", vector_dtype="float32")
     space = SpaceIdentity.undeclared("some/model")
     for served in (replace(space, revision="abc"), replace(space, revision="abc")):
-        session.check(EmbedAnswer(vectors=unit(), identity=served, usage=Usage()), BATCH)
+        session.check(EmbedAnswer(vectors=unit(), identity=served, usage=Usage()), 3)
     with pytest.raises(InvalidResponseError, match=r"of 4 dimensions, got .* \(3, 5\)"):
-        session.check(EmbedAnswer(vectors=unit(columns=5), identity=served, usage=Usage()), BATCH)
+        session.check(EmbedAnswer(vectors=unit(columns=5), identity=served, usage=Usage()), 3)
     with pytest.raises(IdentityMismatchError, match=r"expected some/model .*, but the service has"):
         verifier(backend="http", model="some/model").check_identity(SPACE)
 

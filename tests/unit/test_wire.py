@@ -8,23 +8,31 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from kalm_integrations.errors import InvalidResponseError
+from kalm_integrations.errors import CorruptedAnswerError
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import EmbedAnswer, pack, unpack
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest, pack, unpack
 
 IDENTITY = json.dumps(EMBEDDED.space.to_dict())
-METADATA = {"usage.tokens": "7", "identity": IDENTITY}
+METADATA = {"checksum": "0" * 16, "digest": "d", "usage.tokens": "7", "identity": IDENTITY}
 TYPES = st.sampled_from(["float16", "float32"])
 
 
 def answer(rows=2, columns=3, dtype="float16", tokens=7, identity=EMBEDDED.space):
     vectors = np.random.default_rng(rows).normal(size=(rows, columns)).astype(dtype)
-    return EmbedAnswer(vectors=vectors, identity=identity, usage=Usage(tokens, 1))
+    return EmbedAnswer(vectors=vectors, identity=identity, usage=Usage(tokens, 1), digest="d")
+
+
+def resealed(body):
+    """`body` with a checksum that is right, so that only what it says is wrong."""
+    start = len(b'12345678{"__metadata__": {"checksum": "')
+    checksum = xxhash.xxh3_64(body[:start] + body[start + 16 :]).hexdigest().encode()
+    return body[:start] + checksum + body[start + 16 :]
 
 
 @given(
@@ -41,6 +49,7 @@ def test_what_is_packed_comes_out_bit_by_bit(rows, columns, dtype, tokens, ident
     assert unpacked.vectors.tobytes() == packed.vectors.tobytes()
     assert unpacked.vectors.shape == packed.vectors.shape
     assert (unpacked.identity, unpacked.usage) == (packed.identity, packed.usage)
+    assert unpacked.digest == packed.digest
 
 
 @given(rows=st.integers(0, 5), columns=st.integers(1, 9), dtype=TYPES)
@@ -51,54 +60,101 @@ def test_the_library_of_the_format_reads_what_we_pack(rows, columns, dtype):
     assert (8 + int.from_bytes(body[:8], "little")) % 8 == 0  # as the format wants tensors
 
 
-@given(rows=st.integers(0, 5), columns=st.integers(1, 9), dtype=TYPES)
-def test_what_the_library_writes_is_read(rows, columns, dtype):
-    vectors = answer(rows, columns, dtype).vectors
-    body = save({"vectors": vectors}, metadata=METADATA)
-    unpacked = unpack(body)
-    assert np.array_equal(unpacked.vectors, vectors)
-    assert (unpacked.identity, unpacked.usage) == (EMBEDDED.space, Usage(7, 1))
-
-
 def test_vectors_with_gaps_between_them_are_packed_like_their_copy():
     wide = answer(rows=4, columns=6)
     gaps = replace(wide, vectors=wide.vectors[::2, ::3])
     assert unpack(pack(gaps)).vectors.tolist() == wide.vectors[::2, ::3].tolist()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_no_flipped_bit_is_accepted(dtype):
+    """Each bit of the whole answer: lengths, metadata, checksum, padding and vectors."""
+    whole = bytearray(pack(answer(dtype=dtype)))
+    for bit in range(8 * len(whole)):
+        whole[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CorruptedAnswerError):
+            unpack(whole)
+        whole[bit // 8] ^= 1 << bit % 8
+    unpack(whole)
+
+
+@given(order=st.permutations(range(6)))
+def test_rows_in_another_order_are_refused(order):
+    whole = pack(answer(rows=6, columns=8))
+    head, rows = whole[:-96], np.frombuffer(whole[-96:], "<f2").reshape(6, 8)
+    swapped = head + rows[order].tobytes()
+    if swapped == whole:
+        unpack(swapped)
+        return
+    with pytest.raises(CorruptedAnswerError):
+        unpack(swapped)
+
+
 @given(data=st.data())
-def test_a_damaged_head_is_refused_or_changes_nothing(data):
+def test_a_damaged_head_with_a_right_checksum_is_refused_or_changes_no_vector(data):
     """Whatever it says: no other number of vectors, nothing outside of the body, no other error."""
     whole = bytearray(pack(answer(rows=3, columns=4)))
     end = 8 + int.from_bytes(whole[:8], "little")
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
     try:
-        vectors = unpack(whole).vectors
-    except InvalidResponseError:
+        vectors = unpack(resealed(whole)).vectors
+    except CorruptedAnswerError:
         return
     assert vectors.size == 12
     assert vectors.tobytes() == bytes(whole[end:])
 
 
+TEXTS = st.lists(st.text(st.characters(), max_size=3), max_size=3)
+
+
+@given(
+    TEXTS, TEXTS, *[st.sampled_from(["query", "document"])] * 2, *[st.sampled_from([None, 64])] * 2
+)
+def test_requests_have_one_digest_only_if_their_vectors_are_the_same(
+    texts, others, role, other_role, dimensions, other_dimensions
+):
+    one = EmbedRequest(texts=texts, role=role, dimensions=dimensions)
+    other = EmbedRequest(texts=others, role=other_role, dimensions=other_dimensions)
+    assert (one.digest() == other.digest()) == (one == other)
+    hurried = replace(one, timeout=1.0, dtype="float32")
+    assert hurried.digest() == one.digest()
+    assert replace(one, truncate="end").digest() != one.digest()
+
+
+@pytest.mark.parametrize("texts", [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["a,b", ""]])
+def test_where_a_text_ends_is_part_of_the_digest(texts):
+    joined = EmbedRequest(texts=["a", "b", "c"], role="query")
+    assert EmbedRequest(texts=texts, role="query").digest() != joined.digest()
+
+
 @given(cut=st.integers(0, 10_000))
 def test_a_body_that_is_cut_off_anywhere_is_refused(cut):
     whole = pack(answer(rows=20, columns=200))
-    with pytest.raises(InvalidResponseError, match="not packed vectors"):
+    with pytest.raises(CorruptedAnswerError, match="not packed vectors"):
         unpack(whole[: min(cut, len(whole) - 1)])
 
 
-def _with_metadata(**metadata):
-    return save({"vectors": answer().vectors}, metadata=metadata)
-
-
-def _with_tensor(**changes):
+def _rewritten(change):
+    """An answer whose head was changed, and whose checksum is right all the same."""
     whole = pack(answer())
     end = 8 + int.from_bytes(whole[:8], "little")
     head = json.loads(whole[8:end])
-    head["vectors"] |= changes
+    change(head)
     changed = json.dumps(head).encode()
-    return len(changed).to_bytes(8, "little") + changed + whole[end:]
+    return resealed(len(changed).to_bytes(8, "little") + changed + whole[end:])
+
+
+def _with_metadata(**changes):
+    return _rewritten(lambda head: head["__metadata__"].update(changes))
+
+
+def _without(name):
+    return _rewritten(lambda head: head["__metadata__"].pop(name))
+
+
+def _with_tensor(**changes):
+    return _rewritten(lambda head: head["vectors"].update(changes))
 
 
 @pytest.mark.parametrize(
@@ -122,19 +178,22 @@ def _with_tensor(**changes):
         _with_tensor(dtype=["F16"]),
         _with_tensor(data_offsets=[2, 14]),
         _with_tensor(data_offsets=[0, 10**30]),
-        save({"vectors": answer().vectors, "more": answer().vectors}, metadata=METADATA),
-        _with_metadata(**METADATA | {"usage.tokens": "-7"}),
-        save({"other": answer().vectors}, metadata={"usage.tokens": "7"}),
+        _rewritten(lambda head: head.update(more=head["vectors"])),
+        _rewritten(lambda head: head.update(other=head.pop("vectors"))),
+        _rewritten(lambda head: head.pop("vectors")),
+        save({"vectors": answer().vectors}, metadata=METADATA),
         save({"vectors": answer().vectors}),
-        _with_metadata(identity=IDENTITY),
-        _with_metadata(**{"usage.tokens": "many", "identity": IDENTITY}),
-        _with_metadata(**{"usage.tokens": "7", "identity": "{"}),
-        _with_metadata(**{"usage.tokens": "7", "identity": '{"model": "m"}'}),
-        _with_metadata(**{"usage.tokens": "7", "identity": IDENTITY.replace("true", "1")}),
+        _without("usage.tokens"),
+        _without("digest"),
+        _with_metadata(**{"usage.tokens": "-7"}),
+        _with_metadata(**{"usage.tokens": "many"}),
+        _with_metadata(identity="{"),
+        _with_metadata(identity='{"model": "m"}'),
+        _with_metadata(identity=IDENTITY.replace("true", "1")),
     ],
 )
 def test_anything_else_is_refused(body):
-    with pytest.raises(InvalidResponseError, match="not packed vectors"):
+    with pytest.raises(CorruptedAnswerError, match="not packed vectors"):
         unpack(body)
 
 
