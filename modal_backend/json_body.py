@@ -29,7 +29,7 @@ _MOST_STRUCTURE: Final = 16 * MAX_TEXTS
 _LONGEST_ESCAPE: Final = 12
 """Bytes that one character takes at most: "\\ud83d\\ude00"."""
 
-TOKEN_IDS: Final = (
+IDS_REFUSED: Final = (
     "input is token ids: they are another tokenizer's, and would give silently wrong vectors. "
     "(LangChain's OpenAIEmbeddings sends text with check_embedding_ctx_length=False.)"
 )
@@ -75,7 +75,7 @@ def _check_structure(body: bytes | bytearray) -> int:
     structure = b"".join(parts[::2]).translate(None, b" \t\r\n")
     if len(structure) > _MOST_STRUCTURE:
         if re.match(rb"[^\[]*+\[+-?\d", structure[:200]):
-            raise InvalidArgumentError(TOKEN_IDS)
+            raise InvalidArgumentError(IDS_REFUSED)
         raise _too_many_values()
     return max(map(len, parts[1::2]), default=0)
 

@@ -109,7 +109,7 @@ class EmbeddingsBody(BaseModel):
         if not self.input:
             raise InvalidArgumentError("input is empty: a list without a text.")
         if all(isinstance(member, int) or _is_ids(member) for member in self.input):
-            raise InvalidArgumentError(json_body.TOKEN_IDS)
+            raise InvalidArgumentError(json_body.IDS_REFUSED)
         return self.input
 
     def request(self, query_template: str, *, packed: bool, timeout: float | None) -> EmbedRequest:
@@ -140,10 +140,8 @@ class EmbeddingsBody(BaseModel):
         elif self.input_type == "query":
             template = query_template
         texts = self.texts
-        if truncate == "end":  # no model takes more
-            texts = [_beginning(text) for text in texts]
         if template != prompts.AS_IS:
-            texts = _prompted(template, texts)
+            texts = _prompted(template, texts, truncate)
         default: Role = "query" if self.input_type == "query" or len(texts) == 1 else "document"
         return EmbedRequest(
             texts=texts,
@@ -219,13 +217,11 @@ def _is_ids(member: object) -> bool:
     return isinstance(member, list) and all(isinstance(part, int) for part in member)
 
 
-def _beginning(text: Any) -> Any:
-    return text[:MAX_CHARACTERS] if isinstance(text, str) else text
-
-
-def _prompted(template: str, texts: list[Any]) -> list[Any]:
+def _prompted(template: str, texts: list[Any], truncate: Truncate) -> list[Any]:
     """`texts`, set into `template`. What is no text, or blank, stays as it is, for the service to
     name."""
+    if truncate == "end":  # no model takes more
+        texts = [text[:MAX_CHARACTERS] if isinstance(text, str) else text for text in texts]
     characters = len(template) * len(texts)
     characters += sum(len(text) for text in texts if isinstance(text, str))
     if characters > MAX_PROMPTED:
@@ -234,6 +230,6 @@ def _prompted(template: str, texts: list[Any]) -> list[Any]:
             f"{characters:,} characters; the limit is {MAX_PROMPTED:,}."
         )
     return [
-        prompts.apply(template, text) if isinstance(text, str) and text and not text.isspace() else text
+        prompts.apply(template, text) if isinstance(text, str) and text.strip() else text
         for text in texts
     ]

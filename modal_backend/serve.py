@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -69,7 +69,13 @@ class Model:
 
 
 def serve(
-    model: Model | None, host: str, port: int, api_key: SecretStr | None, *, insecure: bool
+    model: Model | None,
+    host: str,
+    port: int,
+    api_key: SecretStr | None,
+    *,
+    insecure: bool,
+    cors_origins: Sequence[str] = (),
 ) -> None:
     """Serve until interrupted, or until the engine dies.
 
@@ -79,6 +85,7 @@ def serve(
         port: Port to listen on; 0 takes a free one.
         api_key: What callers must present.
         insecure: Serve without a key. On a loopback address only.
+        cors_origins: Origins whose pages may call from a browser; see `create_app`.
 
     Raises:
         ConfigurationError: Neither a key nor `insecure`, `insecure` for other machines, a revision
@@ -106,10 +113,12 @@ def serve(
         _check(model)
         _say(f"loading {model.model} with vLLM; a minute or more")
         load = _Abandonable(model.load)
-    asyncio.run(_serve(load, host, port, keys))
+    asyncio.run(_serve(load, host, port, keys, cors_origins))
 
 
-async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
+async def _serve(
+    load: Load, host: str, port: int, keys: BearerKeys, cors_origins: Sequence[str]
+) -> None:
     # What it would log with a traceback is raised here, and said once.
     life.log.setLevel(logging.CRITICAL)
     container = life.Life(load, "off")
@@ -118,7 +127,9 @@ async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
         failure = container.failure
         if failure is not None:
             raise copy(failure)
-        app = create_app(container.service, keys=keys, phases=container.phases)
+        app = create_app(
+            container.service, keys=keys, phases=container.phases, cors_origins=cors_origins
+        )
         config = uvicorn.Config(
             app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False
         )

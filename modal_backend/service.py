@@ -31,6 +31,8 @@ from modal_backend.engines.out_of_order import OutOfOrderEngine
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
 _ROWS_AT_ONCE: Final = 16
+_LOOP_CHARACTERS: Final = 65_536
+"""More are checked in a thread, so that the event loop does not stall."""
 
 
 class EmbeddingService:
@@ -95,10 +97,10 @@ class EmbeddingService:
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
-        texts = list(request.texts)
-        if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
-            texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
-        texts = inputs.check(texts, request.truncate)
+        if sum(map(_size, request.texts)) <= _LOOP_CHARACTERS:
+            texts, digest = _prepare(request)
+        else:
+            texts, digest = await asyncio.to_thread(_prepare, request)
         with self._admission.admit(request.role, len(texts)):
             output = await self.engine.embed(
                 texts, role=request.role, truncate=request.truncate, deadline=deadline
@@ -130,12 +132,28 @@ class EmbeddingService:
             vectors=vectors,
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
-            digest=request.digest(),
+            digest=digest,
         )
 
     async def close(self) -> None:
         """Close the engine."""
         await self.engine.close()
+
+
+def _size(text: object) -> int:
+    return len(text) if isinstance(text, str) else 0
+
+
+def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
+    """The texts that the engine gets, and the digest of the request.
+
+    Raises:
+        InvalidInputError: Texts that cannot be embedded.
+    """
+    texts = request.texts
+    if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
+        texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
+    return inputs.check(texts, request.truncate), request.digest()
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
     "no input": ({}, 400, "invalid_request", "input: Field required"),
     "token ids": ({"input": [1, 2]}, 400, "invalid_argument", "token ids"),
     "lists of token ids": ({"input": [[1], [2]]}, 400, "invalid_argument", "token ids"),
-    "an empty list": ({"input": []}, 400, "invalid_argument", "neither a string nor a list"),
+    "an empty list": ({"input": []}, 400, "invalid_argument", "empty"),
     "a number": ({"input": 7}, 400, "invalid_argument", "neither a string nor a list"),
     "an empty text": ({"input": ["a", ""]}, 400, "invalid_input", r"texts\[1\] is empty"),
     "null": ({"input": ["a", None]}, 400, "invalid_input", r"texts\[1\] is None"),
