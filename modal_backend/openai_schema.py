@@ -205,7 +205,7 @@ def _field_name(location: tuple[int | str, ...]) -> str:
     if not location:
         return "the body"
     name = str(location[0])
-    return name if name in EmbeddingsBody.model_fields else quoted(name)
+    return name if name.isidentifier() and len(name) < 100 else quoted(name)
 
 
 def _shortened(message: str) -> str:
