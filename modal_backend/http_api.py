@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from copy import copy
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final, TypeVar
 
 from starlette.applications import Starlette
@@ -37,6 +37,7 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
     ServiceUnavailableError,
 )
+from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.wire import MEDIA_TYPE, TIMEOUT_HEADER, packed_parts
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.http_guard import BearerKeys, HttpGuard
@@ -78,7 +79,7 @@ def create_app(
     door = _Door(service, max_body_bytes, phases or {})
 
     def identity() -> str | None:
-        return None if service.failure else service.identity.fingerprint
+        return None if service.failure else _fingerprint(service.identity)
 
     return Starlette(
         routes=[
@@ -106,6 +107,11 @@ def create_app(
     )
 
 
+@lru_cache(maxsize=4)  # it takes longer to compute than to refuse a request
+def _fingerprint(identity: SpaceIdentity) -> str:
+    return identity.fingerprint
+
+
 class _Door:
     """The routes' handlers."""
 
@@ -118,8 +124,12 @@ class _Door:
         self._logged: dict[str, tuple[float, int]] = {}
         """When a failure was logged last, and how many have not been since, by code."""
         self.metrics = Metrics()
-        for role in service.inside:
-            self.metrics.inside.labels(role).set_function(partial(service.inside.__getitem__, role))
+        admission = service.admission
+        for role in admission.in_progress:
+            count = partial(admission.in_progress.__getitem__, role)
+            self.metrics.in_progress.labels(role).set_function(count)
+            self.metrics.wait.labels(role).set_function(partial(admission.wait, role))
+        self.metrics.speed.set_function(lambda: admission.speed.tokens_per_second or 0.0)
 
     async def embeddings(self, request: Request) -> Response:
         start = time.perf_counter()
@@ -133,6 +143,7 @@ class _Door:
         asked = fields.request(
             self._service.query_template, packed=packed, timeout=_timeout(request)
         )
+        self._service.check_admission(asked)
         try:
             answer = await _unless_disconnected(request, self._service.embed(asked))
         except asyncio.CancelledError:  # by the server that shuts down
