@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final
 
 from starlette.applications import Starlette
@@ -38,6 +38,7 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
     ServiceUnavailableError,
 )
+from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.wire import (
     ECHO_HEADER,
     IDENTITY_HEADER,
@@ -97,7 +98,7 @@ def create_app(
     door = _Door(service, max_body_bytes, phases or {})
 
     def identity() -> str | None:
-        return None if service.failure else service.identity.fingerprint
+        return None if service.failure else _fingerprint(service.identity)
 
     guard = Middleware(
         HttpGuard, keys=keys, identity=identity, metrics=door.metrics, max_inside=max_inside
@@ -132,6 +133,11 @@ def create_app(
     return app
 
 
+@lru_cache(maxsize=4)  # it takes longer to compute than to refuse a request
+def _fingerprint(identity: SpaceIdentity) -> str:
+    return identity.fingerprint
+
+
 class _Door:
     """The routes' handlers."""
 
@@ -147,8 +153,12 @@ class _Door:
         self._logged: dict[str, tuple[float, int]] = {}
         """When a failure was logged last, and how many have not been since, by code."""
         self.metrics = Metrics()
-        for role in service.inside:
-            self.metrics.inside.labels(role).set_function(partial(service.inside.__getitem__, role))
+        admission = service.admission
+        for role in admission.in_progress:
+            count = partial(admission.in_progress.__getitem__, role)
+            self.metrics.in_progress.labels(role).set_function(count)
+            self.metrics.wait.labels(role).set_function(partial(admission.wait, role))
+        self.metrics.speed.set_function(lambda: admission.speed.tokens_per_second or 0.0)
 
     async def embeddings(self, request: Request) -> Response:
         start = time.perf_counter()
@@ -161,6 +171,7 @@ class _Door:
             async with self._parsing:
                 asked, encoding = await asyncio.to_thread(self._parse, body, packed, wait)
         del body
+        self._service.check_admission(asked)
         try:
             answer = await unless_disconnected(request, self._service.embed(asked))
         except asyncio.CancelledError:  # by the server that shuts down

@@ -197,7 +197,11 @@ def error_headers(error: KalmError) -> dict[str, str]:
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
-        return {"Retry-After": str(math.ceil(error.retry_after))}
+        return {
+            "Retry-After": str(math.ceil(error.retry_after)),
+            # What OpenAI's servers send and its clients prefer: not rounded up to a second.
+            "Retry-After-Ms": str(math.ceil(1000 * error.retry_after)),
+        }
     return {}
 
 

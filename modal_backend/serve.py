@@ -131,7 +131,7 @@ async def _serve(
             container.service, keys=keys, phases=container.phases, cors_origins=cors_origins
         )
         config = uvicorn.Config(
-            app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False
+            app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False, access_log=False
         )
         space = container.service.identity
         server = _Server(config, f"{space.model}, identity {space.fingerprint}")

