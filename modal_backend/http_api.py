@@ -18,7 +18,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from copy import copy
 from functools import partial
 from typing import Final, TypeVar
@@ -65,6 +65,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     max_inside: int | None = None,
     phases: Mapping[str, float] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Starlette:
     """The ASGI app.
 
@@ -74,6 +75,7 @@ def create_app(
         max_body_bytes: Larger bodies are refused with 413, without being read whole.
         max_inside: Most requests at a time; more are refused with 503. None is no limit.
         phases: Seconds that each phase of the start took, for /metrics.
+        stopping: Whether the server is shutting down and takes no new work.
     """
     door = _Door(service, max_body_bytes, phases or {})
 
@@ -96,6 +98,7 @@ def create_app(
                 identity=identity,
                 metrics=door.metrics,
                 max_inside=max_inside,
+                stopping=stopping,
             )
         ],
         exception_handlers={
