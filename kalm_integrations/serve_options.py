@@ -56,6 +56,22 @@ def add(verbs: Verbs) -> None:
         help="let pages of this origin call from a browser, https://app.example.com for instance; "
         "'*' lets every page; may be repeated; default: none",
     )
+    parser.add_argument(
+        "--keep-alive",
+        type=number(1, 3600),
+        default=75,
+        metavar="S",
+        help="seconds that an idle connection is kept; more than your proxy keeps it; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--grace",
+        type=number(0, 3600),
+        default=10,
+        metavar="S",
+        help="seconds that requests in progress have to finish after SIGTERM or Ctrl-C; "
+        "default: %(default)s",
+    )
     vllm = parser.add_argument_group("with --engine vllm", argument_default=argparse.SUPPRESS)
     vllm.add_argument(
         "--model",
@@ -113,6 +129,7 @@ def run(arguments: argparse.Namespace) -> bool:
         raise ConfigurationError(f"{option} is for --engine vllm, not for {arguments.engine}.")
 
     from modal_backend.engines.vllm.config import VLLMOptions
+    from modal_backend.http_server import ServerOptions
     from modal_backend.serve import Model, serve
 
     options = VLLMOptions(**{name: asked[name] for name in given if name in _VLLM_OPTIONS})
@@ -124,7 +141,11 @@ def run(arguments: argparse.Namespace) -> bool:
         arguments.port,
         SecretStr(key) if key else None,
         insecure=arguments.insecure_no_auth,
-        cors_origins=arguments.cors_origin,
+        options=ServerOptions(
+            keep_alive=arguments.keep_alive,
+            grace=arguments.grace,
+            cors_origins=tuple(arguments.cors_origin),
+        ),
     )
     return True
 

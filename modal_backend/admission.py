@@ -269,5 +269,5 @@ class Admission:
 
 def work_of(text: str) -> float:
     """The work of a text, in tokens."""
-    size = len(text) if text.isascii() else len(text.encode())
+    size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
     return estimate_tokens(size) + TEXT_TOKENS

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache, partial
 from typing import Final
@@ -84,6 +84,7 @@ def create_app(
     max_inside: int | None = None,
     phases: Mapping[str, float] | None = None,
     cors_origins: Sequence[str] = (),
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Starlette:
     """The ASGI app.
 
@@ -94,6 +95,7 @@ def create_app(
         max_inside: Most requests at a time; more are refused with 503. None is no limit.
         phases: Seconds that each phase of the start took, for /metrics.
         cors_origins: Origins whose pages may call from a browser; "*" is every origin.
+        stopping: Whether the server is shutting down and takes no new work.
     """
     door = _Door(service, max_body_bytes, phases or {})
 
@@ -101,7 +103,12 @@ def create_app(
         return None if service.failure else _fingerprint(service.identity)
 
     guard = Middleware(
-        HttpGuard, keys=keys, identity=identity, metrics=door.metrics, max_inside=max_inside
+        HttpGuard,
+        keys=keys,
+        identity=identity,
+        metrics=door.metrics,
+        max_inside=max_inside,
+        stopping=stopping,
     )
     # Around the guard: a browser sends no key with its preflight request, and shows a page no
     # answer without these headers, not even a 401.

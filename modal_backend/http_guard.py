@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -74,15 +75,18 @@ class HttpGuard:
         metrics: Where requests are counted.
         max_inside: Most requests that are let in at a time, so that they leave another door its
             share; None is no limit.
+        stopping: Whether the server is shutting down and takes no new work.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: BearerKeys,
         identity: Callable[[], str | None],
         metrics: Metrics,
         max_inside: int | None,
+        stopping: Callable[[], bool],
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -90,6 +94,7 @@ class HttpGuard:
         self._identity = identity
         self._max_inside = max_inside
         self._inside = 0
+        self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -116,9 +121,13 @@ class HttpGuard:
             await send(message)
 
         known = self._keys.know(headers.get("authorization", ""))
+        scope["state"]["authorized"] = known  # read by the server, which may have to close others
         if scope["path"] not in OPEN_ROUTES and not known:
             refusal = AuthenticationError("the bearer key is missing or wrong.")
             await _refuse(refusal, scope, receive, send_with_names)
+            return
+        if self._stopping() and scope["path"] not in OPEN_ROUTES:
+            await _refuse(_stopped(), scope, receive, send_with_names)
             return
         if self._inside == self._max_inside:
             full = ServiceUnavailableError(
@@ -131,6 +140,11 @@ class HttpGuard:
         self._inside += 1
         try:
             await self._app(scope, receive, send_with_names)
+        except asyncio.CancelledError:
+            if not self._stopping():
+                raise
+            if not started:
+                await _refuse(_stopped(), scope, receive, send_with_names)
         except Exception as error:
             # What nobody foresaw: to the log with its traceback, to the caller by its id.
             log.exception("request %s broke", request_id)
@@ -157,6 +171,10 @@ def _request_id(headers: Headers, name: str) -> str:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _stopped() -> KalmError:
+    return ServiceUnavailableError("the service is stopping.", RETRY_AFTER)
 
 
 async def _refuse(error: KalmError, scope: Scope, receive: Receive, send: Send) -> None:
