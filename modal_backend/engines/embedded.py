@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.errors import (
     DeadlineExceededError,
     EngineLoadError,
@@ -33,6 +34,7 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
 from modal_backend.engines import EngineOutput, Progress, no_progress
+from modal_backend.engines.long_texts import beginning, reason
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
 from modal_backend.engines.worker import Worker
 
@@ -49,7 +51,7 @@ _install = partial(install_command, "local")
 
 # Texts and tokens (about) that are computed in one go: what a query may have to wait for.
 _CHUNK_TEXTS = 16
-_CHUNK_TOKENS = 4096
+_CHUNK_TOKENS = 1024
 
 
 def _reinstall() -> str:
@@ -63,9 +65,18 @@ class _Tokenized:
         return ids
 
 
+class _Thread:
+    """A thread that computes, and the queue for it."""
+
+    def __init__(self, name: str) -> None:
+        self.lock = PriorityLock()
+        self.worker = Worker(name)
+
+
 class EmbeddedEngine:
-    """The loaded model. Thread-safe: it has no state but its weights, and computes on one thread
-    of its own."""
+    """The loaded model. Thread-safe: it has no state but its weights. It computes on two threads of
+    its own, one of which is for long texts: a text of 8,192 tokens takes a second, for which no
+    query should wait."""
 
     max_tokens = MAX_TOKENS
     dimensions = (DIMENSIONS,)
@@ -75,8 +86,8 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._backend = backend
         self._identity = identity
-        self._lock = PriorityLock()
-        self._worker = Worker("kalm-engine")
+        self._short = _Thread("kalm-engine")
+        self._long = _Thread("kalm-engine-long")
 
     @property
     def identity(self) -> SpaceIdentity:
@@ -152,33 +163,40 @@ class EmbeddedEngine:
     async def _embed(
         self, texts: Sequence[str], priority: int, truncate: Truncate, progress: Progress
     ) -> EngineOutput:
-        place = self._lock.place(priority)
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
+        short, long = (thread.lock.place(priority) for thread in (self._short, self._long))
         for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
-            async with self._lock.hold(place):
+            thread, place, most = self._short, short, 3 * _CHUNK_TOKENS // 2
+            if len(chunk) == 1 and estimate_tokens(len(chunk[0].encode())) > _CHUNK_TOKENS:
+                thread, place, most = self._long, long, MAX_TOKENS
+            async with thread.lock.hold(place):
                 progress(start)
-                ids, rows, long = await self._worker.run(
-                    self._compute, chunk, truncate, start, bool(too_long)
+                ids, rows, bad = await thread.worker.run(
+                    self._compute, chunk, truncate, start, 0 if too_long else most
                 )
-                too_long += long
-                if rows is not None:
-                    vectors[start : start + len(chunk)] = rows
-                    tokens += sum(map(len, ids))
+            too_long += bad
+            if too_long:  # nothing more is computed, but every such text is named
+                continue
+            if rows is None:  # more tokens than its length suggests
+                async with self._long.lock.hold(long):
+                    rows = await self._long.worker.run(self._backend.encode, ids)
+            vectors[start : start + len(chunk)] = rows
+            tokens += sum(map(len, ids))
         if too_long:
             raise InputTooLongError.of(too_long)
         progress(len(texts))
         return EngineOutput(vectors, tokens)
 
     def _compute(
-        self, texts: Sequence[str], truncate: Truncate, start: int, tokenize_only: bool
+        self, texts: Sequence[str], truncate: Truncate, start: int, most: int
     ) -> tuple[list[list[int]], Any, list[InvalidText]]:
-        """Token ids, vectors and texts that are too long. Once a text is, nothing more is computed,
-        but all of them are named."""
+        """Token ids, vectors and texts that are too long. No vectors if one is, or if there are
+        more tokens than `most`."""
         ids, too_long = self._tokenize(texts, truncate, start)
-        rows = None if too_long or tokenize_only else self._backend.encode(ids)
-        return ids, rows, too_long
+        compute = not too_long and sum(map(len, ids)) <= most
+        return ids, self._backend.encode(ids) if compute else None, too_long
 
     async def warm_up(self) -> None:
         """Nothing: its first text takes as long as any."""
@@ -196,24 +214,34 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Let the piece that is being computed finish; the engine is not used afterwards."""
-        self._worker.stop()
+        self._short.worker.stop()
+        self._long.worker.stop()
 
     def _tokenize(
         self, texts: Sequence[str], truncate: Truncate, start: int
     ) -> tuple[list[list[int]], list[InvalidText]]:
-        encoded = [
-            self._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True) for text in texts
-        ]
-        if truncate == "end":  # the beginning, and the end-of-text token that every text has
-            return [
-                ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]]
-                for ids in encoded
-            ], []
-        return encoded, [
-            InvalidText(row, f"is too long: {len(ids):,} tokens, over the limit of {MAX_TOKENS:,}")
-            for row, ids in enumerate(encoded, start)
-            if len(ids) > MAX_TOKENS
-        ]
+        """Token ids of `texts`; those that are too long, their indices counted from `start`."""
+        encode = partial(self._tokenizer.encode, out_type=int)
+
+        def count(part: str) -> int:
+            return len(encode(part, add_bos=False, add_eos=False))
+
+        every: list[list[int]] = []
+        too_long: list[InvalidText] = []
+        for row, text in enumerate(texts, start):
+            enough, about = beginning(text, count, MAX_TOKENS)
+            if about is not None and truncate == "error":
+                too_long.append(InvalidText(row, reason(about, MAX_TOKENS, exact=False)))
+                continue
+            ids = encode(enough, add_bos=True, add_eos=True)
+            if len(ids) > MAX_TOKENS:
+                if truncate == "error":
+                    too_long.append(InvalidText(row, reason(len(ids), MAX_TOKENS, exact=True)))
+                    continue
+                # The beginning, and the end-of-text token that every text has.
+                ids = [*ids[: MAX_TOKENS - 1], ids[-1]]
+            every.append(ids)
+        return every, too_long
 
 
 def _sha256(path: Path) -> str:
