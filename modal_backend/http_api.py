@@ -177,16 +177,18 @@ class _Door:
         else:
             async with self._parsing:
                 asked, encoding = await asyncio.to_thread(self._parse, body, packed, wait)
-        del body
         self._service.check_admission(asked)
+        texts, role = len(asked.texts), asked.role
+        work = self._service.embed(asked)
+        del asked, body  # texts that the service has cut need not stay in memory
         try:
-            answer = await unless_disconnected(request, self._service.embed(asked))
+            answer = await unless_disconnected(request, work)
         except asyncio.CancelledError:  # by the server that shuts down
             raise ServiceUnavailableError("the service is stopping.", RETRY_AFTER) from None
 
-        self.metrics.texts.labels(asked.role).inc(len(asked.texts))
-        self.metrics.tokens.labels(asked.role).inc(answer.usage.tokens)
-        self.metrics.seconds.labels(asked.role).observe(time.perf_counter() - start)
+        self.metrics.texts.labels(role).inc(texts)
+        self.metrics.tokens.labels(role).inc(answer.usage.tokens)
+        self.metrics.seconds.labels(role).observe(time.perf_counter() - start)
         if packed:
             short = answer.vectors.nbytes <= _WRITTEN_BYTES
             return response(packed_parts(answer), MEDIA_TYPE, short=short)

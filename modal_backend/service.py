@@ -30,6 +30,8 @@ from modal_backend.engines.out_of_order import OutOfOrderEngine
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
+MAX_QUERY_CHARACTERS: Final = 8192
+"""Most characters in a request that goes before documents."""
 _ROWS_AT_ONCE: Final = 16
 _LOOP_CHARACTERS: Final = 65_536
 """More are checked in a thread, so that the event loop does not stall."""
@@ -80,7 +82,8 @@ class EmbeddingService:
             ServiceUnavailableError: It would not finish in time; says when to retry.
         """
         if self.admission.refusing:
-            self.admission.check(request.role, request.texts, request.timeout)
+            role = _scheduled_role(request)
+            self.admission.check(role, request.texts, request.timeout)
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Answer one request.
@@ -106,14 +109,16 @@ class EmbeddingService:
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
-        if sum(map(_size, request.texts)) <= _LOOP_CHARACTERS:
+        role = _scheduled_role(request)
+        if _characters(request) <= _LOOP_CHARACTERS:
             texts, digest = _prepare(request)
         else:
             texts, digest = await asyncio.to_thread(_prepare, request)
-        with self.admission.admit(request.role, texts, request.timeout) as admitted:
+        request = replace(request, texts=texts)  # what was cut off need not stay in memory
+        with self.admission.admit(role, texts, request.timeout) as admitted:
             output = await self.engine.embed(
                 texts,
-                role=request.role,
+                role=role,
                 truncate=request.truncate,
                 deadline=deadline,
                 progress=admitted.progress,
@@ -153,8 +158,13 @@ class EmbeddingService:
         await self.engine.close()
 
 
-def _size(text: object) -> int:
-    return len(text) if isinstance(text, str) else 0
+def _characters(request: EmbedRequest) -> int:
+    return sum(len(text) for text in request.texts if isinstance(text, str))
+
+
+def _scheduled_role(request: EmbedRequest) -> Role:
+    """The role by which a request is queued: a query that is long would hold up all others."""
+    return request.role if _characters(request) <= MAX_QUERY_CHARACTERS else "document"
 
 
 def _prepare(request: EmbedRequest) -> tuple[list[str], str]:

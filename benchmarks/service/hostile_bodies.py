@@ -5,7 +5,7 @@
 Starts `kalm serve` with the embedded engine, sends one body after the other with the right key, and
 meanwhile asks for `/health` and embeds a short text, again and again, from another process. Prints
 for each body the longest time that either of them took, and how far the service's memory grew.
-Takes about two minutes; Linux only. `--source FOLDER` serves another checkout, for comparison.
+Takes about four minutes; Linux only. `--source FOLDER` serves another checkout, for comparison.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEY: Final = "benchmark"
 LIMIT: Final = 2**24 - 1024
 """Bytes of the largest bodies: just within the service's limit."""
 TARGET_MS, TARGET_MB = 250, 200
-_PATIENCE: Final = 60.0  # seconds for one body
+_PATIENCE: Final = 10.0  # seconds for one body; what takes longer is cancelled by disconnecting
 _AFTER: Final = 0.3  # seconds of polling after an answer
 
 Body = Callable[[], bytes]
@@ -62,7 +62,7 @@ def _json(**fields: Any) -> Body:
 
 def _texts(unit: str, **fields: Any) -> Body:
     """2,048 texts that fill a body."""
-    size = (LIMIT - 200) // 2048 - 3
+    size = (LIMIT - 200) // 2048 - 5
     count = size // len(json.dumps(unit)[1:-1])
     return lambda: json.dumps({"input": [unit * count] * 2048, **fields}).encode()
 
@@ -110,6 +110,7 @@ BODIES: Final[dict[str, Body]] = {
     "16 MB: a base64 of nothing": _long(b"QUJD"),
     "16 MB: 2,048 texts of ASCII": _texts("The height of K2 is 8,611 m. "),
     "16 MB: 2,048 texts of escapes": _texts("a\n"),
+    "16 MB: 2,048 texts, as queries": _texts("K2 is high. ", priority="query"),
     "16 MB: 2,048 wide texts": lambda: json.dumps(
         {"input": ["a" * 8_170 + "\U0001f600"] * 2048}, ensure_ascii=False
     ).encode(),
@@ -139,7 +140,9 @@ def serving(source: str | None) -> Iterator[tuple[int, int]]:
     if source:
         environment["PYTHONPATH"] = str(Path(source).resolve())
     command = [sys.executable, "-m", "kalm_integrations.cli", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(300):
             try:
@@ -176,6 +179,7 @@ def poll(port: int, pipe: Connection) -> None:
             start = time.perf_counter()
             status, _ = ask(port, method, path, body)
             taken = time.perf_counter() - start
+            # A refusal counts as no answer at all.
             longest[path] = max(longest[path], taken if status == 200 else _PATIENCE)
             time.sleep(0.005)
 
