@@ -126,7 +126,7 @@ def document() -> dict[str, Any]:
         [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
     )
     # The model says Any, because texts that cannot be embedded are named by their index.
-    text = {"type": "string"}
+    text = {"type": "string", "minLength": 1, "pattern": r"\S"}
     texts = {"type": "array", "items": text, "minItems": 1, "maxItems": MAX_TEXTS}
     body = schemas["$defs"]["EmbeddingsBody"]["properties"]
     body["input"] |= {"anyOf": [text, texts]}
@@ -163,7 +163,7 @@ def document() -> dict[str, Any]:
 def _embeddings() -> dict[str, Any]:
     vectors = {JSON: _ref("Embeddings"), MEDIA_TYPE: {"type": "string", "format": "binary"}}
     wait = {"type": "number", "exclusiveMinimum": 0}
-    name = {"type": "string", "pattern": r"^[A-Za-z0-9_.-]{1,64}$"}
+    name = {"type": "string"}  # one that is no safe name is replaced, not refused
     return _operation("Embed texts", vectors, 400, 404, 413, 503, 504) | {
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref("EmbeddingsBody")}}},
         "parameters": [
