@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.errors import (
     DeadlineExceededError,
     EngineLoadError,
@@ -169,7 +168,7 @@ class EmbeddedEngine:
         short, long = (thread.lock.place(priority) for thread in (self._short, self._long))
         for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
             thread, place, most = self._short, short, 3 * _CHUNK_TOKENS // 2
-            if len(chunk) == 1 and estimate_tokens(len(chunk[0].encode())) > _CHUNK_TOKENS:
+            if len(chunk) == 1 and len(chunk[0].encode()) > 4 * _CHUNK_TOKENS:
                 thread, place, most = self._long, long, MAX_TOKENS
             async with thread.lock.hold(place):
                 progress(start)

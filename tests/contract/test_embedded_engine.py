@@ -204,7 +204,7 @@ class TestLimits:
             answer = asyncio.run(EmbeddingService(engine).embed(request))
         finally:
             engine._tokenizer.encode = encode
-        assert seen == [262_144]
+        assert sum(seen) < 262_144
         assert answer.usage.tokens == engine.max_tokens
 
     def test_other_dimensions_are_refused(self, engine: EmbeddedEngine) -> None:
