@@ -164,7 +164,9 @@ class Session:
                 ) from error
             cause = error
             rejection = type(error).of(batch.locate(refused))
-        if not call.skip_invalid:
+        # Of a service that is broken all vectors are wrong: no text is to blame, none is skipped.
+        broken = isinstance(cause, InvalidResponseError) and len(refused) == len(batch) > 1
+        if broken or not call.skip_invalid:
             raise rejection from cause
         rejected = self._nothing(rejection.invalid)
         rest = batch.without(bad.index for bad in refused)

@@ -114,8 +114,8 @@ def packed_parts(answer: EmbedAnswer) -> Iterator[bytes | memoryview]:
     """
     vectors = np.ascontiguousarray(answer.vectors)
     metadata = {
-        "checksum": _NO_CHECKSUM,
-        "digest": answer.digest or "",
+        "checksum": "0" * 16,
+        "digest": (answer.digest or "").rjust(32, "-"),
         "usage.tokens": str(answer.usage.tokens),
     }
     if answer.identity is not None:
@@ -129,8 +129,8 @@ def packed_parts(answer: EmbedAnswer) -> Iterator[bytes | memoryview]:
     head += b" " * (-len(head) % 8)
     head = len(head).to_bytes(8, "little") + head
     body = vectors.reshape(-1).view(np.uint8).data
-    checksum = _checksum(head[:_CHECKSUM_START], head[_CHECKSUM_END:], body)
-    yield head[:_CHECKSUM_START] + checksum + head[_CHECKSUM_END:]
+    before, after = head[: _CHECKSUM.start], head[_CHECKSUM.stop :]
+    yield before + _checksum(before, after, body) + after
     for start in range(0, len(body), _PART):
         yield body[start : start + _PART]
 
@@ -144,26 +144,21 @@ def unpack(body: bytes | bytearray) -> EmbedAnswer:
     """
     try:
         view = memoryview(body)
-        if body[8:_CHECKSUM_START] != _HEAD_START:
-            raise ValueError("no checksum")
-        checksum = _checksum(view[:_CHECKSUM_START], view[_CHECKSUM_END:])
-        if checksum != body[_CHECKSUM_START:_CHECKSUM_END]:
-            raise ValueError("the checksum is another")
+        checksum = _checksum(view[: _CHECKSUM.start], view[_CHECKSUM.stop :])
+        if body[8 : _CHECKSUM.start] != _HEAD_START or body[_CHECKSUM] != checksum:
+            raise ValueError("no checksum, or another one")
         start = 8 + int.from_bytes(body[:8], "little")
-        head = json.loads(body[8:start])
-        tensor, metadata = head["vectors"], head["__metadata__"]
-        dtype = _DTYPES[tensor["dtype"]]
-        rows, columns = map(_natural, tensor["shape"])
-        size = rows * columns * dtype.itemsize
-        if tensor["data_offsets"] != [0, size] or len(body) != start + size or len(head) != 2:
-            raise ValueError(f"data_offsets {tensor['data_offsets']} of {len(body)} bytes")
-        flat = np.frombuffer(body, dtype, offset=start) if size else np.empty(0, dtype)
-        identity = metadata.get("identity")
+        head = _read_head(bytes(body[_DIGEST.stop : start]))
+        if len(body) != start + head.size:
+            raise ValueError(f"{len(body)} bytes")
+        flat = (
+            np.frombuffer(body, head.dtype, offset=start) if head.size else np.empty(0, head.dtype)
+        )
         return EmbedAnswer(
-            vectors=flat.reshape(rows, columns),
-            identity=None if identity is None else _identity(identity),
-            usage=Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1),
-            digest=str(metadata["digest"]),
+            vectors=flat.reshape(head.rows, head.columns),
+            identity=head.identity,
+            usage=head.usage,
+            digest=body[_DIGEST].decode(),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptedAnswerError(f"the answer is not packed vectors ({error!r}).") from error
@@ -174,6 +169,36 @@ def _checksum(*parts: bytes | bytearray | memoryview) -> bytes:
     for part in parts:
         checksum.update(part)
     return checksum.hexdigest().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    dtype: np.dtype[np.floating[Any]]
+    rows: int
+    columns: int
+    size: int
+    identity: SpaceIdentity | None
+    usage: Usage
+
+
+@lru_cache(maxsize=256)  # those of queries differ in their number of tokens only
+def _read_head(after_digest: bytes) -> _Head:
+    head = json.loads(_HEAD_START + after_digest)
+    tensor, metadata = head["vectors"], head["__metadata__"]
+    dtype = _DTYPES[tensor["dtype"]]
+    rows, columns = map(_natural, tensor["shape"])
+    size = rows * columns * dtype.itemsize
+    if tensor["data_offsets"] != [0, size] or len(head) != 2:
+        raise ValueError(f"data_offsets {tensor['data_offsets']}")
+    identity = metadata.get("identity")
+    return _Head(
+        dtype,
+        rows,
+        columns,
+        size,
+        None if identity is None else _identity(identity),
+        Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1),
+    )
 
 
 @lru_cache(maxsize=16)  # every answer has the same
@@ -239,9 +264,10 @@ _VALUES: Final[dict[str, tuple[str, ...]]] = {
 }
 _PART: Final = 2**19
 _HEAD_START: Final = b'{"__metadata__": {"checksum": "'
-_NO_CHECKSUM: Final = "0" * 16
-_CHECKSUM_START: Final = 8 + len(_HEAD_START)
-_CHECKSUM_END: Final = _CHECKSUM_START + len(_NO_CHECKSUM)
+_DIGEST_KEY: Final = '", "digest": "'
+# Where an answer has its checksum, and the digest of its request.
+_CHECKSUM: Final = slice(8 + len(_HEAD_START), 8 + len(_HEAD_START) + 16)
+_DIGEST: Final = slice(_CHECKSUM.stop + len(_DIGEST_KEY), _CHECKSUM.stop + len(_DIGEST_KEY) + 32)
 _SAFETENSORS: Final = {"float16": "F16", "float32": "F32"}
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
     "F16": np.dtype("<f2"),

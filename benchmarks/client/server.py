@@ -2,8 +2,8 @@
 
     python benchmarks/client/server.py PORT [LATENCY_MS]
 
-What is measured against it is the client. Texts are counted, not read: the i-th text of a request
-gets row i of `rows()`, so that whoever mixes up rows is found out.
+What is measured against it is the client. The i-th text of a request gets row i of `rows()`,
+whatever it says, so that whoever mixes up rows is found out.
 
 | request | answer |
 |---|---|
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,7 +27,7 @@ import orjson
 
 from kalm_integrations import profiles
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, pack
+from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, EmbedRequest, VectorDtype, packed_parts
 from modal_backend.openai_schema import render
 
 DIMENSIONS = 3840
@@ -42,28 +43,41 @@ def rows() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 @cache
-def content(kind: str, texts: int) -> tuple[bytes, bytes]:
-    """Content-Type and body for so many texts."""
-    vectors = np.resize(rows(), (texts, DIMENSIONS))
-    if kind == "raw":
-        return b"application/octet-stream", vectors.tobytes()
-    if kind == "tei":
-        return b"application/json", orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
-    packed = kind in ("float16", "float32")
-    answer = EmbedAnswer(
-        vectors=vectors.astype(kind) if packed else vectors,
+def prepared(texts: int, dtype: VectorDtype = "float32") -> EmbedAnswer:
+    """The vectors of so many texts."""
+    return EmbedAnswer(
+        vectors=np.resize(rows(), (texts, DIMENSIONS)).astype(dtype),
         identity=profiles.KALM.space,
         usage=Usage(tokens=texts, requests=1),
     )
-    if packed:
-        return MEDIA_TYPE.encode(), pack(answer)
-    return b"application/json", b"".join(render(answer, kind))
+
+
+def packed(fields: dict[str, Any]) -> bytes:
+    """The whole answer of our server, with the digest of its request."""
+    request = EmbedRequest(
+        texts=fields["input"],
+        role=fields["priority"],
+        dimensions=fields.get("dimensions"),
+        truncate=fields["truncate"],
+    )
+    answer = replace(prepared(len(request.texts), fields["embed_dtype"]), digest=request.digest())
+    return whole(MEDIA_TYPE.encode(), b"".join(packed_parts(answer)))
 
 
 @cache
 def answer(kind: str, texts: int) -> bytes:
-    """The whole answer, head and body."""
-    media_type, body = content(kind, texts)
+    """The whole answer of any other kind."""
+    vectors = prepared(texts).vectors
+    if kind == "raw":
+        return whole(b"application/octet-stream", vectors.tobytes())
+    if kind == "tei":
+        numbers = orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
+        return whole(b"application/json", numbers)
+    return whole(b"application/json", b"".join(render(prepared(texts), kind)))
+
+
+def whole(media_type: bytes, body: bytes) -> bytes:
+    """Head and body."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
     return head % (media_type, len(body)) + body
 
@@ -73,9 +87,7 @@ def description() -> bytes:
     """The answer to GET /v1/models."""
     space = profiles.KALM.space
     model = {"id": MODEL, "object": "model", "identity": space.to_dict()}
-    body = orjson.dumps({"object": "list", "data": [model]})
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % len(body) + body
+    return whole(b"application/json", orjson.dumps({"object": "list", "data": [model]}))
 
 
 def respond(head: bytes, body: bytes) -> bytes:
@@ -90,7 +102,7 @@ def respond(head: bytes, body: bytes) -> bytes:
         return answer("tei", len(fields["inputs"]))
     texts = 1 if isinstance(fields["input"], str) else len(fields["input"])
     if MEDIA_TYPE.encode() in head:
-        return answer(fields["embed_dtype"], texts)
+        return packed(fields)
     return answer(fields.get("encoding_format", "float"), texts)
 
 

@@ -19,13 +19,13 @@ from kalm_integrations.result import Usage
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest, pack, unpack
 
 IDENTITY = json.dumps(EMBEDDED.space.to_dict())
-METADATA = {"checksum": "0" * 16, "digest": "d", "usage.tokens": "7", "identity": IDENTITY}
+METADATA = {"checksum": "0" * 16, "digest": "d" * 32, "usage.tokens": "7", "identity": IDENTITY}
 TYPES = st.sampled_from(["float16", "float32"])
 
 
 def answer(rows=2, columns=3, dtype="float16", tokens=7, identity=EMBEDDED.space):
     vectors = np.random.default_rng(rows).normal(size=(rows, columns)).astype(dtype)
-    return EmbedAnswer(vectors=vectors, identity=identity, usage=Usage(tokens, 1), digest="d")
+    return EmbedAnswer(vectors=vectors, identity=identity, usage=Usage(tokens, 1), digest="d" * 32)
 
 
 def resealed(body):
@@ -184,7 +184,6 @@ def _with_tensor(**changes):
         save({"vectors": answer().vectors}, metadata=METADATA),
         save({"vectors": answer().vectors}),
         _without("usage.tokens"),
-        _without("digest"),
         _with_metadata(**{"usage.tokens": "-7"}),
         _with_metadata(**{"usage.tokens": "many"}),
         _with_metadata(identity="{"),
