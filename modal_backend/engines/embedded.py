@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class EmbeddedEngine:
         return self._identity
 
     @classmethod
-    def load(cls) -> EmbeddedEngine:
+    def load(cls) -> Self:
         """Check the files, load them. Takes about half a second and 150 MB.
 
         Raises:
@@ -160,7 +160,7 @@ class EmbeddedEngine:
             async with self._lock.hold(place):
                 progress(start)
                 ids, rows, long = await self._worker.run(
-                    self._compute, chunk, truncate, start, bool(too_long)
+                    self.compute, chunk, truncate, start, bool(too_long)
                 )
                 too_long += long
                 if rows is not None:
@@ -171,7 +171,7 @@ class EmbeddedEngine:
         progress(len(texts))
         return EngineOutput(vectors, tokens)
 
-    def _compute(
+    def compute(
         self, texts: Sequence[str], truncate: Truncate, start: int, tokenize_only: bool
     ) -> tuple[list[list[int]], Any, list[InvalidText]]:
         """Token ids, vectors and texts that are too long. Once a text is, nothing more is computed,
