@@ -184,8 +184,10 @@ class Admission:
         time_left = math.inf if timeout is None else DEADLINE_SHARE * timeout
         limit = min(MAX_WAIT[role], time_left)
         reopen = limit - min(REOPEN_SHARE * limit, REOPEN_SECONDS)
-        self._refusing[role] = wait > (reopen if self._refusing[role] else limit)
-        excess = max(wait - reopen if self._refusing[role] else 0.0, wait + own - time_left)
+        late = wait + own - time_left
+        full = self._refusing[role] or wait > limit or late > 0
+        self._refusing[role] = full and wait > reopen
+        excess = max(wait - reopen if self._refusing[role] else 0.0, late)
         if waiting and waiting + texts > self._limits[role]:
             excess = max(excess, wait / 2)
         elif excess <= 0:

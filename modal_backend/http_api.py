@@ -24,11 +24,13 @@ from functools import lru_cache, partial
 from typing import Final, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope
 
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -96,6 +98,7 @@ def create_app(
                 keys=keys,
                 identity=identity,
                 metrics=door.metrics,
+                refuse_early=door.refuse_early,
                 max_inside=max_inside,
             )
         ],
@@ -141,9 +144,8 @@ class _Door:
             fields = await asyncio.to_thread(EmbeddingsBody.parse, body)
         self._check_model(fields.model)
         asked = fields.request(
-            self._service.query_template, packed=packed, timeout=_timeout(request)
+            self._service.query_template, packed=packed, timeout=_timeout(request.headers)
         )
-        self._service.check_admission(asked)
         try:
             answer = await _unless_disconnected(request, self._service.embed(asked))
         except asyncio.CancelledError:  # by the server that shuts down
@@ -158,6 +160,34 @@ class _Door:
             )
         parts = render(answer, fields.encoding_format)
         return _response(parts, "application/json", answer.vectors.size <= _WRITTEN_NUMBERS)
+
+    async def refuse_early(
+        self, scope: Scope, headers: Headers, receive: Receive
+    ) -> tuple[KalmError | None, Receive]:
+        """See `HttpGuard`. At several times the capacity most requests are refused: they must not
+        take the time of those that are served."""
+        if not self._service.admission.refusing or scope["path"] != "/v1/embeddings":
+            return None, receive
+        first = await receive()
+        body = first.get("body", b"")
+        if len(body) <= _PARSED_BYTES and not first.get("more_body") and scope["method"] == "POST":
+            try:
+                fields = EmbeddingsBody.parse(body)
+                template, wait = self._service.query_template, _timeout(headers)
+                self._service.check_admission(fields.request(template, packed=True, timeout=wait))
+            except ServiceUnavailableError as error:
+                self._log(scope["state"]["request_id"], error)
+                return error, receive
+            except KalmError:
+                pass  # the handler finds out what is wrong
+        messages = iter((first,))
+
+        async def replay() -> Message:
+            for message in messages:
+                return message
+            return await receive()
+
+        return None, replay
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
@@ -265,8 +295,8 @@ def _accepts_packed(accept: str) -> bool:
     return False
 
 
-def _timeout(request: Request) -> float | None:
-    value = request.headers.get(TIMEOUT_HEADER)
+def _timeout(headers: Headers) -> float | None:
+    value = headers.get(TIMEOUT_HEADER)
     if value is None:
         return None
     try:

@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from pydantic import SecretStr
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 OPEN_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
 """What watches the service is no use of it; refusals are counted all the same."""
+
+
+RefuseEarly = Callable[[Scope, Headers, Receive], Awaitable[tuple[KalmError | None, Receive]]]
 
 
 class BearerKeys:
@@ -72,6 +75,8 @@ class HttpGuard:
         keys: Who may enter.
         identity: Gives the fingerprint of the space, for the header of every answer.
         metrics: Where requests are counted.
+        refuse_early: Gives the error of a request that overload refuses, before the app spends time
+            on it, and a `receive` for the app if there is none.
         max_inside: Most requests that are let in at a time, so that they leave another door its
             share; None is no limit.
     """
@@ -79,15 +84,18 @@ class HttpGuard:
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: BearerKeys,
         identity: Callable[[], str | None],
         metrics: Metrics,
+        refuse_early: RefuseEarly,
         max_inside: int | None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._keys = keys
         self._identity = identity
+        self._refuse_early = refuse_early
         self._max_inside = max_inside
         self._inside = 0
 
@@ -118,6 +126,10 @@ class HttpGuard:
         if scope["path"] not in OPEN_ROUTES and not known:
             refusal = AuthenticationError("the bearer key is missing or wrong.")
             await _refuse(refusal, scope, receive, send_with_names)
+            return
+        overload, receive = await self._refuse_early(scope, headers, receive)
+        if overload is not None:
+            await _refuse(overload, scope, receive, send_with_names)
             return
         if self._inside == self._max_inside:
             full = ServiceUnavailableError(

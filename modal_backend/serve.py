@@ -120,7 +120,12 @@ async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
             raise copy(failure)
         app = create_app(container.service, keys=keys, phases=container.phases)
         config = uvicorn.Config(
-            app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False, access_log=False
+            app,
+            host=host,
+            port=port,
+            timeout_graceful_shutdown=_GRACE,
+            server_header=False,
+            access_log=False,  # /metrics counts requests; a line for each takes too long
         )
         space = container.service.identity
         server = _Server(config, f"{space.model}, identity {space.fingerprint}")

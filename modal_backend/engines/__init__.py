@@ -14,7 +14,6 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import Truncate
 
-
 Progress = Callable[[int], None]
 """Called with the number of texts that are computed so far, the first ones of the call. It may
 raise to end the call."""
