@@ -18,6 +18,7 @@ from typing import Final, Literal
 Kind = Literal["query", "document"]
 
 DOCUMENT_TEXTS: Final = 16
+_BODIES: Final = 100
 _WORDS: Final = (
     "the height of mountains is measured from sea level and bread rises because yeast gives off "
     "gas while rivers carry water from the hills to the sea through many countries"
@@ -95,6 +96,9 @@ class Caller:
         self._key = key
         self._idle: list[_Connection] = []
         self.random = random.Random(seed)  # noqa: S311
+        self._bodies: dict[Kind, list[bytes]] = {
+            kind: [self._body(kind) for _ in range(_BODIES)] for kind in ("query", "document")
+        }
 
     async def send(self, kind: Kind, deadline: float) -> Outcome:
         """Send one request and wait for its answer for at most `deadline` seconds."""
@@ -127,14 +131,16 @@ class Caller:
         loop = asyncio.get_running_loop()
         return (await loop.create_connection(_Connection, *self._address))[1]
 
-    def _request(self, kind: Kind, deadline: float) -> bytes:
+    def _body(self, kind: Kind) -> bytes:
         words = self.random.choices
-        if kind == "query":
-            fields: dict[str, object] = {"input": " ".join(words(_WORDS, k=8))}
-        else:
-            texts = [" ".join(words(_WORDS, k=50)) for _ in range(DOCUMENT_TEXTS)]
-            fields = {"input": texts}
-        body = json.dumps({**fields, "input_type": kind, "encoding_format": "base64"}).encode()
+        content: object = " ".join(words(_WORDS, k=8))
+        if kind == "document":
+            content = [" ".join(words(_WORDS, k=50)) for _ in range(DOCUMENT_TEXTS)]
+        fields = {"input": content, "input_type": kind, "encoding_format": "base64"}
+        return json.dumps(fields).encode()
+
+    def _request(self, kind: Kind, deadline: float) -> bytes:
+        body = self.random.choice(self._bodies[kind])
         head = (
             "POST /v1/embeddings HTTP/1.1\r\nHost: service\r\n"
             f"Authorization: Bearer {self._key}\r\nContent-Type: application/json\r\n"
@@ -160,6 +166,8 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     late: float = 0.0
     """Seconds by which the generator was behind its schedule, at worst."""
+    waiting: set[asyncio.Task[None]] = field(default_factory=set)
+    """Callers that were still waiting when the load ended."""
 
     def rate(self, kind: Kind, skip: float = 0.0) -> float:
         """Requests a second answered with 200 within their deadline, after `skip` seconds."""
@@ -198,7 +206,7 @@ async def open_loop(
     on_refusal: Callable[[Outcome], Awaitable[None]] | None = None,
 ) -> Run:
     """Send `rate` requests a second, at random times. Callers still waiting at the end go on
-    waiting, in the background: collect them with `finish`.
+    waiting, in `Run.waiting`.
 
     Args:
         caller: Sends them.
@@ -210,7 +218,6 @@ async def open_loop(
     """
     run = Run(start=time.monotonic())
     run.end = run.start + seconds
-    waiting: set[asyncio.Task[None]] = set()
 
     async def one(kind: Kind) -> None:
         outcome = await caller.send(kind, deadline)
@@ -226,9 +233,8 @@ async def open_loop(
         else:
             run.late = max(run.late, -ahead)
         task = asyncio.create_task(one(choose()))
-        waiting.add(task)
-        task.add_done_callback(waiting.discard)
-    run.waiting = waiting  # type: ignore[attr-defined]
+        run.waiting.add(task)
+        task.add_done_callback(run.waiting.discard)
     return run
 
 

@@ -236,7 +236,7 @@ class TestOtherRoutes:
         after = [count(name) for name in ("kalm_texts_total", 'kalm_requests_total{code="ok"}')]
         assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1]
         assert count('kalm_request_seconds_count{role="document"}') >= 1
-        assert count("kalm_texts_inside") == 0
+        assert count("kalm_texts_in_progress") == 0
 
 
 class SlowEngine:

@@ -193,5 +193,9 @@ def test_the_limits_of_the_http_door() -> None:
     assert shown["body"] == f"{http_api.MAX_BODY_BYTES // 2**20} MiB"
     assert shown["texts in a request"] == f"{service.MAX_TEXTS:,}"
     assert shown["characters in a text"] == f"{inputs.MAX_CHARACTERS:,}"
-    assert shown["texts waiting, documents"] == f"{admission.MAX_WAITING['document']:,}"
-    assert shown["texts waiting, queries"].startswith(f"{admission.MAX_WAITING['query']:,}")
+    for role, name in (("document", "documents"), ("query", "queries")):
+        assert shown[f"texts queued, {name}"] == f"{admission.MAX_WAITING[role]:,}"  # type: ignore[index]
+        wait = f"{admission.MAX_WAIT[role]:g} s"  # type: ignore[index]
+        assert shown[f"estimated wait, {name}"] == wait
+    share = f"{admission.DEADLINE_SHARE:.0%} of `X-Kalm-Timeout`"
+    assert shown["estimated wait and service"] == share

@@ -183,3 +183,166 @@ def test_retry_after_is_the_time_after_which_a_retry_succeeds(times: float, time
         assert right >= 0.8 * len(ratios), ratios
 
     virtual_time.run(main())
+
+
+async def test_an_idle_service_admits_any_request_however_slow_the_engine_seems() -> None:
+    admission = Admission()
+    admission.speed.tokens_per_second = 1.0
+    with admission.admit("document", DOCUMENTS, 0.5):
+        with pytest.raises(ServiceUnavailableError):
+            admission.admit("document", DOCUMENTS, 0.5).__enter__()
+        with admission.admit("query", QUERY, 3.0):  # waits for no document
+            pass
+
+
+def test_within_a_role_requests_finish_in_order_of_arrival_and_queries_first() -> None:
+    async def main() -> None:
+        service = Service()
+        order: list[Any] = []
+
+        async def call(role: Role, number: int) -> None:
+            assert await service.embed(role, 60.0) == "done"
+            order.append((role, number))
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(5):
+                group.create_task(call("document", number))
+            await asyncio.sleep(0.01)
+            for number in range(5):
+                group.create_task(call("query", number))
+        queries = [("query", number) for number in range(5)]
+        documents = [("document", number) for number in range(5)]
+        assert order == [documents[0], *queries, *documents[1:]]
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("wrong", [0.05, 20.0])
+def test_a_wrong_speed_is_corrected(wrong: float) -> None:
+    async def main() -> None:
+        service = Service()
+        service.admission.speed.tokens_per_second = wrong * SPEED
+        await overload(service, 3.0, 1.0, 20)
+        assert service.admission.speed.tokens_per_second == pytest.approx(SPEED, rel=0.2)
+        assert service.goodput(now() - 8, now()) >= 0.9 * SPEED
+
+    virtual_time.run(main())
+
+
+def test_an_engine_that_becomes_slower_and_faster_is_followed() -> None:
+    async def main() -> None:
+        service = Service()
+        await overload(service, 3.0, 1.0, 5)
+        for factor in (0.3, 1.0):
+            service.engine.speed = factor * SPEED
+            await overload(service, 3.0, 1.0, 12)
+            assert service.goodput(now() - 5, now()) >= 0.9 * factor * SPEED
+
+    virtual_time.run(main())
+
+
+def test_few_requests_do_not_make_a_batching_engine_look_slow() -> None:
+    """It computes 64 texts in the time of one: a burst after a quiet time is not refused."""
+
+    async def main() -> None:
+        service = Service(BatchingEngine())
+        burst = [service.embed("query", 1.0) for _ in range(600)]
+        await asyncio.gather(*burst)
+        fast = service.admission.speed.tokens_per_second
+        assert fast is not None
+        for _ in range(200):
+            await service.embed("query", 1.0)
+            await asyncio.sleep(0.01)
+        assert service.admission.speed.tokens_per_second == pytest.approx(fast, rel=0.05)
+        ended = await asyncio.gather(*(service.embed("query", 1.0) for _ in range(600)))
+        assert set(ended) == {"done"}
+
+    virtual_time.run(main())
+
+
+def test_a_caller_who_leaves_frees_the_place_at_once() -> None:
+    async def main() -> None:
+        service = Service()
+        await asyncio.gather(*(service.embed("query", 60.0) for _ in range(20)))
+        running = asyncio.create_task(service.embed("document", 60.0))
+        waiting = [asyncio.create_task(service.embed("document", 60.0)) for _ in range(50)]
+        await asyncio.sleep(0.001)
+        assert await service.embed("document", 5.0) == "refused"
+        computed = service.engine.computed
+        for task in waiting:
+            task.cancel()
+        await asyncio.sleep(0)
+        assert service.admission.in_progress["document"] == len(DOCUMENTS)
+        assert await service.embed("document", 5.0) == "done"
+        await running
+        assert service.engine.computed == computed + work(DOCUMENTS)
+        assert service.admission.in_progress == {"query": 0, "document": 0}
+
+    virtual_time.run(main())
+
+
+def test_retry_after_of_documents_is_when_the_bulk_before_them_is_done() -> None:
+    async def main() -> None:
+        service = Service(SerialEngine(jitter=0))
+        await service.embed("document", None)
+        bulk = [asyncio.create_task(service.embed("document", 600.0)) for _ in range(80)]
+        await asyncio.sleep(0.001)
+        start = now()
+        assert await service.embed("document", 10.0) == "refused"
+        told = service.refused[-1][2]
+        # 80 requests of 0.26 s each are before it.
+        assert told == pytest.approx(80 * work(DOCUMENTS) / SPEED - 0.75 * 10, abs=3)
+        while await service.embed("document", 10.0) == "refused":
+            await asyncio.sleep(0.1)
+        admitted = service.done[-1][1] - service.done[-1][2]
+        assert admitted - start == pytest.approx(told, rel=0.1)
+        await asyncio.gather(*bulk)
+
+    virtual_time.run(main())
+
+
+def test_the_rest_of_a_request_that_cannot_finish_is_not_computed() -> None:
+    async def main() -> None:
+        service = Service(SerialEngine(jitter=0))
+        await service.embed("document", None)
+        long = DOCUMENTS * 20  # 5 s of work
+        others = asyncio.create_task(service.embed("document", 60.0))
+        await asyncio.sleep(0.001)
+        assert await service.embed("document", 4.0, long) == "refused"
+        await others
+        before = service.engine.computed
+        ended = asyncio.create_task(service.embed("document", 2.0, long))  # alone, so admitted
+        await asyncio.sleep(0.001)
+        others = asyncio.create_task(service.embed("document", 60.0))
+        assert await ended == "dropped"
+        assert service.engine.computed - before <= 2 * work(DOCUMENTS)
+        await others
+
+    virtual_time.run(main())
+
+
+def test_the_number_of_texts_is_limited_too() -> None:
+    admission = Admission({"query": 2, "document": 4})
+    with admission.admit("document", ["a"] * 3):
+        with pytest.raises(ServiceUnavailableError) as refused:
+            admission.admit("document", ["a"] * 2).__enter__()
+        assert refused.value.retry_after == 2.0  # nothing is known about the speed
+        with admission.admit("query", ["a"] * 2):
+            pass
+    with admission.admit("document", ["a"] * 5):
+        pass
+
+
+def test_the_limits_are_shorter_than_the_deadline() -> None:
+    assert DEADLINE_SHARE < 1
+    assert MAX_WAIT["query"] < 5 < MAX_WAIT["document"]
+
+
+def test_speed_is_work_over_time_of_computing() -> None:
+    speed = EngineSpeed()
+    assert speed.seconds(1e9) == 0
+    for _ in range(10):
+        speed.observe("query", 100, 0.02, 1e6)
+    assert speed.tokens_per_second == pytest.approx(5_000)
+    assert speed.seconds(1_000) == pytest.approx(0.2)
+    assert not math.isclose(speed.query_share, 0)
