@@ -192,8 +192,10 @@ class Admission:
             excess = max(excess, wait / 2)
         elif excess <= 0:
             return None
-        # What cannot fit beside others has to come when the service is idle.
-        retry_after = max(min(excess, wait), 0.05) if self.speed.tokens_per_second else RETRY_AFTER
+        # What cannot fit beside others has to come when the service is idle. A little later than
+        # estimated: a retry that comes too early is refused again.
+        known = self.speed.tokens_per_second is not None
+        retry_after = 1.1 * min(excess, wait) + 0.02 if known else RETRY_AFTER
         return ServiceUnavailableError(
             f"{waiting:,} {role} texts are queued already, about {wait:.1f} s of work.",
             retry_after=retry_after,

@@ -13,16 +13,17 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from functools import partial
+from typing import Final, Literal, cast
 
 Kind = Literal["query", "document"]
 
 DOCUMENT_TEXTS: Final = 16
 _BODIES: Final = 100
-_WORDS: Final = (
+_TEXT: Final = (
     "the height of mountains is measured from sea level and bread rises because yeast gives off "
     "gas while rivers carry water from the hills to the sea through many countries"
-).split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,7 @@ class _Connection(asyncio.Protocol):
         self.open = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
 
     def request(self, content: bytes) -> asyncio.Future[tuple[int, bytes]]:
         self._buffer.clear()
@@ -105,12 +105,13 @@ class Caller:
         sent = time.monotonic()
         content = self._request(kind, deadline)
         connection: _Connection | None = None
+        status, head = 0, b""
         try:
             async with asyncio.timeout(deadline):
                 connection = await self._connect()
                 status, head = await connection.request(content)
         except (TimeoutError, OSError):
-            status, head = 0, b""
+            pass
         finally:
             if connection is not None and (status == 0 or not connection.open):
                 connection.transport.abort()
@@ -132,10 +133,10 @@ class Caller:
         return (await loop.create_connection(_Connection, *self._address))[1]
 
     def _body(self, kind: Kind) -> bytes:
-        words = self.random.choices
-        content: object = " ".join(words(_WORDS, k=8))
+        words = partial(self.random.choices, _TEXT.split(" "))
+        content: object = " ".join(words(k=8))
         if kind == "document":
-            content = [" ".join(words(_WORDS, k=50)) for _ in range(DOCUMENT_TEXTS)]
+            content = [" ".join(words(k=50)) for _ in range(DOCUMENT_TEXTS)]
         fields = {"input": content, "input_type": kind, "encoding_format": "base64"}
         return json.dumps(fields).encode()
 
