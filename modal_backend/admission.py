@@ -243,6 +243,7 @@ class Admission:
             self._outstanding[role] -= request.total - request.done
             if not self.in_progress[role]:
                 self._outstanding[role] = 0.0  # no rounding errors pile up
+                self._refusing[role] = False
 
     def completed(self, role: Role, work: float) -> None:
         """Note completed work, in tokens."""
@@ -273,5 +274,5 @@ class Admission:
 
 def work_of(text: str) -> float:
     """The work of a text, in tokens."""
-    size = len(text) if text.isascii() else len(text.encode())
+    size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
     return estimate_tokens(size) + TEXT_TOKENS

@@ -173,6 +173,7 @@ class _Door:
         if len(body) <= _PARSED_BYTES and not first.get("more_body") and scope["method"] == "POST":
             try:
                 fields = EmbeddingsBody.parse(body)
+                self._check_model(fields.model)
                 template, wait = self._service.query_template, _timeout(headers)
                 self._service.check_admission(fields.request(template, packed=True, timeout=wait))
             except ServiceUnavailableError as error:
