@@ -184,14 +184,18 @@ class Admission:
         time_left = math.inf if timeout is None else DEADLINE_SHARE * timeout
         limit = min(MAX_WAIT[role], time_left)
         reopen = limit - min(REOPEN_SHARE * limit, REOPEN_SECONDS)
-        self._refusing[role] = wait > (reopen if self._refusing[role] else limit)
-        excess = max(wait - reopen if self._refusing[role] else 0.0, wait + own - time_left)
+        late = wait + own - time_left
+        full = self._refusing[role] or wait > limit or late > 0
+        self._refusing[role] = full and wait > reopen
+        excess = max(wait - reopen if self._refusing[role] else 0.0, late)
         if waiting and waiting + texts > self._limits[role]:
             excess = max(excess, wait / 2)
         elif excess <= 0:
             return None
-        # What cannot fit beside others has to come when the service is idle.
-        retry_after = max(min(excess, wait), 0.05) if self.speed.tokens_per_second else RETRY_AFTER
+        # What cannot fit beside others has to come when the service is idle. A little later than
+        # estimated: a retry that comes too early is refused again.
+        known = self.speed.tokens_per_second is not None
+        retry_after = 1.1 * min(excess, wait) + 0.02 if known else RETRY_AFTER
         return ServiceUnavailableError(
             f"{waiting:,} {role} texts are queued already, about {wait:.1f} s of work.",
             retry_after=retry_after,
@@ -239,6 +243,7 @@ class Admission:
             self._outstanding[role] -= request.total - request.done
             if not self.in_progress[role]:
                 self._outstanding[role] = 0.0  # no rounding errors pile up
+                self._refusing[role] = False
 
     def completed(self, role: Role, work: float) -> None:
         """Note completed work, in tokens."""

@@ -24,18 +24,18 @@ from functools import lru_cache, partial
 from typing import Final
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope
 
 from kalm_integrations.errors import (
-    ConfigurationError,
     KalmError,
     NotFoundError,
-    RequestTooLargeError,
     ServiceUnavailableError,
 )
 from kalm_integrations.identity import SpaceIdentity
@@ -55,6 +55,7 @@ from modal_backend.http_responses import (
     error_response,
     no_such_route,
     nobody_listens,
+    read_body,
     response,
     unless_disconnected,
 )
@@ -67,7 +68,13 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 16 * 2**20
 # What is larger is parsed on a thread, or written in parts: the event loop must not stand still.
 _PARSED_BYTES: Final = 65_536
-_EXPOSED_HEADERS: Final = (REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER, "Retry-After")
+_EXPOSED_HEADERS: Final = (
+    REQUEST_ID_HEADER,
+    ECHO_HEADER,
+    IDENTITY_HEADER,
+    "Retry-After",
+    "Retry-After-Ms",
+)
 """Headers of answers that a page in a browser may read, beside the ordinary ones."""
 _WRITTEN_BYTES: Final = 2**20
 _WRITTEN_NUMBERS: Final = 65_536
@@ -107,6 +114,7 @@ def create_app(
         keys=keys,
         identity=identity,
         metrics=door.metrics,
+        refuse_early=door.refuse_early,
         max_inside=max_inside,
         stopping=stopping,
     )
@@ -171,13 +179,12 @@ class _Door:
         start = time.perf_counter()
         packed = prefers_packed(request.headers)
         wait = timeout(request.headers)
-        body = await self._read(request)
+        body = await read_body(request, self._max_body_bytes)
         if len(body) <= _PARSED_BYTES:
             asked, encoding = self._parse(body, packed, wait)
         else:
             async with self._parsing:
                 asked, encoding = await asyncio.to_thread(self._parse, body, packed, wait)
-        self._service.check_admission(asked)
         texts, role = len(asked.texts), asked.role
         work = self._service.embed(asked)
         del asked, body  # texts that the service has cut need not stay in memory
@@ -201,6 +208,35 @@ class _Door:
         self._check_model(fields.model)
         asked = fields.request(self._service.query_template, packed=packed, timeout=wait)
         return asked, fields.encoding_format or "float"
+
+    async def refuse_early(
+        self, scope: Scope, headers: Headers, receive: Receive
+    ) -> tuple[KalmError | None, Receive]:
+        """See `HttpGuard`. At several times the capacity most requests are refused: they must not
+        take the time of those that are served."""
+        if not self._service.admission.refusing or scope["path"] != "/v1/embeddings":
+            return None, receive
+        first = await receive()
+        body = first.get("body", b"")
+        if len(body) <= _PARSED_BYTES and not first.get("more_body") and scope["method"] == "POST":
+            try:
+                fields = EmbeddingsBody.parse(body)
+                self._check_model(fields.model)
+                template, wait = self._service.query_template, timeout(headers)
+                self._service.check_admission(fields.request(template, packed=True, timeout=wait))
+            except ServiceUnavailableError as error:
+                self._log(scope["state"]["request_id"], error)
+                return error, receive
+            except KalmError:
+                pass  # the handler finds out what is wrong
+        messages = iter((first,))
+
+        async def replay() -> Message:
+            for message in messages:
+                return message
+            return await receive()
+
+        return None, replay
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
@@ -262,14 +298,3 @@ class _Door:
             "dimensions": list(service.dimensions),
             "max_tokens": service.max_tokens,
         }
-
-    async def _read(self, request: Request) -> bytearray:
-        encoding = request.headers.get("content-encoding", "").strip().lower()
-        if encoding not in ("", "identity"):
-            raise ConfigurationError("a compressed body: send it as it is.")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_body_bytes:
-                raise RequestTooLargeError(f"a body over {self._max_body_bytes:,} bytes.")
-        return body

@@ -8,7 +8,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from pydantic import SecretStr
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 OPEN_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
 """What watches the service is no use of it; refusals are counted all the same."""
+
+
+RefuseEarly = Callable[[Scope, Headers, Receive], Awaitable[tuple[KalmError | None, Receive]]]
 
 
 class BearerKeys:
@@ -73,6 +76,8 @@ class HttpGuard:
         keys: Who may enter.
         identity: Gives the fingerprint of the space, for the header of every answer.
         metrics: Where requests are counted.
+        refuse_early: Gives the error of a request that overload refuses, before the app spends time
+            on it, and a `receive` for the app if there is none.
         max_inside: Most requests that are let in at a time, so that they leave another door its
             share; None is no limit.
         stopping: Whether the server is shutting down and takes no new work.
@@ -85,6 +90,7 @@ class HttpGuard:
         keys: BearerKeys,
         identity: Callable[[], str | None],
         metrics: Metrics,
+        refuse_early: RefuseEarly,
         max_inside: int | None,
         stopping: Callable[[], bool],
     ) -> None:
@@ -92,6 +98,7 @@ class HttpGuard:
         self._metrics = metrics
         self._keys = keys
         self._identity = identity
+        self._refuse_early = refuse_early
         self._max_inside = max_inside
         self._inside = 0
         self._stopping = stopping
@@ -120,22 +127,9 @@ class HttpGuard:
                     answer[ECHO_HEADER] = echo
             await send(message)
 
-        known = self._keys.know(headers.get("authorization", ""))
-        scope["state"]["authorized"] = known  # read by the server, which may have to close others
-        if scope["path"] not in OPEN_ROUTES and not known:
-            refusal = AuthenticationError("the bearer key is missing or wrong.")
+        refusal, receive = await self._refusal(scope, headers, receive)
+        if refusal is not None:
             await _refuse(refusal, scope, receive, send_with_names)
-            return
-        if self._stopping() and scope["path"] not in OPEN_ROUTES:
-            await _refuse(_stopped(), scope, receive, send_with_names)
-            return
-        if self._inside == self._max_inside:
-            full = ServiceUnavailableError(
-                f"this container has {self._inside} requests over HTTP, which is all it takes; "
-                "--concurrency and --max-containers of `kalm deploy` raise that.",
-                RETRY_AFTER,
-            )
-            await _refuse(full, scope, receive, send_with_names)
             return
         self._inside += 1
         try:
@@ -155,6 +149,25 @@ class HttpGuard:
             await _refuse(broken, scope, receive, send_with_names)
         finally:
             self._inside -= 1
+
+    async def _refusal(
+        self, scope: Scope, headers: Headers, receive: Receive
+    ) -> tuple[KalmError | None, Receive]:
+        """Why a request does not reach the app, if it does not; and a `receive` for the app."""
+        known = self._keys.know(headers.get("authorization", ""))
+        scope["state"]["authorized"] = known  # read by the server, which may have to close others
+        if scope["path"] not in OPEN_ROUTES and not known:
+            return AuthenticationError("the bearer key is missing or wrong."), receive
+        if self._stopping() and scope["path"] not in OPEN_ROUTES:
+            return _stopped(), receive
+        overload, receive = await self._refuse_early(scope, headers, receive)
+        if overload is None and self._inside == self._max_inside:
+            overload = ServiceUnavailableError(
+                f"this container has {self._inside} requests over HTTP, which is all it takes; "
+                "--concurrency and --max-containers of `kalm deploy` raise that.",
+                RETRY_AFTER,
+            )
+        return overload, receive
 
     def _count(self, scope: Scope, status: int) -> None:
         """Count the request by its end: an error's code, else "ok" or the status."""

@@ -203,6 +203,7 @@ def _operation(summary: str, content: dict[str, Any], *statuses: int) -> dict[st
             headers["WWW-Authenticate"] = _described("How to present a key.", required=True)
         if status == 503:
             headers["Retry-After"] = _described("Seconds after which to try again.")
+            headers["Retry-After-Ms"] = _described("The same in milliseconds.")
         responses[str(status)] = {
             "description": _STATUSES[status],
             "headers": headers,

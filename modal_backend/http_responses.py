@@ -1,4 +1,5 @@
-"""Answers of the HTTP API: long ones in parts, errors as JSON, a hint where nothing is served."""
+"""Bodies and answers of the HTTP API: long ones in parts, errors as JSON, a hint where nothing is
+served."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from kalm_integrations.errors import KalmError, NotFoundError
+from kalm_integrations.errors import (
+    ConfigurationError,
+    KalmError,
+    NotFoundError,
+    RequestTooLargeError,
+)
 from modal_backend.http_headers import quoted
 from modal_backend.openai_schema import error_headers, render_error
 
@@ -53,6 +59,24 @@ def error_response(error: KalmError, headers: dict[str, str] | None = None) -> R
     """
     headers = error_headers(error) if headers is None else headers
     return Response(render_error(error), error.status, headers, "application/json")
+
+
+async def read_body(request: Request, most: int) -> bytearray:
+    """The body of a request.
+
+    Raises:
+        ConfigurationError: It is compressed.
+        RequestTooLargeError: It has more bytes than `most`; the rest is not read.
+    """
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ConfigurationError("a compressed body: send it as it is.")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise RequestTooLargeError(f"a body over {most:,} bytes.")
+    return body
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:

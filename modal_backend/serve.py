@@ -27,7 +27,7 @@ from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.profiles import KALM
 from modal_backend import life
 from modal_backend.engines import Engine
-from modal_backend.engines.embedded import EmbeddedEngine
+from modal_backend.engines.embedded_process import ProcessEngine
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.http_api import create_app
 from modal_backend.http_guard import BearerKeys
@@ -190,7 +190,7 @@ async def _serve(
 
 
 async def _embedded() -> Engine:
-    return EmbeddedEngine.load()
+    return ProcessEngine.load()
 
 
 def _check(model: Model) -> None:

@@ -13,15 +13,17 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from functools import partial
+from typing import Final, Literal, cast
 
 Kind = Literal["query", "document"]
 
 DOCUMENT_TEXTS: Final = 16
-_WORDS: Final = (
+_BODIES: Final = 100
+_TEXT: Final = (
     "the height of mountains is measured from sea level and bread rises because yeast gives off "
     "gas while rivers carry water from the hills to the sea through many countries"
-).split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,7 @@ class _Connection(asyncio.Protocol):
         self.open = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
 
     def request(self, content: bytes) -> asyncio.Future[tuple[int, bytes]]:
         self._buffer.clear()
@@ -95,18 +96,22 @@ class Caller:
         self._key = key
         self._idle: list[_Connection] = []
         self.random = random.Random(seed)  # noqa: S311
+        self._bodies: dict[Kind, list[bytes]] = {
+            kind: [self._body(kind) for _ in range(_BODIES)] for kind in ("query", "document")
+        }
 
     async def send(self, kind: Kind, deadline: float) -> Outcome:
         """Send one request and wait for its answer for at most `deadline` seconds."""
         sent = time.monotonic()
         content = self._request(kind, deadline)
         connection: _Connection | None = None
+        status, head = 0, b""
         try:
             async with asyncio.timeout(deadline):
                 connection = await self._connect()
                 status, head = await connection.request(content)
         except (TimeoutError, OSError):
-            status, head = 0, b""
+            pass
         finally:
             if connection is not None and (status == 0 or not connection.open):
                 connection.transport.abort()
@@ -127,14 +132,16 @@ class Caller:
         loop = asyncio.get_running_loop()
         return (await loop.create_connection(_Connection, *self._address))[1]
 
+    def _body(self, kind: Kind) -> bytes:
+        words = partial(self.random.choices, _TEXT.split(" "))
+        content: object = " ".join(words(k=8))
+        if kind == "document":
+            content = [" ".join(words(k=50)) for _ in range(DOCUMENT_TEXTS)]
+        fields = {"input": content, "input_type": kind, "encoding_format": "base64"}
+        return json.dumps(fields).encode()
+
     def _request(self, kind: Kind, deadline: float) -> bytes:
-        words = self.random.choices
-        if kind == "query":
-            fields: dict[str, object] = {"input": " ".join(words(_WORDS, k=8))}
-        else:
-            texts = [" ".join(words(_WORDS, k=50)) for _ in range(DOCUMENT_TEXTS)]
-            fields = {"input": texts}
-        body = json.dumps({**fields, "input_type": kind, "encoding_format": "base64"}).encode()
+        body = self.random.choice(self._bodies[kind])
         head = (
             "POST /v1/embeddings HTTP/1.1\r\nHost: service\r\n"
             f"Authorization: Bearer {self._key}\r\nContent-Type: application/json\r\n"
@@ -160,6 +167,8 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     late: float = 0.0
     """Seconds by which the generator was behind its schedule, at worst."""
+    waiting: set[asyncio.Task[None]] = field(default_factory=set)
+    """Callers that were still waiting when the load ended."""
 
     def rate(self, kind: Kind, skip: float = 0.0) -> float:
         """Requests a second answered with 200 within their deadline, after `skip` seconds."""
@@ -198,7 +207,7 @@ async def open_loop(
     on_refusal: Callable[[Outcome], Awaitable[None]] | None = None,
 ) -> Run:
     """Send `rate` requests a second, at random times. Callers still waiting at the end go on
-    waiting, in the background: collect them with `finish`.
+    waiting, in `Run.waiting`.
 
     Args:
         caller: Sends them.
@@ -210,7 +219,6 @@ async def open_loop(
     """
     run = Run(start=time.monotonic())
     run.end = run.start + seconds
-    waiting: set[asyncio.Task[None]] = set()
 
     async def one(kind: Kind) -> None:
         outcome = await caller.send(kind, deadline)
@@ -226,9 +234,8 @@ async def open_loop(
         else:
             run.late = max(run.late, -ahead)
         task = asyncio.create_task(one(choose()))
-        waiting.add(task)
-        task.add_done_callback(waiting.discard)
-    run.waiting = waiting  # type: ignore[attr-defined]
+        run.waiting.add(task)
+        task.add_done_callback(run.waiting.discard)
     return run
 
 

@@ -1,13 +1,14 @@
 """Goodput, latency, recovery and Retry-After of `kalm serve` under more load than it can serve.
 
-    python benchmarks/service/overload.py                   # the embedded engine, about 8 minutes
-    python benchmarks/service/overload.py --engine vllm     # a tiny model on this machine's CPU
+    python benchmarks/service/overload.py                   # the embedded engine, some 6 minutes
+    python benchmarks/service/overload.py --engine vllm     # a tiny model, with vLLM on the CPU
 
 Goodput counts answers with status 200 that arrive before their caller's deadline. A query and a
 document request cost different amounts of time, so goodput is given as the share of the capacity
-that the good answers stand for: queries/(queries a second at capacity) + the same for documents.
-Best is the most that any run of this load has reached, closed loop included. Run it on a machine
-that does nothing else: service and load generator share it.
+that the good answers stand for: queries / (queries a second at capacity) + the same for documents.
+The capacity is measured by 16 callers in a closed loop, that of each load right before it is
+exceeded; best is the greater one of that and of what the overloaded service reached. Run it on a
+machine that does nothing else: the service and the load generator share it.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from load import Caller, Choose, Kind, Outcome, Run, closed_loop, open_loop, percentile
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "overload-benchmark"
 CALLERS = 16
-"""Of the closed loop that measures the capacity."""
 WARM = 2.0
 """Seconds of each load that are not counted."""
-PROMPT_FACTOR = 3.0
-RECOVERY_WAIT = 30.0
 QUERIES_PER_DOCUMENT = 10
 """Of the mixed load."""
+RECOVERY_LIMIT = 30.0
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def served(engine: str, folder: Path) -> Iterator[tuple[str, int]]:
         process = subprocess.Popen(
             command,
             env={**os.environ, "KALM_API_KEY": KEY},
-            stdout=subprocess.DEVNULL,
+            stdout=stderr,
             stderr=stderr,
             cwd=ROOT,
         )
@@ -70,7 +70,45 @@ def served(engine: str, folder: Path) -> Iterator[tuple[str, int]]:
         finally:
             process.terminate()
             process.wait()
-            print(f"log of the service: {log.stat().st_size:,} bytes", file=sys.stderr)
+            print(f"The service logged {log.stat().st_size:,} bytes.")
+
+
+@dataclass
+class Retries:
+    """Samples refused requests: half are retried when they were told to, half all the time."""
+
+    caller: Caller
+    deadline: float
+    ratios: list[float] = field(default_factory=list)
+    """Retry-After divided by the time after which a retry was answered with 200."""
+    first: list[bool] = field(default_factory=list)
+    """Whether the retry after Retry-After was."""
+    _busy: int = 0
+    _polling: bool = True
+
+    async def sample(self, refused: Outcome) -> None:
+        """Retry `refused`, unless some are being retried."""
+        told = refused.retry_after
+        if self._busy == 4 or told is None or told > self.deadline:
+            return
+        self._busy += 1
+        self._polling = polling = not self._polling
+        try:
+            if not polling:
+                await asyncio.sleep(told)
+                again = await self.caller.send(refused.kind, self.deadline)
+                self.first.append(again.status == 200)
+                return
+            again = refused
+            while again.status != 200 and again.sent < refused.ended + 4 * told + 2:
+                await asyncio.sleep(max(told / 8, 0.04))
+                again = await self.caller.send(refused.kind, self.deadline)
+            self.ratios.append(told / (again.sent - refused.ended) if again.status == 200 else 0)
+        finally:
+            self._busy -= 1
+
+
+Column = tuple[str, Callable[["Cell"], str]]
 
 
 @dataclass
@@ -80,186 +118,163 @@ class Cell:
     load: str
     times: float
     deadline: float
+    best: float
     goodput: float
-    queries: float
-    documents: float
-    p99: float
-    refused: int
-    late: int
+    run: Run
     recovery: float
-    ratio: float
-    within: float
-    first_retry: float
-    lag: float
+    retries: Retries
+
+    def count(self, *statuses: int) -> int:
+        return sum(each.status in statuses for each in self.run.outcomes)
+
+    def p99(self) -> float:
+        outcomes = self.run.outcomes
+        return percentile(
+            [each.seconds for each in outcomes if each.kind == "query" and each.status == 200], 0.99
+        )
+
+
+def share(hits: list[bool]) -> str:
+    """The share that is true, and of how many."""
+    return f"{sum(hits) / len(hits):.0%} of {len(hits)}" if hits else "-"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("load", lambda cell: cell.load),
+    ("times capacity", lambda cell: f"{cell.times:g}"),
+    ("deadline", lambda cell: f"{cell.deadline:g} s"),
+    ("goodput of best", lambda cell: f"{cell.goodput / cell.best:.0%}"),
+    ("queries/s", lambda cell: f"{cell.run.rate('query', WARM):.0f}"),
+    ("documents/s", lambda cell: f"{cell.run.rate('document', WARM):.1f}"),
+    ("p99 of queries", lambda cell: f"{cell.p99():.2f} s"),
+    ("refused", lambda cell: f"{cell.count(503)}"),
+    ("dropped or late", lambda cell: f"{len(cell.run.outcomes) - cell.count(200, 503)}"),
+    ("recovery", lambda cell: f"{max(0.0, cell.recovery):.1f} s"),
+    (
+        "Retry-After within 2x",
+        lambda cell: share([0.5 <= ratio <= 2 for ratio in cell.retries.ratios]),
+    ),
+    ("first retry succeeds", lambda cell: share(cell.retries.first)),
+    ("generator lag", lambda cell: f"{cell.run.late:.2f} s"),
+)
 
 
 class Bench:
     """Runs against one service."""
 
     def __init__(self, host: str, port: int, seconds: float) -> None:
-        self.address = host, port
-        self.seconds = seconds
-        self.alone: dict[Kind, float] = {}
-        """Requests a second, and seconds of one on an idle service, of each kind alone."""
-        self.idle: dict[Kind, float] = {}
-        self.best: dict[str, float] = {}
-        self.rates: dict[str, float] = {}
+        self._address = host, port
+        self._seconds = seconds
+        self._alone: dict[Kind, float] = {}
+        """Requests a second of each kind alone."""
+        self._idle: dict[Kind, float] = {}
+        """Seconds of a request to an idle service."""
 
-    def caller(self, seed: int) -> Caller:
-        return Caller(*self.address, KEY, seed)
+    def _caller(self, seed: int) -> Caller:
+        return Caller(*self._address, KEY, seed)
 
-    def choose(self, load: str, caller: Caller) -> Choose:
+    def _choose(self, load: str, caller: Caller) -> Choose:
         if load != "mixed":
             return lambda: load  # type: ignore[return-value]
         share = 1 / (QUERIES_PER_DOCUMENT + 1)
         return lambda: "document" if caller.random.random() < share else "query"
 
-    def share(self, run: Run, skip: float = WARM) -> float:
-        return sum(run.rate(kind, skip) / rate for kind, rate in self.alone.items())
+    def _goodput(self, run: Run, skip: float) -> float:
+        return sum(run.rate(kind, skip) / rate for kind, rate in self._alone.items())
 
-    async def capacity(self) -> None:
-        """Measure what each load reaches in a closed loop."""
-        for load in ("query", "document", "mixed"):
-            caller = self.caller(1)
-            choose = self.choose(load, caller)
-            run = await closed_loop(caller, choose, CALLERS, self.seconds)
-            if load != "mixed":
-                kind: Kind = load  # type: ignore[assignment]
-                self.alone[kind] = run.rate(kind, WARM)
-                times = [(await caller.send(kind, 60)).seconds for _ in range(20)]
-                self.idle[kind] = percentile(times, 0.5)
-            self.rates[load] = run.rate("query", WARM) + run.rate("document", WARM)
-            self.best[load] = self.share(run) if load == "mixed" else 1.0
+    async def measure_kinds(self) -> None:
+        """Measure what each kind alone reaches, and takes on an idle service."""
+        kinds: tuple[Kind, ...] = ("query", "document")
+        for kind in kinds:
+            caller = self._caller(1)
+            times = [(await caller.send(kind, 60)).seconds for _ in range(20)]
+            self._idle[kind] = percentile(times, 0.5)
+            run = await closed_loop(caller, self._choose(kind, caller), CALLERS, self._seconds)
+            self._alone[kind] = run.rate(kind, WARM)
             caller.close()
             print(
-                f"capacity, {load}: {self.rates[load]:.1f} requests/s, {self.best[load]:.2f}",
-                flush=True,
+                f"{kind}: {self._alone[kind]:.1f} requests/s, {1000 * self._idle[kind]:.0f} ms idle"
             )
 
     async def cell(self, load: str, times: float, deadline: float) -> Cell:
-        """Overload the service, then watch it recover."""
-        caller, retrier = self.caller(2), self.caller(3)
-        samples: list[tuple[float, float, int]] = []
-        sampling = 0
-        seen = 0
-
-        async def sample(refused: Outcome) -> None:
-            """Retry a few of the refused until one succeeds: half when told, half by polling."""
-            nonlocal sampling, seen
-            seen += 1
-            told = refused.retry_after
-            if told is None or told > deadline or sampling >= 4 or seen % 10:
-                return
-            sampling += 1
-            obedient, tries = len(samples) % 2 == 0, 0
-            try:
-                while time.monotonic() < refused.ended + 4 * told + 1:
-                    await asyncio.sleep(told if obedient else max(told / 8, 0.02))
-                    begin = time.monotonic()
-                    again = await retrier.send(refused.kind, deadline)
-                    tries += 1
-                    if again.status == 200:
-                        samples.append((told, begin - refused.ended, tries if obedient else 0))
-                        return
-                    if obedient and again.retry_after is not None:
-                        told_again = again.retry_after
-                        await asyncio.sleep(max(0.0, told_again - told))
-                samples.append((told, math.inf, tries if obedient else 0))
-            finally:
-                sampling -= 1
-
+        """Measure the capacity, exceed it, and watch the service recover."""
+        caller, other = self._caller(2), self._caller(3)
+        choose = self._choose(load, caller)
+        closed = await closed_loop(caller, choose, CALLERS, self._seconds / 2)
+        capacity = closed.rate("query", 1.0) + closed.rate("document", 1.0)
+        retries = Retries(other, deadline)
         run = await open_loop(
             caller,
-            self.choose(load, caller),
-            rate=times * self.rates[load],
-            seconds=self.seconds,
+            choose,
+            rate=times * capacity,
+            seconds=self._seconds,
             deadline=deadline,
-            on_refusal=sample,
+            on_refusal=retries.sample,
         )
-        recovery = await self.recovery(retrier, run, deadline)
-        await asyncio.wait(waiting, timeout=deadline + 5) if (waiting := run.waiting) else None  # type: ignore[attr-defined]
-        goodput = self.share(run)
-        self.best[load] = max(self.best[load], goodput)
-        done = [each.seconds for each in run.outcomes if each.status == 200]
-        queries = [x.seconds for x in run.outcomes if x.status == 200 and x.kind == "query"]
-        ratios = [told / truth for told, truth, _ in samples]
-        obeyed = [tries for _, _, tries in samples if tries]
+        recovery = await self._recovery(other, run, deadline)
+        if run.waiting:
+            await asyncio.wait(run.waiting, timeout=deadline + 5)
         caller.close()
-        retrier.close()
-        del done
-        return Cell(
-            load,
-            times,
-            deadline,
-            goodput,
-            run.rate("query", WARM),
-            run.rate("document", WARM),
-            percentile(queries, 0.99),
-            sum(each.status == 503 for each in run.outcomes),
-            sum(each.status not in (200, 503) for each in run.outcomes),
-            recovery,
-            percentile(ratios, 0.5),
-            sum(0.5 <= ratio <= 2 for ratio in ratios) / max(1, len(ratios)),
-            sum(tries == 1 for tries in obeyed) / max(1, len(obeyed)),
-            run.late,
-        )
+        other.close()
+        goodput = self._goodput(run, WARM)
+        best = max(self._goodput(closed, 1.0), goodput)
+        return Cell(load, times, deadline, best, goodput, run, recovery, retries)
 
-    async def recovery(self, caller: Caller, run: Run, deadline: float) -> float:
-        """Seconds from the load's end until new queries are answered as on an idle service."""
-        prompt = max(0.1, PROMPT_FACTOR * self.idle["query"])
-        while time.monotonic() < run.end + RECOVERY_WAIT:
-            begin = time.monotonic()
+    async def _recovery(self, caller: Caller, run: Run, deadline: float) -> float:
+        """Seconds from the load's end until a new query is answered as on an idle service, less
+        the documents that may be computed just then."""
+        prompt = max(0.1, 3 * self._idle["query"]) + self._idle["document"]
+        while time.monotonic() < run.end + RECOVERY_LIMIT:
             outcome = await caller.send("query", min(deadline, 5.0))
-            # A document's piece may be running.
-            if outcome.status == 200 and outcome.seconds <= prompt + self.idle["document"]:
-                return begin - run.end
+            if outcome.status == 200 and outcome.seconds <= prompt:
+                return outcome.sent - run.end
             await asyncio.sleep(0.05)
         return math.inf
 
 
-async def measure(options: argparse.Namespace, host: str, port: int) -> list[Cell]:
+def row(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+async def measure(options: argparse.Namespace, host: str, port: int) -> None:
+    """Print the table."""
     bench = Bench(host, port, options.seconds)
-    await bench.capacity()
-    cells = []
+    await bench.measure_kinds()
+    print(row([name for name, _ in COLUMNS]))
+    print(row(["---"] * len(COLUMNS)))
     for load in options.loads:
         for deadline in options.deadlines:
             for times in options.times:
                 cell = await bench.cell(load, times, deadline)
-                cells.append(cell)
-                print(row(cell, bench), flush=True)
-    print("\n" + HEAD)
-    for cell in cells:
-        print(row(cell, bench))
-    return cells
+                print(row([text(cell) for _, text in COLUMNS]), flush=True)
 
 
-HEAD = (
-    "| load | times capacity | deadline | goodput of best | queries/s | documents/s | p99 of queries "
-    "| refused | unanswered | recovery | told/true Retry-After | within 2x | first retry succeeds "
-    "| generator lag |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def row(cell: Cell, bench: Bench) -> str:
-    return (
-        f"| {cell.load} | {cell.times:g} | {cell.deadline:g} s "
-        f"| {cell.goodput / bench.best[cell.load]:.0%} | {cell.queries:.0f} "
-        f"| {cell.documents:.1f} | {cell.p99:.2f} s | {cell.refused} | {cell.late} "
-        f"| {cell.recovery:.1f} s | {cell.ratio:.2f} | {cell.within:.0%} | {cell.first_retry:.0%} "
-        f"| {cell.lag:.2f} s |"
-    )
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, if there is one: the generator should take as little of the machine as it can."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    new: Any = uvloop.new_event_loop
+    return new  # type: ignore[no-any-return]
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each load")
     parser.add_argument("--times", type=float, nargs="+", default=[2.0, 5.0])
     parser.add_argument("--deadlines", type=float, nargs="+", default=[1.0, 5.0, 120.0])
     parser.add_argument("--loads", nargs="+", default=["query", "mixed"])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, served(options.engine, Path(folder)) as address:
-        asyncio.run(measure(options, *address))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(options.engine, Path(folder)) as address,
+        asyncio.Runner(loop_factory=loop_factory()) as runner,
+    ):
+        runner.run(measure(options, *address))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class _Tokenized:
         return ids
 
 
-class _Thread:
+class Thread:
     """A thread that computes, and the queue for it."""
 
     def __init__(self, name: str) -> None:
@@ -73,9 +73,8 @@ class _Thread:
 
 
 class EmbeddedEngine:
-    """The loaded model. Thread-safe: it has no state but its weights. It computes on two threads of
-    its own, one of which is for long texts: a text of 8,192 tokens takes a second, for which no
-    query should wait."""
+    """The loaded model. Thread-safe: it has no state but its weights, and computes on one thread
+    of its own. (`ProcessEngine` has another one for long texts.)"""
 
     max_tokens = MAX_TOKENS
     dimensions = (DIMENSIONS,)
@@ -85,15 +84,14 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._backend = backend
         self._identity = identity
-        self._short = _Thread("kalm-engine")
-        self._long = _Thread("kalm-engine-long")
+        self._short = self._long = Thread("kalm-engine")
 
     @property
     def identity(self) -> SpaceIdentity:
         return self._identity
 
     @classmethod
-    def load(cls) -> EmbeddedEngine:
+    def load(cls) -> Self:
         """Check the files, load them. Takes about half a second and 150 MB.
 
         Raises:
@@ -165,37 +163,54 @@ class EmbeddedEngine:
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
-        short, long = (thread.lock.place(priority) for thread in (self._short, self._long))
+        places = {thread: thread.lock.place(priority) for thread in (self._short, self._long)}
         for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
-            thread, place, most = self._short, short, 3 * _CHUNK_TOKENS // 2
+            threads = [self._short, self._long]
             if len(chunk) == 1 and len(chunk[0].encode()) > 4 * _CHUNK_TOKENS:
-                thread, place, most = self._long, long, MAX_TOKENS
-            async with thread.lock.hold(place):
-                progress(start)
-                ids, rows, bad = await thread.worker.run(
-                    self._compute, chunk, truncate, start, 0 if too_long else most
-                )
-            too_long += bad
-            if too_long:  # nothing more is computed, but every such text is named
-                continue
-            if rows is None:  # more tokens than its length suggests
-                async with self._long.lock.hold(long):
-                    rows = await self._long.worker.run(self._backend.encode, ids)
-            vectors[start : start + len(chunk)] = rows
-            tokens += sum(map(len, ids))
+                threads = [self._long]
+            for thread in threads:
+                most = MAX_TOKENS * len(chunk) if thread is self._long else 3 * _CHUNK_TOKENS // 2
+                async with thread.lock.hold(places[thread]):
+                    progress(start)
+                    ids, rows, bad = await thread.worker.run(
+                        self.compute,
+                        thread is self._long,
+                        chunk,
+                        truncate,
+                        start,
+                        0 if too_long else most,
+                    )
+                too_long += bad
+                if too_long:  # nothing more is computed, but every such text is named
+                    break
+                if rows is not None:  # else the texts have more tokens than their length suggests
+                    vectors[start : start + len(chunk)] = rows
+                    tokens += sum(map(len, ids))
+                    break
         if too_long:
             raise InputTooLongError.of(too_long)
         progress(len(texts))
         return EngineOutput(vectors, tokens)
 
-    def _compute(
-        self, texts: Sequence[str], truncate: Truncate, start: int, most: int
+    def compute(
+        self, long: bool, texts: Sequence[str], truncate: Truncate, start: int, most: int
     ) -> tuple[list[list[int]], Any, list[InvalidText]]:
-        """Token ids, vectors and texts that are too long. No vectors if one is, or if there are
-        more tokens than `most`."""
+        """Compute one chunk.
+
+        Args:
+            long: Whether it is computed by the thread for long texts.
+            texts: The texts of the chunk.
+            truncate: See `Engine.embed`.
+            start: Index of the first text.
+            most: With more tokens than this, nothing is computed.
+
+        Returns:
+            Token ids, vectors if they were computed, and texts that are too long; no vectors if
+            one is.
+        """
         ids, too_long = self._tokenize(texts, truncate, start)
-        compute = not too_long and sum(map(len, ids)) <= most
-        return ids, self._backend.encode(ids) if compute else None, too_long
+        wanted = not too_long and sum(map(len, ids)) <= most
+        return ids, self._backend.encode(ids) if wanted else None, too_long
 
     async def warm_up(self) -> None:
         """Nothing: its first text takes as long as any."""
@@ -213,8 +228,8 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Let the piece that is being computed finish; the engine is not used afterwards."""
-        self._short.worker.stop()
-        self._long.worker.stop()
+        for thread in {self._short, self._long}:
+            thread.worker.stop()
 
     def _tokenize(
         self, texts: Sequence[str], truncate: Truncate, start: int

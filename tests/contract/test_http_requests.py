@@ -199,7 +199,7 @@ class TestCors:
         for answer in answers:
             assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
             exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
-            assert {"X-Request-Id", "Retry-After", IDENTITY_HEADER, ECHO_HEADER} == set(exposed)
+            assert {"X-Request-Id", "Retry-After", IDENTITY_HEADER, ECHO_HEADER} <= set(exposed)
 
     @pytest.mark.parametrize("origin", ["https://evil.example", ORIGIN + ".evil", "null"])
     def test_other_origins_get_nothing(self, url: str, origin: str) -> None:

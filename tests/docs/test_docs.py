@@ -198,5 +198,9 @@ def test_the_limits_of_the_http_door() -> None:
     assert shown[prompted] == f"{openai_schema.MAX_PROMPTED:,}"
     priority = next(row for row in documented if row[0] == "`priority`")
     assert f"{service.MAX_QUERY_CHARACTERS:,}" in priority[2]
-    assert shown["texts waiting, documents"] == f"{admission.MAX_WAITING['document']:,}"
-    assert shown["texts waiting, queries"].startswith(f"{admission.MAX_WAITING['query']:,}")
+    for role, name in (("document", "documents"), ("query", "queries")):
+        assert shown[f"texts queued, {name}"] == f"{admission.MAX_WAITING[role]:,}"  # type: ignore[index]
+        wait = f"{admission.MAX_WAIT[role]:g} s"  # type: ignore[index]
+        assert shown[f"estimated wait, {name}"] == wait
+    share = f"{admission.DEADLINE_SHARE:.0%} of `X-Kalm-Timeout`"
+    assert shown["estimated wait and service"] == share
