@@ -74,9 +74,9 @@ class ConnectionTable:
         self.connecting = 0
         """Accepted, but not in the table yet."""
         self.closing_after_answers = False
-        """Whether every answer ends its connection."""
+        """Whether every answer ends its connection, because there is no room."""
         self.stopping = False
-        """Whether it stays so."""
+        """Whether it does because the server stops."""
         self.closed = Closed()
         # In order of age in this state; the values are not used.
         self._strangers: dict[Connection, None] = {}
@@ -131,7 +131,7 @@ class ConnectionTable:
                 await asyncio.wait_for(self._freed.wait(), _CHECK_SECONDS)
             except TimeoutError:
                 continue
-        self.closing_after_answers = self.stopping
+        self.closing_after_answers = False
 
     async def empty(self) -> None:
         """Wait until all connections are closed."""
@@ -254,7 +254,7 @@ class Connection(HttpToolsProtocol):
         self._in_body = True
         self._deadline = self.loop.time() + BODY_SECONDS
         self._table.requested(self)
-        if self._table.closing_after_answers:
+        if self._table.closing_after_answers or self._table.stopping:
             self.close_after_answer()
 
     def on_message_complete(self) -> None:
