@@ -128,8 +128,8 @@ def test_what_is_in_progress_finishes_and_nothing_new_is_taken(
     with (
         log.open("w") as output,
         serving("--grace", "60", seconds=3, stdout=output, stderr=output) as served,
+        closing(served.connect()) as kept,
     ):
-        kept = stack.enter_context(closing(served.connect()))
         assert served.call("/ready", connection=kept)[0] == 200
         call = Call(served)
         served.wait_for(served.computing)
