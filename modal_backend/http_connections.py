@@ -284,8 +284,10 @@ class Connection(HttpToolsProtocol):
 
     def close_after_answer(self) -> None:
         """Have the answer say that the connection ends with it, if it has not begun."""
-        if self.cycle is not None and not self.cycle.response_started:
-            self.cycle.keep_alive = False
+        cycle = self.cycle
+        if cycle is not None and cycle.keep_alive and not cycle.response_started:
+            cycle.keep_alive = False
+            cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
     def pause_writing(self) -> None:
         super().pause_writing()
