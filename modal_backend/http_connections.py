@@ -19,6 +19,9 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from kalm_integrations.errors import ServiceUnavailableError
+from modal_backend.openai_schema import render_error
+
 HEADER_BYTES: Final = 65_536
 HEADER_SECONDS: Final = 10.0
 BODY_SECONDS: Final = 300.0
@@ -26,10 +29,24 @@ STALLED_SECONDS: Final = 60.0
 """A caller who reads nothing of an answer for this long is disconnected."""
 
 _BATCH: Final = 32
-_YOUNG: Final = 0.1
-"""Seconds that a connection has to send its first request before it may have to make room."""
+_CHECK_SECONDS: Final = 0.05
+_STRANGERS_A_SECOND: Final = 1_000
+"""Connections without a valid key that may come and go in a second. It decides how long each of
+them has to send a request before it may have to make room: longer where there is more room."""
 _IDLE: Final = 5.0
 """The same for one that has presented a key: it may be about to send its next request."""
+
+
+def _answer(status: int, fields: str, body: bytes) -> bytes:
+    head = f"connection: close\r\n{fields}content-length: {len(body)}\r\n\r\n"
+    return STATUS_LINE[status] + head.encode() + body
+
+
+_NO_ROOM: Final = _answer(
+    503,
+    "content-type: application/json\r\nretry-after: 1\r\n",
+    render_error(ServiceUnavailableError("the server has too many connections.", 1.0)),
+)
 
 
 @dataclass(slots=True)
@@ -57,9 +74,9 @@ class ConnectionTable:
         self.connecting = 0
         """Accepted, but not in the table yet."""
         self.closing_after_answers = False
-        """Whether every answer ends its connection."""
+        """Whether every answer ends its connection, because there is no room."""
         self.stopping = False
-        """Whether it stays so."""
+        """Whether it does because the server stops."""
         self.closed = Closed()
         # In order of age in this state; the values are not used.
         self._strangers: dict[Connection, None] = {}
@@ -94,7 +111,7 @@ class ConnectionTable:
         self._freed.set()
 
     def abort(self, connection: Connection) -> None:
-        """Close it without an answer."""
+        """Close it at once, whatever is still to be sent."""
         self._move(connection, self._leaving)
         connection.transport.abort()
 
@@ -111,10 +128,10 @@ class ConnectionTable:
             if not self._make_room():
                 self.close_after_answers()
             try:
-                await asyncio.wait_for(self._freed.wait(), _YOUNG / 2)
+                await asyncio.wait_for(self._freed.wait(), _CHECK_SECONDS)
             except TimeoutError:
                 continue
-        self.closing_after_answers = self.stopping
+        self.closing_after_answers = False
 
     async def empty(self) -> None:
         """Wait until all connections are closed."""
@@ -124,9 +141,10 @@ class ConnectionTable:
 
     def _make_room(self) -> bool:
         now = asyncio.get_running_loop().time()
+        patience = min(self.limit / _STRANGERS_A_SECOND, HEADER_SECONDS)
         chosen: list[Connection] = []
         for connection in list(self._strangers):
-            if connection.since + _YOUNG > now or len(chosen) == _BATCH:
+            if connection.since + patience > now or len(chosen) == _BATCH:
                 break
             if connection.authorized:
                 self._move(connection, self._busy)
@@ -135,6 +153,10 @@ class ConnectionTable:
         if not chosen:
             chosen = [one for one in islice(self._idle, 1) if one.since + _IDLE < now]
         for connection in chosen:
+            if (
+                not connection.has_requested
+            ):  # an answer to the request that it may be about to send
+                connection.transport.write(_NO_ROOM)
             self.abort(connection)
         self.closed.for_room += len(chosen)
         return bool(chosen)
@@ -162,6 +184,8 @@ class Connection(HttpToolsProtocol):
         self._table = table
         self.group: dict[Connection, None] = {}
         """Where the table has it."""
+        self.has_requested = False
+        """Whether it has sent a complete header."""
         self.since = 0.0
         """When it got there; seconds of the event loop's clock, as all times here."""
         self._deadline = math.inf
@@ -225,11 +249,12 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if self.parser.should_upgrade():
             return
+        self.has_requested = True
         self._in_header = False
         self._in_body = True
         self._deadline = self.loop.time() + BODY_SECONDS
         self._table.requested(self)
-        if self._table.closing_after_answers:
+        if self._table.closing_after_answers or self._table.stopping:
             self.close_after_answer()
 
     def on_message_complete(self) -> None:
@@ -259,8 +284,10 @@ class Connection(HttpToolsProtocol):
 
     def close_after_answer(self) -> None:
         """Have the answer say that the connection ends with it, if it has not begun."""
-        if self.cycle is not None and not self.cycle.response_started:
-            self.cycle.keep_alive = False
+        cycle = self.cycle
+        if cycle is not None and cycle.keep_alive and not cycle.response_started:
+            cycle.keep_alive = False
+            cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -295,9 +322,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if not self._answering or (self._in_body and not self.cycle.response_started):
-            body = reason.encode()
-            fields = b"content-type: text/plain\r\nconnection: close\r\n"
-            length = b"content-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[status] + fields + length + body)
+            answer = _answer(status, "content-type: text/plain\r\n", reason.encode())
+            self.transport.write(answer)
         self._deadline = self.loop.time() + STALLED_SECONDS
         self.transport.close()

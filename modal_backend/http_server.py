@@ -198,7 +198,8 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what is in progress; meanwhile refuse what comes (the app does, by `stopping`)."""
         self.table.stopping = True
-        self.table.close_after_answers()
+        for connection in self.table.connections():
+            connection.close_after_answer()
         in_progress = set(self.server_state.tasks)
         if in_progress:
             console.info(
@@ -223,6 +224,7 @@ class HttpServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._captured_signals and self._end_now is not None:
             self._end_now(sig, frame)
+        self.table.stopping = True
         super().handle_exit(sig, frame)
 
     async def _accept(self, listener: socket.socket) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, Final, TextIO, cast
 
@@ -67,19 +67,12 @@ class NonBlockingStream:
                 data = data[os.write(self._fd, data) :]
 
 
-@contextlib.contextmanager
-def non_blocking_output() -> Iterator[None]:
-    """Let standard output and error never block while the block runs."""
-    real = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    replaced: dict[str, NonBlockingStream] = {}
-    for name, stream in real.items():
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no file descriptor
+def never_block_on_output() -> None:
+    """Let writing to standard output and error never block, until the process ends."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it has no file
             stream.flush()
-            replaced[name] = NonBlockingStream(stream)
-            setattr(sys, name, cast("TextIO", replaced[name]))
-    try:
-        yield
-    finally:
-        for name, stream in replaced.items():
-            setattr(sys, name, real[name])
-            stream.close()
+            replacement = NonBlockingStream(stream)
+            setattr(sys, name, cast("TextIO", replacement))
+            atexit.register(replacement.close)

@@ -32,7 +32,7 @@ from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.http_api import create_app
 from modal_backend.http_guard import BearerKeys
 from modal_backend.http_server import HttpServer, ServerOptions, bind, raise_file_limit
-from modal_backend.log_output import non_blocking_output
+from modal_backend.log_output import never_block_on_output
 
 Load = Callable[[], Awaitable[Engine]]
 
@@ -104,10 +104,11 @@ def serve(
             cleanup.callback(listener.close)
         raise_file_limit()
         _end_by_exception()
-        cleanup.enter_context(non_blocking_output())
         load: Load = _embedded
         if model is not None:
             _check(model)
+        never_block_on_output()
+        if model is not None:
             _say(f"loading {model.model} with vLLM; a minute or more")
             load = _Abandonable(model.load)
         asyncio.run(_serve(load, listeners, keys, options, cleanup))
