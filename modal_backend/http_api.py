@@ -68,8 +68,8 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 16 * 2**20
 # What is larger is parsed on a thread, or written in parts: the event loop must not stand still.
 _PARSED_BYTES: Final = 65_536
-_EXPOSED_HEADERS: Final = [REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER]
-_EXPOSED_HEADERS += ["Retry-After", "Retry-After-Ms"]
+_RETRY_HEADERS: Final = ("Retry-After", "Retry-After-Ms")
+_EXPOSED_HEADERS: Final = (REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER, *_RETRY_HEADERS)
 """Headers of answers that a page in a browser may read, beside the ordinary ones."""
 _WRITTEN_BYTES: Final = 2**20
 _WRITTEN_NUMBERS: Final = 65_536
