@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
@@ -45,6 +46,31 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--insecure-no-auth", action="store_true", help="no key; on a loopback address only"
+    )
+    parser.add_argument(
+        "--cors-origin",
+        type=_origin,
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin call from a browser, https://app.example.com for instance; "
+        "'*' lets every page; may be repeated; default: none",
+    )
+    parser.add_argument(
+        "--keep-alive",
+        type=number(1, 3600),
+        default=75,
+        metavar="S",
+        help="seconds that an idle connection is kept; more than your proxy keeps it; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--grace",
+        type=number(0, 3600),
+        default=10,
+        metavar="S",
+        help="seconds that requests in progress have to finish after SIGTERM or Ctrl-C; "
+        "default: %(default)s",
     )
     vllm = parser.add_argument_group("with --engine vllm", argument_default=argparse.SUPPRESS)
     vllm.add_argument(
@@ -103,6 +129,7 @@ def run(arguments: argparse.Namespace) -> bool:
         raise ConfigurationError(f"{option} is for --engine vllm, not for {arguments.engine}.")
 
     from modal_backend.engines.vllm.config import VLLMOptions
+    from modal_backend.http_server import ServerOptions
     from modal_backend.serve import Model, serve
 
     options = VLLMOptions(**{name: asked[name] for name in given if name in _VLLM_OPTIONS})
@@ -114,5 +141,20 @@ def run(arguments: argparse.Namespace) -> bool:
         arguments.port,
         SecretStr(key) if key else None,
         insecure=arguments.insecure_no_auth,
+        options=ServerOptions(
+            keep_alive=arguments.keep_alive,
+            grace=arguments.grace,
+            cors_origins=tuple(arguments.cors_origin),
+        ),
     )
     return True
+
+
+def _origin(value: str) -> str:
+    """The type of an option that takes an origin, as browsers write it in a header."""
+    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", value):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not an origin: a scheme and a host in small letters, with a port if it "
+            "is not the usual one, and nothing after them, like https://app.example.com"
+        )
+    return value

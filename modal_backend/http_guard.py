@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from pydantic import SecretStr
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 OPEN_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
 """What watches the service is no use of it; refusals are counted all the same."""
+
+
+RefuseEarly = Callable[[Scope, Headers, Receive], Awaitable[tuple[KalmError | None, Receive]]]
 
 
 class BearerKeys:
@@ -72,24 +76,32 @@ class HttpGuard:
         keys: Who may enter.
         identity: Gives the fingerprint of the space, for the header of every answer.
         metrics: Where requests are counted.
+        refuse_early: Gives the error of a request that overload refuses, before the app spends time
+            on it, and a `receive` for the app if there is none.
         max_inside: Most requests that are let in at a time, so that they leave another door its
             share; None is no limit.
+        stopping: Whether the server is shutting down and takes no new work.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: BearerKeys,
         identity: Callable[[], str | None],
         metrics: Metrics,
+        refuse_early: RefuseEarly,
         max_inside: int | None,
+        stopping: Callable[[], bool],
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._keys = keys
         self._identity = identity
+        self._refuse_early = refuse_early
         self._max_inside = max_inside
         self._inside = 0
+        self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -115,22 +127,18 @@ class HttpGuard:
                     answer[ECHO_HEADER] = echo
             await send(message)
 
-        known = self._keys.know(headers.get("authorization", ""))
-        if scope["path"] not in OPEN_ROUTES and not known:
-            refusal = AuthenticationError("the bearer key is missing or wrong.")
+        refusal, receive = await self._refusal(scope, headers, receive)
+        if refusal is not None:
             await _refuse(refusal, scope, receive, send_with_names)
-            return
-        if self._inside == self._max_inside:
-            full = ServiceUnavailableError(
-                f"this container has {self._inside} requests over HTTP, which is all it takes; "
-                "--concurrency and --max-containers of `kalm deploy` raise that.",
-                RETRY_AFTER,
-            )
-            await _refuse(full, scope, receive, send_with_names)
             return
         self._inside += 1
         try:
             await self._app(scope, receive, send_with_names)
+        except asyncio.CancelledError:
+            if not self._stopping():
+                raise
+            if not started:
+                await _refuse(_stopped(), scope, receive, send_with_names)
         except Exception as error:
             # What nobody foresaw: to the log with its traceback, to the caller by its id.
             log.exception("request %s broke", request_id)
@@ -141,6 +149,25 @@ class HttpGuard:
             await _refuse(broken, scope, receive, send_with_names)
         finally:
             self._inside -= 1
+
+    async def _refusal(
+        self, scope: Scope, headers: Headers, receive: Receive
+    ) -> tuple[KalmError | None, Receive]:
+        """Why a request does not reach the app, if it does not; and a `receive` for the app."""
+        known = self._keys.know(headers.get("authorization", ""))
+        scope["state"]["authorized"] = known  # read by the server, which may have to close others
+        if scope["path"] not in OPEN_ROUTES and not known:
+            return AuthenticationError("the bearer key is missing or wrong."), receive
+        if self._stopping() and scope["path"] not in OPEN_ROUTES:
+            return _stopped(), receive
+        overload, receive = await self._refuse_early(scope, headers, receive)
+        if overload is None and self._inside == self._max_inside:
+            overload = ServiceUnavailableError(
+                f"this container has {self._inside} requests over HTTP, which is all it takes; "
+                "--concurrency and --max-containers of `kalm deploy` raise that.",
+                RETRY_AFTER,
+            )
+        return overload, receive
 
     def _count(self, scope: Scope, status: int) -> None:
         """Count the request by its end: an error's code, else "ok" or the status."""
@@ -157,6 +184,10 @@ def _request_id(headers: Headers, name: str) -> str:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _stopped() -> KalmError:
+    return ServiceUnavailableError("the service is stopping.", RETRY_AFTER)
 
 
 async def _refuse(error: KalmError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -24,8 +24,19 @@ class Metrics:
             buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120),
             registry=self._registry,
         )
-        self.inside = Gauge(
-            "kalm_texts_inside", "Texts waiting or computed", ["role"], registry=self._registry
+        self.in_progress = Gauge(
+            "kalm_texts_in_progress", "Texts queued or computed", ["role"], registry=self._registry
+        )
+        self.wait = Gauge(
+            "kalm_estimated_wait_seconds",
+            "Estimated wait of a new request",
+            ["role"],
+            registry=self._registry,
+        )
+        self.speed = Gauge(
+            "kalm_engine_tokens_per_second",
+            "Speed that admission has learnt from completed work; 0 before there was any",
+            registry=self._registry,
         )
         self.phases = Gauge(
             "kalm_start_seconds",

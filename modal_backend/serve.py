@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import logging
 import multiprocessing
@@ -13,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,21 +21,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-import uvicorn
 from pydantic import SecretStr
 
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.profiles import KALM
 from modal_backend import life
 from modal_backend.engines import Engine
-from modal_backend.engines.embedded import EmbeddedEngine
+from modal_backend.engines.embedded_process import ProcessEngine
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.http_api import create_app
 from modal_backend.http_guard import BearerKeys
+from modal_backend.http_server import HttpServer, ServerOptions, bind, raise_file_limit
+from modal_backend.log_output import never_block_on_output
 
 Load = Callable[[], Awaitable[Engine]]
 
-_GRACE: Final = 10  # seconds that answers in progress have to finish
+_CLOSE_SECONDS: Final = 3.0
+"""What closing the engine may take: a computation cannot be interrupted."""
 _VLLM_ENVIRONMENT: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # it tells much; what matters here is what went wrong
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -69,7 +71,13 @@ class Model:
 
 
 def serve(
-    model: Model | None, host: str, port: int, api_key: SecretStr | None, *, insecure: bool
+    model: Model | None,
+    host: str,
+    port: int,
+    api_key: SecretStr | None,
+    *,
+    insecure: bool,
+    options: ServerOptions = ServerOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve until interrupted, or until the engine dies.
 
@@ -79,37 +87,66 @@ def serve(
         port: Port to listen on; 0 takes a free one.
         api_key: What callers must present.
         insecure: Serve without a key. On a loopback address only.
+        options: How long connections and requests last, and who may call from a browser.
 
     Raises:
-        ConfigurationError: Neither a key nor `insecure`, `insecure` for other machines, a revision
-            of a folder, or an address that is taken.
+        ConfigurationError: Not exactly one of a key and `insecure`, a key that is not ASCII,
+            `insecure` for other machines, a revision of a folder, or an address that is taken.
         ImportError: vLLM is to be used and not installed.
         KalmError: The engine cannot be loaded, cannot be trusted, or died.
         KeyboardInterrupt: Ctrl-C; all is closed.
         SystemExit: Of status 143, by SIGTERM; all is closed.
     """
-    if api_key is not None and not api_key.get_secret_value().strip():
-        api_key = None
-    if api_key is None and not insecure:
+    keys = _keys(api_key, host, insecure=insecure)
+    with ExitStack() as cleanup:
+        listeners = bind(host, port)  # before a minute or more is spent on loading
+        for listener in listeners:
+            cleanup.callback(listener.close)
+        raise_file_limit()
+        _end_by_exception()
+        load: Load = _embedded
+        if model is not None:
+            _check(model)
+        never_block_on_output()
+        if model is not None:
+            _say(f"loading {model.model} with vLLM; a minute or more")
+            load = _Abandonable(model.load)
+        asyncio.run(_serve(load, listeners, keys, options, cleanup))
+
+
+def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[SecretStr] | None:
+    """What callers have to present; None serves without a key."""
+    key = api_key.get_secret_value().strip() if api_key else ""
+    if not key.isascii():
+        raise ConfigurationError(
+            "KALM_API_KEY has characters that are not ASCII, which HTTP headers cannot carry. "
+            "Choose another key, for instance the output of `openssl rand -hex 32`."
+        )
+    if key and insecure:
+        raise ConfigurationError(
+            "--insecure-no-auth serves without a key, but KALM_API_KEY is set. Leave out the "
+            "option, or unset the variable."
+        )
+    if key:
+        return [SecretStr(key)]
+    if not insecure:
         raise ConfigurationError(
             "a service without a key is open to everybody. Set KALM_API_KEY (for instance to the "
             "output of `openssl rand -hex 32`), or pass --insecure-no-auth to serve this machine "
             "only."
         )
-    if api_key is None and not _is_loopback(host):
+    if not _is_loopback(host):
         raise ConfigurationError(f"--insecure-no-auth is for 127.0.0.1 only, not for {host}.")
-    _check_free(host, port)  # before a minute or more is spent on loading
-    keys = BearerKeys([api_key] if api_key else None)
-    _end_by_exception()
-    load: Load = _embedded
-    if model is not None:
-        _check(model)
-        _say(f"loading {model.model} with vLLM; a minute or more")
-        load = _Abandonable(model.load)
-    asyncio.run(_serve(load, host, port, keys))
+    return None
 
 
-async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
+async def _serve(
+    load: Load,
+    listeners: list[socket.socket],
+    keys: list[SecretStr] | None,
+    options: ServerOptions,
+    cleanup: ExitStack,
+) -> None:
     # What it would log with a traceback is raised here, and said once.
     life.log.setLevel(logging.CRITICAL)
     container = life.Life(load, "off")
@@ -118,12 +155,18 @@ async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
         failure = container.failure
         if failure is not None:
             raise copy(failure)
-        app = create_app(container.service, keys=keys, phases=container.phases)
-        config = uvicorn.Config(
-            app, host=host, port=port, timeout_graceful_shutdown=_GRACE, server_header=False
+        app = create_app(
+            container.service,
+            keys=BearerKeys(keys),
+            phases=container.phases,
+            stopping=lambda: server.stopping,
+            cors_origins=options.cors_origins,
         )
         space = container.service.identity
-        server = _Server(config, f"{space.model}, identity {space.fingerprint}")
+        authentication = "key required" if keys else "NO AUTHENTICATION"
+        what = f"{space.model}, identity {space.fingerprint}, {authentication}"
+        server = HttpServer(app, listeners, options, end_now=_abandon)
+        server.on_ready = lambda: _say(f"ready: {what}, on {server.address}")
 
         async def give_way() -> None:
             server.should_exit = True
@@ -133,6 +176,12 @@ async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
             await server.serve()  # at its end raises what signal came
         finally:
             watching.cancel()
+            if server.signal is not None:
+                # A computation cannot be interrupted, and closing would wait for it.
+                limit = threading.Timer(_CLOSE_SECONDS, _abandon, (server.signal, None))
+                limit.daemon = True
+                limit.start()
+                cleanup.callback(limit.cancel)
         failure = container.failure
         if failure is not None:
             reason = failure.args[0]  # the error's own remedy is for callers
@@ -141,23 +190,8 @@ async def _serve(load: Load, host: str, port: int, keys: BearerKeys) -> None:
         await container.close()
 
 
-class _Server(uvicorn.Server):
-    """Says where it listens, and what is served there."""
-
-    def __init__(self, config: uvicorn.Config, what: str) -> None:
-        super().__init__(config)
-        self._what = what
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port, *_ = self.servers[0].sockets[0].getsockname()
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            _say(f"ready: {self._what}, on http://{address}")
-
-
 async def _embedded() -> Engine:
-    return EmbeddedEngine.load()
+    return ProcessEngine.load()
 
 
 def _check(model: Model) -> None:
@@ -224,24 +258,6 @@ def _abandon(number: int, _: FrameType | None) -> None:
     for process in multiprocessing.active_children():
         process.kill()
     os._exit(128 + number)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Whether the server will be able to listen there, as far as can be told without listening."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise ConfigurationError(f"--host {host}: {error.strerror}.") from error
-    for family, kind, protocol, _, address in addresses:
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind(address)
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
-                    raise ConfigurationError(
-                        f"cannot listen on {host}:{port}: {error.strerror}."
-                    ) from error
 
 
 def _is_loopback(host: str) -> bool:

@@ -30,7 +30,11 @@ from modal_backend.engines.out_of_order import OutOfOrderEngine
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
+MAX_QUERY_CHARACTERS: Final = 8192
+"""Most characters in a request that goes before documents."""
 _ROWS_AT_ONCE: Final = 16
+_LOOP_CHARACTERS: Final = 65_536
+"""More are checked in a thread, so that the event loop does not stall."""
 
 
 class EmbeddingService:
@@ -39,7 +43,7 @@ class EmbeddingService:
     def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self.engine = engine
         """May be replaced, when a container finds its engine wrong."""
-        self._admission = admission or Admission()
+        self.admission = admission or Admission()
 
     @property
     def failure(self) -> KalmError | None:
@@ -67,9 +71,19 @@ class EmbeddingService:
         return self.engine.query_template
 
     @property
-    def inside(self) -> dict[Role, int]:
-        """Texts waiting or computed, by role."""
-        return self._admission.inside
+    def in_progress(self) -> dict[Role, int]:
+        """Texts queued or computed, by role."""
+        return self.admission.in_progress
+
+    def check_admission(self, request: EmbedRequest) -> None:
+        """Refuse a request that `embed` would refuse for want of room, at less cost than it does.
+
+        Raises:
+            ServiceUnavailableError: It would not finish in time; says when to retry.
+        """
+        if self.admission.refusing:
+            role = _scheduled_role(request)
+            self.admission.check(role, request.texts, request.timeout)
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Answer one request.
@@ -78,8 +92,8 @@ class EmbeddingService:
             InvalidInputError: Texts that cannot be embedded, by index within the request.
             ConfigurationError: Dimensions that the engine does not have.
             RequestTooLargeError: Over `MAX_TEXTS` texts.
-            DeadlineExceededError: `request.timeout` passed.
-            ServiceUnavailableError: Too much is waiting already.
+            DeadlineExceededError: `request.timeout` passed, or will before all is embedded.
+            ServiceUnavailableError: Too much is queued for it to finish in time.
             InvalidResponseError: The engine gave wrong vectors, or too few. None is handed out.
             KalmError: `failure`, if there is one.
         """
@@ -95,13 +109,19 @@ class EmbeddingService:
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
-        texts = list(request.texts)
-        if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
-            texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
-        texts = inputs.check(texts, request.truncate)
-        with self._admission.admit(request.role, len(texts)):
+        role = _scheduled_role(request)
+        if _characters(request) <= _LOOP_CHARACTERS:
+            texts, digest = _prepare(request)
+        else:
+            texts, digest = await asyncio.to_thread(_prepare, request)
+        request = replace(request, texts=texts)  # what was cut off need not stay in memory
+        with self.admission.admit(role, texts, request.timeout) as admitted:
             output = await self.engine.embed(
-                texts, role=request.role, truncate=request.truncate, deadline=deadline
+                texts,
+                role=role,
+                truncate=request.truncate,
+                deadline=deadline,
+                progress=admitted.progress,
             )
         if output.vectors.shape != (len(texts), self.engine.dimensions[0]):
             raise InvalidResponseError(
@@ -130,12 +150,33 @@ class EmbeddingService:
             vectors=vectors,
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
-            digest=request.digest(),
+            digest=digest,
         )
 
     async def close(self) -> None:
         """Close the engine."""
         await self.engine.close()
+
+
+def _characters(request: EmbedRequest) -> int:
+    return sum(len(text) for text in request.texts if isinstance(text, str))
+
+
+def _scheduled_role(request: EmbedRequest) -> Role:
+    """The role by which a request is queued: a query that is long would hold up all others."""
+    return request.role if _characters(request) <= MAX_QUERY_CHARACTERS else "document"
+
+
+def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
+    """The texts that the engine gets, and the digest of the request.
+
+    Raises:
+        InvalidInputError: Texts that cannot be embedded.
+    """
+    texts = request.texts
+    if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
+        texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
+    return inputs.check(texts, request.truncate), request.digest()
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from kalm_integrations.errors import KalmError
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
+from modal_backend.engines import EngineOutput, Progress, no_progress
 
 Vectors = np.ndarray[Any, Any]
 
@@ -49,7 +49,13 @@ class ScriptedEngine:
         self.asked: list[tuple[list[str], dict[str, Any]]] = []
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
         self.asked.append((list(texts), {"role": role, "truncate": truncate, "deadline": deadline}))
         self._note("embed")

@@ -12,27 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from scripted import vector_of, vectors_of
 
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import Usage
 from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, EmbedRequest, pack
+from modal_backend.http_server import HttpServer, ServerOptions, bind
 
 
 @contextmanager
-def serving(app: Any, **options: Any) -> Iterator[str]:
-    """Serve an ASGI app on a free port of loopback; yields its base URL."""
-    config = uvicorn.Config(app, port=0, log_level="warning", **options)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+def serving(app: Any, server_options: ServerOptions | None = None, **options: Any) -> Iterator[str]:
+    """Serve an ASGI app on a free port of loopback, as `kalm serve` does; yields its base URL."""
+    server = HttpServer(
+        app, bind("127.0.0.1", 0), server_options or ServerOptions(), log_level="warning", **options
+    )
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    scheme = "https" if config.is_ssl else "http"
     try:
-        yield f"{scheme}://127.0.0.1:{port}"
+        yield server.address
     finally:
         server.should_exit = True
         thread.join()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,14 @@ from kalm_integrations.errors import InvalidResponseError, KalmError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import Truncate
+
+Progress = Callable[[int], None]
+"""Called with the number of texts that are computed so far, the first ones of the call. It may
+raise to end the call."""
+
+
+def no_progress(texts: int) -> None:
+    """A `Progress` that does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,13 @@ class Engine(Protocol):
     def query_template(self) -> str: ...
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
         """Embed texts, queries before documents.
 
@@ -56,6 +70,8 @@ class Engine(Protocol):
             role: Chooses the priority.
             truncate: For texts over `max_tokens`.
             deadline: On the clock of `time.monotonic`; what has not started by then is dropped.
+            progress: Called on the event loop, before the first text is computed and while the
+                others are.
 
         Raises:
             InputTooLongError: Texts over `max_tokens`, with truncate="error"; all are named.

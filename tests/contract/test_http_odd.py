@@ -255,6 +255,18 @@ class TestServer:
             (MEDIA_TYPE, MEDIA_TYPE),
             (f"application/json;q=0.5, {MEDIA_TYPE.upper()}; q=1", MEDIA_TYPE),
             (f"{MEDIA_TYPE};q=0", "application/json"),
+            (f"{MEDIA_TYPE};q=0.5, application/json;q=0.4", MEDIA_TYPE),
+            (f"{MEDIA_TYPE};q=0.4, application/json;q=0.5", "application/json"),
+            (f"{MEDIA_TYPE};q=0.5, */*;q=0.4", MEDIA_TYPE),
+            (f"{MEDIA_TYPE};q=0.5, */*", "application/json"),
+            (f"{MEDIA_TYPE}, */*", "application/json"),  # JSON is among "*/*": a tie
+            (f"{MEDIA_TYPE}, application/json", "application/json"),
+            (f"application/*;q=0.9, application/json;q=0.1, {MEDIA_TYPE};q=0.2", MEDIA_TYPE),
+            ("application/*, application/json;q=0", MEDIA_TYPE),
+            (f"{MEDIA_TYPE};q=much", "application/json"),
+            (f"{MEDIA_TYPE};q=2", "application/json"),
+            ("text/html", "application/json"),
+            (",;,;q=,", "application/json"),
             ("*/*", "application/json"),
         ],
     )
@@ -276,7 +288,7 @@ class TestServer:
             ]
             answers = [each() for each in asks]
             page = ask(f"{url}/metrics", key="k").body.decode()
-        codes = ["invalid_api_key", "not_found", "invalid_request", "unexpected"]
+        codes = ["invalid_api_key", "not_found", "request_too_large", "unexpected"]
         assert [answer.error["code"] for answer in answers] == codes
         for answer, code in zip(answers, codes, strict=True):
             assert answer.headers[IDENTITY_HEADER] == EMBEDDED.space.fingerprint

@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
     "no input": ({}, 400, "invalid_request", "input: Field required"),
     "token ids": ({"input": [1, 2]}, 400, "invalid_argument", "token ids"),
     "lists of token ids": ({"input": [[1], [2]]}, 400, "invalid_argument", "token ids"),
-    "an empty list": ({"input": []}, 400, "invalid_argument", "neither a string nor a list"),
+    "an empty list": ({"input": []}, 400, "invalid_argument", "empty"),
     "a number": ({"input": 7}, 400, "invalid_argument", "neither a string nor a list"),
     "an empty text": ({"input": ["a", ""]}, 400, "invalid_input", r"texts\[1\] is empty"),
     "null": ({"input": ["a", None]}, 400, "invalid_input", r"texts\[1\] is None"),
@@ -236,7 +236,7 @@ class TestOtherRoutes:
         after = [count(name) for name in ("kalm_texts_total", 'kalm_requests_total{code="ok"}')]
         assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1]
         assert count('kalm_request_seconds_count{role="document"}') >= 1
-        assert count("kalm_texts_inside") == 0
+        assert count("kalm_texts_in_progress") == 0
 
 
 class SlowEngine:
@@ -332,8 +332,8 @@ class TestLoad:
         refused = [answer for answer in answers if answer.status == 503]
         assert len(refused) == 1
         assert refused[0].headers["Retry-After"] == "2"
-        assert "4 document texts are waiting already" in refused[0].error["message"]
-        assert service.inside == {"query": 0, "document": 0}
+        assert refused[0].error["code"] == "service_unavailable"
+        assert service.in_progress == {"query": 0, "document": 0}
 
     def test_our_client_waits_out_an_overload(self, quick_retries: None) -> None:
         service = EmbeddingService(SlowEngine(0.05), Admission({"document": 3, "query": 2}))

@@ -73,6 +73,21 @@ def test_a_service_open_to_everybody_is_refused(capsys: pytest.CaptureFixture[st
     assert "--insecure-no-auth is for 127.0.0.1 only, not for 0.0.0.0" in said
 
 
+def test_a_key_that_no_header_can_carry_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, key="schlüssel")
+    assert "KALM_API_KEY" in message
+    assert "schlüssel" not in message
+
+
+def test_a_key_and_no_authentication_contradict_each_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = refused(capsys, "--insecure-no-auth", key="secret-key")
+    assert "--insecure-no-auth" in message
+    assert "KALM_API_KEY" in message
+    assert "secret-key" not in message
+
+
 @pytest.mark.parametrize("engine", ["embedded", "vllm"])
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], engine: str
@@ -114,6 +129,6 @@ def test_it_serves_until_it_is_told_to_stop(number: signal.Signals, status: int)
                 process.send_signal(number)
         assert process.wait(10) == status
     model = "universal-sentence-encoder-multilingual-3"
-    ready = rf"kalm serve: ready: {model}, identity {EMBEDDED.space.fingerprint}, on http://127\.0\.0\.1:\d+\n"
+    ready = rf"kalm serve: ready: {model}, identity {EMBEDDED.space.fingerprint}, key required, on http://127\.0\.0\.1:\d+\n"
     assert [line for line in said if re.fullmatch(ready, line)]
     assert "Traceback" not in "".join(said)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 PACKAGES = ("kalm_integrations", "modal_backend")
 NAMED = {
-    "modal_backend.engines.turns": {"kalm_integrations.batching.estimate_tokens"},
+    "modal_backend.admission": {"kalm_integrations.batching.estimate_tokens"},
+    "modal_backend.engines.priority_lock": {"kalm_integrations.batching.estimate_tokens"},
     "modal_backend.service": {"kalm_integrations.verify.wrong_rows"},
     "modal_backend.settings": {"kalm_integrations.settings.DEFAULT_APP"},
 }

@@ -17,7 +17,7 @@ from kalm_integrations.evaluation.quantization import USUAL_KS
 from kalm_integrations.evaluation.texts import MOST_DERIVED
 from kalm_integrations.lines import TEXT_COLUMN
 from kalm_integrations.settings import ClientSettings
-from modal_backend import admission, http_api, service
+from modal_backend import admission, http_api, openai_schema, service
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -193,5 +193,14 @@ def test_the_limits_of_the_http_door() -> None:
     assert shown["body"] == f"{http_api.MAX_BODY_BYTES // 2**20} MiB"
     assert shown["texts in a request"] == f"{service.MAX_TEXTS:,}"
     assert shown["characters in a text"] == f"{inputs.MAX_CHARACTERS:,}"
-    assert shown["texts waiting, documents"] == f"{admission.MAX_WAITING['document']:,}"
-    assert shown["texts waiting, queries"].startswith(f"{admission.MAX_WAITING['query']:,}")
+    assert shown["characters in an instruction"] == f"{openai_schema.MAX_INSTRUCTION:,}"
+    prompted = "characters in all texts, with the instruction in each"
+    assert shown[prompted] == f"{openai_schema.MAX_PROMPTED:,}"
+    priority = next(row for row in documented if row[0] == "`priority`")
+    assert f"{service.MAX_QUERY_CHARACTERS:,}" in priority[2]
+    for role, name in (("document", "documents"), ("query", "queries")):
+        assert shown[f"texts queued, {name}"] == f"{admission.MAX_WAITING[role]:,}"  # type: ignore[index]
+        wait = f"{admission.MAX_WAIT[role]:g} s"  # type: ignore[index]
+        assert shown[f"estimated wait, {name}"] == wait
+    share = f"{admission.DEADLINE_SHARE:.0%} of `X-Kalm-Timeout`"
+    assert shown["estimated wait and service"] == share

@@ -34,8 +34,8 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import profile_of
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput, check_shape
-from modal_backend.engines.turns import PRIORITY, Turns, pieces
+from modal_backend.engines import EngineOutput, Progress, check_shape, no_progress
+from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
 from modal_backend.engines.vllm import process
 from modal_backend.engines.vllm.config import VLLMOptions, check, dimensions_of, identity_of
 from modal_backend.engines.vllm.tokenizer import Tokenizer
@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 
 # Texts that are tokenized, or handed to vLLM, in one go: what the event loop, and a query that
 # has just come, may have to wait for.
-_PIECE_TEXTS: Final = 64
-_PIECE_TOKENS: Final = 16_384
+_CHUNK_TEXTS: Final = 64
+_CHUNK_TOKENS: Final = 16_384
 _DEAD_CHECK: Final = 0.25
 
 
@@ -84,7 +84,7 @@ class VLLMEngine:
         self._tokenizer = Tokenizer(llm.get_tokenizer(), self.max_tokens)
         self._guard = guard
         self._cores = process.cores(llm)
-        self._turns = Turns()
+        self._lock = PriorityLock()
         self._worker = Worker("kalm-tokenizer")
         self._numbers = itertools.count()
         self._params = _params()
@@ -163,7 +163,13 @@ class VLLMEngine:
             llm = None
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
         """See `Engine.embed`."""
         self._check_usable()
@@ -173,7 +179,7 @@ class VLLMEngine:
         try:
             async with asyncio.timeout_at(deadline) as limit:
                 ids = await self._tokenized(texts, role, truncate)
-                vectors = await self._vectors(ids, PRIORITY[role])
+                vectors = await self._vectors(ids, PRIORITY[role], progress)
         except TimeoutError:
             if limit.expired():
                 raise DeadlineExceededError(
@@ -254,19 +260,22 @@ class VLLMEngine:
     async def _tokenized(
         self, texts: Sequence[str], role: Role, truncate: Truncate
     ) -> list[list[int]]:
-        place = self._turns.place(PRIORITY[role])
+        place = self._lock.place(PRIORITY[role])
         ids: list[list[int]] = []
         too_long: list[InvalidText] = []
-        for start, piece in pieces(texts, most_texts=_PIECE_TEXTS, most_tokens=_PIECE_TOKENS):
-            async with self._turns.turn(place):
-                more, long = await self._worker.run(self._tokenizer.encode, piece, truncate, start)
+        for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
+            async with self._lock.hold(place):
+                more, long = await self._worker.run(self._tokenizer.encode, chunk, truncate, start)
             ids += more
             too_long += long
         if too_long:
             raise InputTooLongError.of(too_long)
         return ids
 
-    async def _vectors(self, ids: list[list[int]], priority: int) -> np.ndarray[Any, Any]:
+    async def _vectors(
+        self, ids: list[list[int]], priority: int, progress: Progress
+    ) -> np.ndarray[Any, Any]:
+        progress(0)
         vectors = np.empty((len(ids), self.dimensions[0]), dtype=np.float32)
         # Not `AsyncLLM.encode`: that needs a task for each text, and CPUs have short ones to carry
         # at 1,500 a second. vLLM keeps what is there until it is asked for.
@@ -275,12 +284,13 @@ class VLLMEngine:
         try:
             for number, tokens in enumerate(ids, 1):
                 requests.append(await self._request(tokens, priority))
-                if number % _PIECE_TEXTS == 0:
+                if number % _CHUNK_TEXTS == 0:
                     await asyncio.sleep(0)
-            for row, request in zip(vectors, requests, strict=True):
+            for number, request in enumerate(requests):
                 output = (await request.get()).outputs.data.numpy()
-                check_shape(output, row.shape)
-                row[:] = output
+                check_shape(output, vectors[number].shape)
+                vectors[number] = output
+                progress(number + 1)
         except BaseException as error:  # noqa: BLE001 (raised below)
             failure = error
             if not self._closed:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
-from modal_backend.engines.turns import PRIORITY
+from modal_backend.engines.priority_lock import PRIORITY
 
 FILL: Final = 512
 """Tokens of a step that has queries, filled up with documents: few, and a card is used well."""

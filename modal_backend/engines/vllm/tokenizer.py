@@ -7,6 +7,7 @@ from typing import Any
 
 from kalm_integrations.errors import EngineLoadError, InvalidText
 from kalm_integrations.wire import Truncate
+from modal_backend.engines.long_texts import beginning, reason
 
 
 class Tokenizer:
@@ -38,17 +39,24 @@ class Tokenizer:
         self, texts: Sequence[str], truncate: Truncate, start: int
     ) -> tuple[list[list[int]], list[InvalidText]]:
         """Token ids of `texts`; those that are too long, their indices counted from `start`."""
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        read = [beginning(text, self._count, self._room) for text in texts]
+        encoded = self._backend.encode_batch_fast(
+            [enough for enough, _ in read], add_special_tokens=False
+        )
         too_long: list[InvalidText] = []
         ids: list[list[int]] = []
-        for row, encoding in enumerate(encoded, start):
+        for row, (encoding, (_, about)) in enumerate(zip(encoded, read, strict=True), start):
             tokens = len(encoding)
             if tokens > self._room:
                 if truncate == "error":
-                    over = tokens + self._max_tokens - self._room
-                    reason = f"is too long: {over:,} tokens, over the limit of {self._max_tokens:,}"
-                    too_long.append(InvalidText(row, reason))
+                    over = (about or tokens) + self._max_tokens - self._room
+                    why = reason(over, self._max_tokens, exact=about is None)
+                    too_long.append(InvalidText(row, why))
                     continue
                 encoding.truncate(self._room)
             ids.append(self._backend.post_process(encoding).ids)
         return ids, too_long
+
+    def _count(self, text: str) -> int:
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return len(encoding)

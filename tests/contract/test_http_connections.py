@@ -1,0 +1,276 @@
+"""Connections of the HTTP server: slow ones, idle ones, too many of them, and `Upgrade`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from serving import serving
+
+from modal_backend import http_connections, http_server
+from modal_backend.engines import EngineOutput
+from modal_backend.engines.embedded import EmbeddedEngine
+from modal_backend.http_api import create_app
+from modal_backend.http_guard import BearerKeys
+from modal_backend.http_server import ServerOptions
+from modal_backend.service import EmbeddingService
+
+KEY = "correct-horse"
+AUTHORIZATION = f"Authorization: Bearer {KEY}\r\n"
+BODY = json.dumps({"input": "How tall is K2?"})
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+SLOW = 0.4
+
+
+@cache
+def engine() -> EmbeddedEngine:
+    return EmbeddedEngine.load()
+
+
+class SlowEngine:
+    """The embedded engine, after a while."""
+
+    def __init__(self) -> None:
+        self._real = engine()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    async def embed(self, texts: Sequence[str], **options: Any) -> EngineOutput:
+        await asyncio.sleep(SLOW)
+        return await self._real.embed(texts, **options)
+
+
+def post(fields: str = "", body: str = BODY, key: str = AUTHORIZATION) -> bytes:
+    """A request to embed."""
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{key}{fields}"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+@contextmanager
+def server(slow: SlowEngine | None = None, **options: Any) -> Iterator[int]:
+    """A server of ours; its port."""
+    service = EmbeddingService(slow or engine())
+    app = create_app(service, keys=BearerKeys([SecretStr(KEY)]))
+    with serving(app, **options) as url:
+        yield int(url.rpartition(":")[2])
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """One answer; of status 0 if the connection ends without one."""
+    with connection.makefile("rb") as file:
+        first = file.readline()
+        if not first:
+            return 0, {}, b""
+        headers = {}
+        while line := file.readline().strip():
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        return int(first.split()[1]), headers, file.read(int(headers.get("content-length", 0)))
+
+
+def query(port: int, request: bytes = b"") -> int:
+    """The status of a query on a new connection."""
+    with connect(port) as connection:
+        connection.sendall(request or post())
+        return answer(connection)[0]
+
+
+def drip(connection: socket.socket, data: bytes) -> None:
+    """Send slowly, until the other side does not want more."""
+    try:
+        for i in range(len(data)):
+            connection.sendall(data[i : i + 1])
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+@pytest.fixture
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(http_connections, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(http_connections, "STALLED_SECONDS", 0.3)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The server may have only so many connections."""
+    monkeypatch.setattr(http_server, "connection_limit", lambda: 6)
+    return 6
+
+
+class TestDeadlines:
+    @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+    @pytest.mark.parametrize("before", [b"", HEALTH])
+    def test_no_complete_header(self, short_times: None, sent: bytes, before: bytes) -> None:
+        with server(server_options=ServerOptions(keep_alive=1)) as port, connect(port) as slow:
+            if before:
+                slow.sendall(before)
+                assert answer(slow)[0] == 200
+            slow.sendall(sent)
+            assert slow.recv(1) == b""
+
+    def test_a_header_that_drips(self, short_times: None) -> None:
+        with server() as port, connect(port) as slow:
+            drip(slow, b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 400)
+            with pytest.raises(OSError):  # noqa: PT011 (EPIPE or ECONNRESET)
+                for _ in range(100):
+                    slow.sendall(b"x" * 10_000)
+
+    def test_a_body_that_drips(self, short_times: None) -> None:
+        with server() as port, connect(port) as slow:
+            slow.sendall(post(body=" " * 9_000)[:-9_000])
+            sending = threading.Thread(target=drip, args=(slow, b" " * 200))
+            sending.start()
+            status, headers, _ = answer(slow)
+            assert (status, headers["connection"]) == (408, "close")
+            sending.join()
+
+    def test_a_body_that_drips_after_its_refusal(self, short_times: None) -> None:
+        with server() as port, connect(port) as slow:
+            slow.sendall(post(key="", body=" " * 9_000)[:-9_000])
+            assert answer(slow)[0] == 401
+            drip(slow, b" " * 200)
+            with pytest.raises(OSError):  # noqa: PT011
+                for _ in range(100):
+                    slow.sendall(b" " * 10)
+                    time.sleep(0.01)
+
+    def test_answers_that_nobody_reads(self, short_times: None) -> None:
+        with server() as port, connect(port) as deaf:
+            deaf.settimeout(0.2)
+            with pytest.raises(ConnectionError):
+                while True:
+                    try:
+                        deaf.sendall(HEALTH * 1_000)
+                    except TimeoutError:
+                        time.sleep(0.1)
+
+    def test_idle_connections_are_kept_as_long_as_the_option_says(self) -> None:
+        assert ServerOptions().keep_alive == 75
+        with server(server_options=ServerOptions(keep_alive=1)) as port, connect(port) as idle:
+            idle.sendall(HEALTH)
+            assert answer(idle)[0] == 200
+            start = time.monotonic()
+            assert idle.recv(1) == b""
+            assert time.monotonic() - start > 0.9
+
+
+class TestTooMany:
+    @pytest.mark.parametrize("sent", [b"", b"POST /v1/embeddings HTTP/1.1\r\nX: ", HEALTH])
+    def test_connections_without_a_key_make_room(self, few: int, sent: bytes) -> None:
+        with server() as port, ExitStack() as stack:
+            for _ in range(10 * few):
+                stranger = stack.enter_context(connect(port))
+                stranger.sendall(sent)
+            assert [query(port) for _ in range(3)] == [200] * 3
+
+    def test_whoever_makes_room_is_told_when_to_come_back(self, few: int) -> None:
+        with server() as port, ExitStack() as stack:
+            first = stack.enter_context(connect(port))
+            for _ in range(3 * few):
+                stack.enter_context(connect(port))
+            status, headers, body = answer(first)
+        assert (status, headers["connection"]) == (503, "close")
+        assert int(headers["retry-after"]) >= 1
+        assert json.loads(body)["error"]["code"] == "service_unavailable"
+
+    def test_requests_with_a_key_wait_and_none_is_lost(self, few: int) -> None:
+        with server(SlowEngine()) as port, ThreadPoolExecutor(5 * few) as pool:
+            assert set(pool.map(lambda _: query(port), range(5 * few))) == {200}
+
+    def test_connections_that_are_kept_give_way_in_order(self, few: int) -> None:
+        with server(SlowEngine()) as port, ExitStack() as stack:
+            kept = [stack.enter_context(connect(port)) for _ in range(few)]
+            for connection in kept:
+                connection.sendall(post())
+            time.sleep(SLOW / 4)  # all are busy now
+            waiting = stack.enter_context(connect(port))
+            waiting.sendall(post())
+            answers = [answer(connection) for connection in kept]
+            assert {status for status, *_ in answers} == {200}
+            assert "close" in {headers.get("connection") for _, headers, _ in answers}
+            assert answer(waiting)[0] == 200
+
+    def test_the_limit_leaves_files_for_others(self) -> None:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        try:
+            assert 0 < http_server.connection_limit() <= 512 - 64
+            http_server.raise_file_limit()
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 2**20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+UPGRADES = {
+    "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n",
+    "websocket": "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+    "other": "upgrade: TLS/1.3\r\nconnection: keep-alive, upgrade\r\n",
+}
+
+
+class TestUpgrade:
+    @pytest.mark.parametrize("name", UPGRADES)
+    def test_it_is_ignored(self, name: str) -> None:
+        with server() as port, connect(port) as connection:
+            for _ in range(3):  # on one connection, as Java's client does
+                connection.sendall(post(UPGRADES[name]))
+                status, _, body = answer(connection)
+                assert (status, len(json.loads(body)["data"])) == (200, 1)
+
+    def test_in_pieces(self) -> None:
+        request = post(UPGRADES["h2c"])
+        with server() as port, connect(port) as connection:
+            for start in range(0, len(request), 40):
+                connection.sendall(request[start : start + 40])
+                time.sleep(0.01)
+            assert answer(connection)[0] == 200
+
+    def test_in_a_chunked_request(self) -> None:
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}{UPGRADES['h2c']}"
+        chunked = f"Transfer-Encoding: chunked\r\n\r\n{len(BODY):x}\r\n{BODY}\r\n0\r\n\r\n"
+        with server() as port:
+            assert query(port, (head + chunked).encode()) == 200
+
+    def test_a_crowd_of_them_is_refused_at_once(self) -> None:
+        many = HEALTH.replace(b"\r\n\r\n", f"\r\n{UPGRADES['h2c']}\r\n".encode()) * 1_000
+        with server() as port, connect(port) as connection:
+            connection.sendall(many)
+            while connection.recv(65_536):
+                pass
+            assert query(port) == 200
+
+
+class TestHeaders:
+    def test_a_header_without_end(self) -> None:
+        with server() as port, connect(port) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+            for _ in range(40):
+                connection.sendall(b"X-Large: " + b"x" * 2_000 + b"\r\n")
+            assert answer(connection)[0] == 431
+
+    @pytest.mark.parametrize("request_", [b"\0\1\2\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"])
+    def test_what_is_no_request(self, request_: bytes, caplog: pytest.LogCaptureFixture) -> None:
+        with server() as port:
+            assert query(port, request_) == 400
+        assert caplog.records == []

@@ -1,0 +1,74 @@
+"""Of a text far over the model's length, enough is tokenized and not all."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from modal_backend.engines.embedded import MAX_TOKENS, EmbeddedEngine
+from modal_backend.engines.long_texts import beginning
+
+
+class Words:
+    """A tokenizer whose tokens are words; counts the characters that it has read."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def count(self, text: str) -> int:
+        self.characters += len(text)
+        return len(text.split())
+
+
+@pytest.mark.parametrize("words", [0, 1, 2_000, 10_000, 50_000])
+def test_no_more_is_read_than_it_takes(words: int) -> None:
+    text, tokenizer = "abcd " * words, Words()
+    enough, about = beginning(text, tokenizer.count, 10_000)
+    assert text.startswith(enough)
+    if about is None:
+        assert enough == text
+        assert words <= 13_000
+    else:
+        assert tokenizer.count(enough) > 10_000
+        assert about == pytest.approx(words, rel=0.05)
+    assert tokenizer.characters < 150_000
+
+
+@pytest.fixture(scope="module")
+def engine() -> EmbeddedEngine:
+    return EmbeddedEngine.load()
+
+
+@pytest.mark.parametrize(
+    "alphabet",
+    ["abcdefghij    ", "\ufdfa \u33a5ab", "日本語猫山 。", "a\u0301 ", " \u200b\tab", "0123.,"],
+)
+def test_a_cut_text_has_the_tokens_of_its_beginning(engine: EmbeddedEngine, alphabet: str) -> None:
+    text = "".join(random.Random(alphabet).choices(alphabet, k=60_000))
+    whole = engine._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True)
+    assert len(whole) > MAX_TOKENS
+    ((cut,), too_long) = engine._tokenize([text], "end", 0)
+    assert not too_long
+    assert cut == [*whole[: MAX_TOKENS - 1], whole[-1]]
+    (nothing, (refused,)) = engine._tokenize([text], "error", 7)
+    assert (nothing, refused.index) == ([], 7)
+
+
+def test_expanding_characters_are_not_all_expanded(engine: EmbeddedEngine) -> None:
+    read: list[int] = []
+    encode = engine._tokenizer.encode
+    engine._tokenizer.encode = lambda text, **o: (read.append(len(text)), encode(text, **o))[1]
+    try:
+        for truncate in ("end", "error"):
+            engine._tokenize(["\ufdfa" * 262_144], truncate, 0)  # type: ignore[arg-type]
+    finally:
+        engine._tokenizer.encode = encode
+    assert sum(read) < 40_000
+
+
+def test_texts_around_the_limit_are_judged_by_all_their_tokens(engine: EmbeddedEngine) -> None:
+    fits = "word " * (MAX_TOKENS - 2)
+    lengths = [len(engine._tokenize([text], "error", 0)[0]) for text in (fits, fits + "word")]
+    assert [before - after for before, after in pairwise(lengths)] == [1]
