@@ -8,6 +8,7 @@ delayed every other answer.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 import signal
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from kalm_integrations.wire import Truncate
 from modal_backend.engines.embedded import EmbeddedEngine
 
 _CHECK_SECONDS: Final = 0.25
-_STOP_SECONDS: Final = 5.0
 
 
 class ProcessEngine(EmbeddedEngine):
@@ -46,6 +46,7 @@ class ProcessEngine(EmbeddedEngine):
         ours, theirs = context.Pipe()
         process = context.Process(target=_run, args=(theirs,), name="kalm-engine", daemon=True)
         process.start()
+        atexit.register(process.kill)  # before multiprocessing waits for its end
         theirs.close()
         try:
             identity, error = ours.recv()
@@ -90,9 +91,9 @@ class ProcessEngine(EmbeddedEngine):
         if self._closed:
             return
         self._closed = True
-        self._process.terminate()
-        await asyncio.to_thread(self._process.join, _STOP_SECONDS)
         self._process.kill()
+        await asyncio.to_thread(self._process.join)
+        atexit.unregister(self._process.kill)
         await super().close()
         self._connection.close()
 
@@ -104,7 +105,10 @@ class ProcessEngine(EmbeddedEngine):
 
 def _run(connection: Connection) -> None:
     """The process: answer until the other end of the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal
+    # Ctrl-C, and a supervisor's SIGTERM, go to every process of a group. It is for the server to end
+    # this one, when all is answered.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         engine = EmbeddedEngine.load()
     except KalmError as error:
