@@ -105,8 +105,8 @@ class ProcessEngine(EmbeddedEngine):
 
 def _run(connection: Connection) -> None:
     """The process: answer until the other end of the connection is closed."""
-    # Ctrl-C, and a supervisor's SIGTERM, go to every process of a group. It is for the server to end
-    # this one, when all is answered.
+    # Ctrl-C, and a supervisor's SIGTERM, go to all processes of a group. The server ends this one
+    # when everything is answered.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
