@@ -9,7 +9,7 @@ import numpy as np
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
+from modal_backend.engines import EngineOutput, Progress, no_progress
 
 MODEL = "instant"
 DIMENSIONS = 3840
@@ -28,7 +28,13 @@ class InstantEngine:
         self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     async def embed(
-        self, texts: Sequence[str], *, role: Role, truncate: Truncate, deadline: float | None
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        truncate: Truncate,
+        deadline: float | None,
+        progress: Progress = no_progress,
     ) -> EngineOutput:
         return EngineOutput(self.rows[: len(texts)], len(texts))
 

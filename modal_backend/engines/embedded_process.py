@@ -11,6 +11,7 @@ second, and no query should wait for it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 import signal
 import threading
@@ -30,7 +31,6 @@ from kalm_integrations.wire import Truncate
 from modal_backend.engines.embedded import EmbeddedEngine, Thread
 
 _CHECK_SECONDS: Final = 0.25
-_STOP_SECONDS: Final = 5.0
 
 
 class ProcessEngine(EmbeddedEngine):
@@ -54,6 +54,7 @@ class ProcessEngine(EmbeddedEngine):
             target=_run, args=(its_short, its_long), name="kalm-engine", daemon=True
         )
         process.start()
+        atexit.register(process.kill)  # before multiprocessing waits for its end
         its_short.close()
         its_long.close()
         try:
@@ -102,9 +103,9 @@ class ProcessEngine(EmbeddedEngine):
         if self._closed:
             return
         self._closed = True
-        self._process.terminate()
-        await asyncio.to_thread(self._process.join, _STOP_SECONDS)
         self._process.kill()
+        await asyncio.to_thread(self._process.join)
+        atexit.unregister(self._process.kill)
         await super().close()
         for connection in self._connections:
             connection.close()
@@ -117,7 +118,10 @@ class ProcessEngine(EmbeddedEngine):
 
 def _run(short: Connection, long: Connection) -> None:
     """The process: answer until the other ends of the connections are closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal
+    # Ctrl-C, and a supervisor's SIGTERM, go to all processes of a group. The server ends this one
+    # when everything is answered.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         engine = EmbeddedEngine.load()
     except KalmError as error:

@@ -1,4 +1,4 @@
-"""Overload over HTTP, in front of an engine of a fixed speed: what is refused, and what is computed."""
+"""Overload over HTTP, in front of an engine of a fixed speed: what is refused and computed."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_what_cannot_finish_in_time_is_refused_and_never_computed() -> None:
             for _ in range(20):  # the speed is learnt
                 assert (await post(60))[0] == 200
             engine.computed = 0
-            answers = await asyncio.gather(*(post(4.0) for _ in range(400)))
-            assert (await post(4.0))[0] == 200  # recovered
+            answers = await asyncio.gather(*(post(60) for _ in range(400)))
+            assert (await post(60))[0] == 200  # recovered
             return answers
 
     with serving(create_app(service, keys=BearerKeys(None))) as url:
@@ -75,7 +75,7 @@ def test_what_cannot_finish_in_time_is_refused_and_never_computed() -> None:
     refused = [(body, headers) for status, body, headers in answers if status == 503]
     assert len(good) + len(refused) == 400
     # 2.1 to 3 s of work are admitted; on a slow machine, whose 20 ms are longer, less.
-    assert 30 <= len(good) <= 200
+    assert 10 <= len(good) <= 200
     assert engine.computed == len(good) + 1
     for body, headers in refused:
         assert body["error"]["code"] == "service_unavailable"

@@ -24,7 +24,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.prompts import Role
 from kalm_integrations.wire import EmbedRequest
-from modal_backend.admission import RETRY_AFTER, Admission
+from modal_backend.admission import Admission
 from modal_backend.engines.vllm import engine as vllm_engine
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.service import EmbeddingService
@@ -312,10 +312,10 @@ async def test_documents_that_find_no_room_are_told_when_to_come_back(
         *(ask(documents[:1], "document") for _ in range(50)), return_exceptions=True
     )
     assert {type(error) for error in refused} == {ServiceUnavailableError}
-    assert {error.retry_after for error in refused} == {RETRY_AFTER}
+    assert all(error.retry_after > 0 for error in refused)
     queries = await asyncio.gather(*(ask([text], "query") for text in QUERIES))
     assert len(queries) == 20
     assert not all(call.done() for call in taken)
     assert [len((await call).vectors) for call in taken] == [25] * 4
     await ask(documents[:1], "document")
-    assert service.inside == {"query": 0, "document": 0}
+    assert service.in_progress == {"query": 0, "document": 0}
