@@ -74,7 +74,7 @@ class Served:
         with closing(self.connect()) as connection:
             connection.request("GET", "/metrics", headers=HEADERS)
             page = connection.getresponse().read().decode()
-        return 'kalm_texts_inside{role="document"} 3.0' in page
+        return 'kalm_texts_in_progress{role="document"} 3.0' in page
 
 
 @contextmanager

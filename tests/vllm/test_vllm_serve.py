@@ -68,7 +68,7 @@ def ask(url: str, body: Any = None, *, key: str = KEY) -> tuple[int, Any, Any]:
 def documents(url: str) -> int:
     """Texts of documents that wait there, or are computed."""
     page = ask(f"{url}/metrics")[2].decode()
-    return int(float(re.findall(r'^kalm_texts_inside{role="document"} (.*)$', page, re.M)[0]))
+    return int(float(re.findall(r'^kalm_texts_in_progress{role="document"} (.*)$', page, re.M)[0]))
 
 
 def first_not_ready(url: str) -> int | None:
