@@ -18,20 +18,17 @@ from typing import Any
 
 import pytest
 
-# Of the real engine, every computation but the canary's takes longer.
+# A request with three texts takes longer, unless the engine's process ends.
 SLOW = """
-import sys, time
-from modal_backend.engines.embedded import EmbeddedEngine
-load = EmbeddedEngine.load.__func__
-def slowed(cls):
-    engine = load(cls)
-    encode = engine._backend.encode
-    def slow(ids):
-        time.sleep({seconds} if len(ids) == 3 else 0)
-        return encode(ids)
-    engine._backend.encode = slow
-    return engine
-EmbeddedEngine.load = classmethod(slowed)
+import sys
+from multiprocessing.connection import wait
+from modal_backend.engines.embedded_process import ProcessEngine
+compute = ProcessEngine.compute
+def slow(self, long, texts, *arguments):
+    if len(texts) == 3:
+        wait([self._process.sentinel], {seconds})
+    return compute(self, long, texts, *arguments)
+ProcessEngine.compute = slow
 sys.exit(__import__("kalm_integrations.cli").cli.main(sys.argv[1:]))
 """
 HEADERS = {"Authorization": "Bearer k"}
