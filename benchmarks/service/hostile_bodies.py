@@ -202,10 +202,30 @@ def processes(pid: int) -> list[int]:
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
-def memory(pids: list[int], field: str) -> float:
-    """Memory of processes in MB: "VmRSS" now, "VmHWM" at most."""
-    statuses = (Path(f"/proc/{pid}/status").read_text() for pid in pids)
-    return sum(int(status.partition(f"{field}:")[2].split()[0]) for status in statuses) / 1000
+class Memory:
+    """The most memory that some processes have together, in MB, while the block runs."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._files = [Path(f"/proc/{pid}/statm") for pid in pids]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.before = self.most = self._now()
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _now(self) -> float:
+        pages = sum(int(file.read_text().split()[1]) for file in self._files)
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.003):
+            self.most = max(self.most, self._now())
 
 
 def measure(port: int, pid: int, body: bytes) -> tuple[str, float, dict[str, float], float]:
@@ -214,31 +234,29 @@ def measure(port: int, pid: int, body: bytes) -> tuple[str, float, dict[str, flo
     Returns:
         Status and size of the answer, its seconds, the others' longest seconds, MB of growth.
     """
-    pids = processes(pid)
-    for each in pids:
-        Path(f"/proc/{each}/clear_refs").write_text("5")  # the most from now on
-    before = memory(pids, "VmRSS")
+    memory = Memory(processes(pid))
     ours, theirs = multiprocessing.Pipe()
     poller = multiprocessing.get_context("spawn").Process(target=poll, args=(port, theirs))
     poller.start()
     ours.recv()
     time.sleep(_AFTER)
     start = time.perf_counter()
-    if body:
-        try:
-            status, answer = ask(port, "POST", "/v1/embeddings", body)
-            outcome = f"{status}, {len(answer):,} B"
-        except OSError as error:
-            outcome = type(error).__name__
-    else:
-        time.sleep(2)
-        outcome = ""
+    with memory:
+        if body:
+            try:
+                status, answer = ask(port, "POST", "/v1/embeddings", body)
+                outcome = f"{status}, {len(answer):,} B"
+            except OSError as error:
+                outcome = type(error).__name__
+        else:
+            time.sleep(2)
+            outcome = ""
     seconds = time.perf_counter() - start
     time.sleep(_AFTER)
     ours.send("stop")
     longest = ours.recv()
     poller.join()
-    return outcome, seconds, longest, memory(pids, "VmHWM") - before
+    return outcome, seconds, longest, memory.most - memory.before
 
 
 def main() -> None:
