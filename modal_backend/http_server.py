@@ -20,7 +20,8 @@ from typing import Any, Final
 import uvicorn
 
 from kalm_integrations.errors import ConfigurationError
-from modal_backend.http_connections import Closed, Connection, ConnectionTable
+from modal_backend.http_connection_table import Closed, ConnectionTable
+from modal_backend.http_connections import Connection
 
 log = logging.getLogger(__name__)
 console = logging.getLogger("uvicorn.error")
