@@ -165,7 +165,8 @@ async def _serve(
         space = container.service.identity
         authentication = "key required" if keys else "NO AUTHENTICATION"
         what = f"{space.model}, identity {space.fingerprint}, {authentication}"
-        server = HttpServer(app, listeners, options, end_now=_abandon)
+        # A line for each request would cost more than refusing one does; /metrics counts them.
+        server = HttpServer(app, listeners, options, end_now=_abandon, access_log=False)
         server.on_ready = lambda: _say(f"ready: {what}, on {server.address}")
 
         async def give_way() -> None:
