@@ -65,11 +65,11 @@ class _Tokenized:
 
 
 class Thread:
-    """A thread that computes, and the queue for it."""
+    """What computes, and the queue for it. Threads that wait for a process are several."""
 
-    def __init__(self, name: str) -> None:
-        self.lock = PriorityLock()
-        self.worker = Worker(name)
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self.lock = PriorityLock(queries_ahead=3)
+        self.worker = Worker(name, threads)
 
 
 class EmbeddedEngine:

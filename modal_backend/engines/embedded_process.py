@@ -37,7 +37,7 @@ class ProcessEngine(EmbeddedEngine):
     """`EmbeddedEngine`, computed by a child process. Made by `load`."""
 
     _process: multiprocessing.process.BaseProcess
-    _connections: tuple[Connection, Connection]
+    _pipes: tuple[_Pipe, _Pipe]
     """To the process's thread for short texts, and to the one for long texts."""
     _closed = False
 
@@ -68,8 +68,10 @@ class ProcessEngine(EmbeddedEngine):
             process.join()
             raise error
         engine = cls(None, None, identity)
+        engine._short.worker.stop()
+        engine._short = Thread("kalm-engine", threads=4)
         engine._long = Thread("kalm-engine-long")
-        engine._process, engine._connections = process, (short, long)
+        engine._process, engine._pipes = process, (_Pipe(short), _Pipe(long))
         return engine
 
     def compute(
@@ -81,10 +83,8 @@ class ProcessEngine(EmbeddedEngine):
             ContainerFailedError: The process died.
             ServiceUnavailableError: The engine was closed meanwhile.
         """
-        connection = self._connections[long]
         try:
-            connection.send((long, texts, truncate, start, most))
-            result, error = connection.recv()
+            result, error = self._pipes[long].call((long, texts, truncate, start, most))
         except (EOFError, OSError):
             raise self._ending() from None
         if error is not None:
@@ -107,13 +107,42 @@ class ProcessEngine(EmbeddedEngine):
         await asyncio.to_thread(self._process.join)
         atexit.unregister(self._process.kill)
         await super().close()
-        for connection in self._connections:
-            connection.close()
+        for pipe in self._pipes:
+            pipe.close()
 
     def _ending(self) -> KalmError:
         if self._closed:
             return ServiceUnavailableError("the service is stopping.", retry_after=1.0)
         return ContainerFailedError("the engine's process died.")
+
+
+class _Pipe:
+    """Calls to the process over one connection. The next call is sent while one is computed, so
+    that the process need not wait for the server, which may be busy."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._last = threading.Event()
+        """Whether the answer to the newest call has been received."""
+        self._last.set()
+
+    def call(self, arguments: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+        """The answer; answers come in the order of calls. Blocks."""
+        received = threading.Event()
+        with self._sending:
+            previous, self._last = self._last, received
+            self._connection.send(arguments)
+        previous.wait()
+        try:
+            answer: tuple[Any, Exception | None] = self._connection.recv()
+            return answer
+        finally:
+            received.set()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
 
 def _run(short: Connection, long: Connection) -> None:

@@ -23,10 +23,16 @@ Place = tuple[int, int]
 
 
 class PriorityLock:
-    """A lock for the tasks of one event loop."""
+    """A lock for the tasks of one event loop.
 
-    def __init__(self) -> None:
-        self._held = False
+    Args:
+        queries_ahead: How many queries may hold it besides, so that the next one is at hand when
+            the engine is free. The event loop may be busy then.
+    """
+
+    def __init__(self, queries_ahead: int = 0) -> None:
+        self._queries_ahead = queries_ahead
+        self._held = 0
         self._waiting: list[tuple[Place, int, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
@@ -45,8 +51,8 @@ class PriorityLock:
             asyncio.get_running_loop().call_soon(self._release)
 
     async def _acquire(self, place: Place) -> None:
-        if not self._held:
-            self._held = True
+        if self._is_free_for(place):
+            self._held += 1
             return
         granted = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (place, next(self._arrivals), granted))
@@ -57,13 +63,17 @@ class PriorityLock:
                 self._release()
             raise
 
+    def _is_free_for(self, place: Place) -> bool:
+        ahead = self._queries_ahead if place[0] == PRIORITY["query"] else 0
+        return self._held < 1 + ahead
+
     def _release(self) -> None:
-        while self._waiting:
+        self._held -= 1
+        while self._waiting and self._is_free_for(self._waiting[0][0]):
             _, _, waiter = heapq.heappop(self._waiting)
             if not waiter.done():  # a cancelled one is skipped
                 waiter.set_result(None)
-                return
-        self._held = False
+                self._held += 1
 
 
 def chunks(
