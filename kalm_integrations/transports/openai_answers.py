@@ -143,12 +143,14 @@ def media_type(headers: Mapping[str, str]) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, given as seconds or as a date; None without one."""
+    """Seconds to wait by Retry-After-Ms, which some servers send beside it, or by Retry-After, in
+    seconds or as a date; None without either."""
     value = headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    for text, seconds in ((headers.get("Retry-After-Ms", ""), 0.001), (value, 1.0)):
+        try:
+            return max(0.0, seconds * float(text))
+        except ValueError:
+            continue
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except ODD:

@@ -13,10 +13,15 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
+from delaying_proxy import DelayingProxy
 from pydantic import SecretStr
+from scripted import vectors_of
+from scripted_engine import ScriptedEngine
 from serving import serving
 
+from kalm_integrations import KalmClient
 from modal_backend import http_connections, http_server
 from modal_backend.engines import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
@@ -274,3 +279,27 @@ class TestHeaders:
         with server() as port:
             assert query(port, request_) == 400
         assert caplog.records == []
+
+
+@pytest.mark.parametrize("keepalive_timeout", [0.5, 5.0])
+def test_no_call_is_lost_when_idle_connections_end(keepalive_timeout: float) -> None:
+    """At 20 ms of latency each way, with pauses around the server's second and the client's half;
+    a client that keeps connections longer than the server does sends on closed ones, and retries.
+    """
+    app = create_app(EmbeddingService(ScriptedEngine()), keys=BearerKeys(None))
+    model = ScriptedEngine.identity.model
+
+    def calls(url: str, pause: float) -> None:
+        with KalmClient(base_url=url, model=model, keepalive_timeout=keepalive_timeout) as client:
+            for text in ("before", "after"):
+                assert np.array_equal(client.embed([text]).vectors, vectors_of([text]))
+                time.sleep(pause)
+
+    pauses = [0.44 + 0.02 * step for step in range(6)] + [0.9 + 0.02 * step for step in range(10)]
+    with (
+        serving(app, ServerOptions(keep_alive=1)) as url,
+        DelayingProxy(url, 0.02) as proxy,
+        ThreadPoolExecutor(len(pauses)) as threads,
+    ):
+        for call in [threads.submit(calls, proxy.url, pause) for pause in pauses]:
+            call.result()

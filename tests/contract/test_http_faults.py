@@ -36,6 +36,7 @@ from serving import (
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, errors
 from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.transports import openai_answers
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 TEXTS = [f"text {i}" for i in range(10)]
@@ -214,6 +215,21 @@ def test_what_passes_costs_nothing(name: str, way: str) -> None:
         client = client_of(server)
         assert call(client, way) is None
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "2"}, 2.0),
+        ({"Retry-After": "2", "Retry-After-Ms": "1500"}, 1.5),
+        ({"Retry-After": "2", "Retry-After-Ms": "soon"}, 2.0),
+        ({"Retry-After": "-2"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+    ],
+)
+def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+    assert openai_answers.retry_after(headers) == seconds
 
 
 def test_retry_after_as_a_date() -> None:
