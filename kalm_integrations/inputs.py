@@ -60,10 +60,7 @@ def why_invalid(text: object, truncate: Truncate) -> str | None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            return (
-                f"has a lone surrogate at character {error.start}: it was decoded wrongly "
-                "(text.encode(errors='replace').decode() puts a question mark there)"
-            )
+            return f"has a lone surrogate at character {error.start}: it was decoded wrongly"
     return None
 
 

@@ -31,7 +31,7 @@ _LONGEST_ESCAPE: Final = 12
 
 IDS_REFUSED: Final = (
     "input is token ids: they are another tokenizer's, and would give silently wrong vectors. "
-    "(LangChain's OpenAIEmbeddings sends text with check_embedding_ctx_length=False.)"
+    "Send text. (LangChain's OpenAI client has the option check_embedding_ctx_length for it.)"
 )
 
 
