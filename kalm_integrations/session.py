@@ -103,7 +103,8 @@ class Session:
             return await self._retrying(self._transport.wake, deadline)
 
         served = await self._in_time(wake, call)
-        self._verifier.check_identity(served)
+        if served is not None or self._transport.reports_no_identity:
+            self._verifier.check_identity(served)
         return served
 
     async def close(self) -> None:
@@ -144,35 +145,40 @@ class Session:
             )
 
     async def _embed(self, batch: Batch, call: Call, deadline: float) -> EmbeddedBatch:
-        try:
-            return await self._request(batch, call.role, deadline)
-        except RequestTooLargeError as error:
-            if len(batch) > 1:
-                halves = [await self._embed(half, call, deadline) for half in batch.halves()]
-                return _joined(*halves)
-            cause: KalmError = error
-            refused = [InvalidText(0, "is too large for the service even alone")]
-            rejection: InvalidInputError | InvalidResponseError
-            rejection = InvalidInputError.of(batch.locate(refused))
-        except (InvalidInputError, InvalidResponseError) as error:
-            refused = list(error.invalid)
-            if not refused:
-                raise  # the request as a whole
-            if not all(0 <= bad.index < len(batch) for bad in refused):
-                raise TransportError(
-                    f"the service refused texts it was not sent: {error}"
-                ) from error
-            cause = error
-            rejection = type(error).of(batch.locate(refused))
-        # Of a service that is broken all vectors are wrong: no text is to blame, none is skipped.
-        broken = isinstance(cause, InvalidResponseError) and len(refused) == len(batch) > 1
-        if broken or not call.skip_invalid:
-            raise rejection from cause
-        rejected = self._nothing(rejection.invalid)
-        rest = batch.without(bad.index for bad in refused)
-        if not rest.texts:
-            return rejected
-        return _joined(await self._embed(rest, call, deadline), rejected)
+        skipped: list[InvalidText] = []
+        while batch.texts:
+            try:
+                part = await self._request(batch, call.role, deadline)
+                break
+            except RequestTooLargeError as error:
+                if len(batch) > 1:
+                    halves = [await self._embed(half, call, deadline) for half in batch.halves()]
+                    part = _joined(*halves)
+                    break
+                cause: KalmError = error
+                refused = [InvalidText(0, "is too large for the service even alone")]
+                rejection: InvalidInputError | InvalidResponseError
+                rejection = InvalidInputError.of(batch.locate(refused))
+            except (InvalidInputError, InvalidResponseError) as error:
+                refused = list(error.invalid)
+                if not refused:
+                    raise  # the request as a whole
+                if not all(0 <= bad.index < len(batch) for bad in refused):
+                    raise TransportError(
+                        f"the service refused texts it was not sent: {error}"
+                    ) from error
+                cause = error
+                rejection = type(error).of(batch.locate(refused))
+            # Of a service that is broken all vectors are wrong: no text is to blame, none is
+            # skipped.
+            broken = isinstance(cause, InvalidResponseError) and len(refused) == len(batch) > 1
+            if broken or not call.skip_invalid:
+                raise rejection from cause
+            skipped += rejection.invalid
+            batch = batch.without(bad.index for bad in refused)
+        else:
+            return self._nothing(tuple(skipped))
+        return _joined(part, self._nothing(tuple(skipped))) if skipped else part
 
     async def _request(self, batch: Batch, role: Role, deadline: float) -> EmbeddedBatch:
         settings = self._settings

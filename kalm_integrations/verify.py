@@ -36,6 +36,8 @@ class Verifier:
         self._dimensions = settings.vector_dimensions
         self._seen: dict[None, SpaceIdentity] = {}  # one or none; setdefault is atomic
         self._warned = False
+        self._unverified = False
+        """Whether vectors without an identity were accepted."""
 
     def check_request(self, answer: EmbedAnswer, request: EmbedRequest) -> None:
         """Check that `answer` was made from `request`, as far as the service says.
@@ -59,6 +61,10 @@ class Verifier:
                 `invalid`, vectors without unit length or with values that are not finite.
         """
         self.check_identity(answer.identity)
+        if answer.identity is not None and self._unverified:
+            raise IdentityMismatchError(
+                f"the service changed from no identity to {_name(answer.identity)}."
+            )
         vectors, dtype = answer.vectors, self._settings.vector_dtype
         dimensions = self._dimensions or vectors.shape[-1]
         if vectors.shape != (rows, dimensions) or vectors.dtype != dtype:
@@ -69,6 +75,7 @@ class Verifier:
         if wrong := wrong_rows(vectors):
             raise InvalidResponseError.of(wrong)
         self._dimensions = dimensions
+        self._unverified = answer.identity is None
 
     def check_identity(self, served: SpaceIdentity | None) -> None:
         """Check what the service reports, None if it reports nothing.

@@ -191,11 +191,12 @@ class _Door:
         self.metrics.texts.labels(role).inc(texts)
         self.metrics.tokens.labels(role).inc(answer.usage.tokens)
         self.metrics.seconds.labels(role).observe(time.perf_counter() - start)
+        whole = request.scope["http_version"] == "1.0"  # which has no parts
         if packed:
-            short = answer.vectors.nbytes <= _WRITTEN_BYTES
-            return response(packed_parts(answer), MEDIA_TYPE, short=short)
-        parts = render(answer, encoding)
-        return response(parts, JSON, short=answer.vectors.size <= _WRITTEN_NUMBERS)
+            whole = whole or answer.vectors.nbytes <= _WRITTEN_BYTES
+            return response(packed_parts(answer), MEDIA_TYPE, short=whole)
+        whole = whole or answer.vectors.size <= _WRITTEN_NUMBERS
+        return response(render(answer, encoding), JSON, short=whole)
 
     def _parse(self, body: bytearray, packed: bool, wait: float | None) -> tuple[EmbedRequest, str]:
         """The request that a body is, and the encoding of a JSON answer."""
@@ -274,7 +275,7 @@ class _Door:
             return
         self._logged[error.code] = (now, 0)
         more = f" ({silent:,} more like it since the last of these lines)" if silent else ""
-        log.warning("request %s: %s%s", request_id, error, more)
+        log.warning("request %s: %s%s", request_id, error.message, more)
 
     def _check_model(self, name: str | None) -> None:
         served = self._service.identity.model

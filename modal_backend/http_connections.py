@@ -43,6 +43,8 @@ class Connection(HttpToolsProtocol):
         self._in_header = False
         self._in_body = False
         self._header_bytes = 0
+        self._bytes_since_body = 0
+        """Received in a body that are none of it: trailers, extensions of chunks."""
 
     @property
     def authorized(self) -> bool:
@@ -61,6 +63,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        request = self.scope
+        self._bytes_since_body += len(data)
         try:
             try:
                 self.parser.feed_data(data)
@@ -73,10 +77,12 @@ class Connection(HttpToolsProtocol):
         # Not logged, since anybody can send as many as they like.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._refuse(400, "This is not a valid HTTP request.")
-        if self._in_header:
+        # Data in which the request began is not counted: most of it may belong to the one before.
+        if self._in_header and self.scope is request:
             self._header_bytes += len(data)
-            if self._header_bytes > HEADER_BYTES:
-                self._refuse(431, f"The header has over {HEADER_BYTES} bytes.")
+        excess = self._in_body and self._bytes_since_body > HEADER_BYTES
+        if excess or (self._in_header and self._header_bytes > HEADER_BYTES):
+            self._refuse(431, f"The header has over {HEADER_BYTES} bytes.")
 
     def _should_upgrade(self) -> bool:
         """Keeps uvicorn from starting a request whose header `data_received` parses again."""
@@ -95,6 +101,14 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
         self._deadline = self.loop.time() + HEADER_SECONDS
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_header:  # a trailer is no header (RFC 9110, 6.5.1)
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._bytes_since_body = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self.parser.should_upgrade():
@@ -102,6 +116,7 @@ class Connection(HttpToolsProtocol):
         self.has_requested = True
         self._in_header = False
         self._in_body = True
+        self._bytes_since_body = 0
         self._deadline = self.loop.time() + BODY_SECONDS
         self._table.requested(self)
         if self._table.closing_after_answers or self._table.stopping:
@@ -171,7 +186,9 @@ class Connection(HttpToolsProtocol):
         """Answer what is no complete request, and close the connection."""
         if self.transport.is_closing():
             return
-        if not self._answering or (self._in_body and not self.cycle.response_started):
+        unanswered = self._in_body and not self.cycle.response_started
+        between_requests = not self._answering and not self._in_body
+        if (unanswered or between_requests) and not self.pipeline:
             answer = last_answer(status, "content-type: text/plain\r\n", reason.encode())
             self.transport.write(answer)
         self._deadline = self.loop.time() + STALLED_SECONDS

@@ -127,12 +127,14 @@ class HttpGuard:
                     answer[ECHO_HEADER] = echo
             await send(message)
 
-        refusal, receive = await self._refusal(scope, headers, receive)
-        if refusal is not None:
-            await _refuse(refusal, scope, receive, send_with_names)
-            return
-        self._inside += 1
+        admitted = 0
         try:
+            refusal, receive = await self._refusal(scope, headers, receive)
+            if refusal is not None:
+                await _refuse(refusal, scope, receive, send_with_names)
+                return
+            admitted = 1
+            self._inside += admitted
             await self._app(scope, receive, send_with_names)
         except asyncio.CancelledError:
             if not self._stopping():
@@ -148,7 +150,7 @@ class HttpGuard:
             broken.__cause__ = error
             await _refuse(broken, scope, receive, send_with_names)
         finally:
-            self._inside -= 1
+            self._inside -= admitted
 
     async def _refusal(
         self, scope: Scope, headers: Headers, receive: Receive

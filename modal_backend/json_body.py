@@ -54,8 +54,10 @@ def parse(body: bytes | bytearray) -> Any:
             raise ConfigurationError(f"the body is not JSON: {error}.") from None
     try:  # a lone surrogate is a mistake to orjson
         return _DECODER.decode(body.decode("utf-8-sig", "surrogatepass"))
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"the body is not JSON: {error}.") from None
+    except ValueError:
+        raise ConfigurationError("the body has a number with too many digits.") from None
 
 
 def _check_structure(body: bytes | bytearray) -> int:

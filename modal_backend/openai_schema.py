@@ -85,7 +85,10 @@ class EmbeddingsBody(BaseModel):
             InvalidArgumentError, RequestTooLargeError: See `json_body.parse`.
         """
         try:
-            return cls.model_validate(json_body.parse(body))
+            fields = json_body.parse(body)
+            if not isinstance(fields, dict):
+                raise ConfigurationError("the body is no JSON object.")
+            return cls.model_validate(fields)
         except ValidationError as error:
             mistakes = error.errors(include_url=False, include_input=False, include_context=False)
         named = [

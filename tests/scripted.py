@@ -76,6 +76,7 @@ class ScriptedTransport:
         self._delay = delay
         self._refuse = refuse
         self._space = space
+        self.reports_no_identity = space is None
         self.requests: list[EmbedRequest] = []
         self.request_ids: list[str] = []
         self.in_flight = 0

@@ -18,10 +18,15 @@ class Transport(Protocol):
     Attributes:
         may_be_cold: Whether a late first answer may be that of a service that starts.
         may_rest: Whether its loop may stand still between calls.
+        reports_no_identity: Whether the service is known to report none: what `wake` returned as
+            None is then its answer, and not a failed probe.
     """
 
     may_be_cold: bool
     may_rest: bool
+
+    @property
+    def reports_no_identity(self) -> bool: ...
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Send one request."""

@@ -121,6 +121,10 @@ class HttpTransport:
             )
         raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets)
 
+    @property
+    def reports_no_identity(self) -> bool:
+        return self._is_ours is False
+
     async def wake(self) -> SpaceIdentity | None:
         return await self._identify()
 

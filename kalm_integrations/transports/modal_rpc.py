@@ -43,6 +43,7 @@ class ModalTransport:
 
     may_be_cold = True
     may_rest = False
+    reports_no_identity = False
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
@@ -104,6 +105,7 @@ class DiscoveredHttpTransport:
 
     may_be_cold = True
     may_rest = False
+    reports_no_identity = False  # it is our app
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings

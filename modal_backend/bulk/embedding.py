@@ -32,6 +32,7 @@ class _Beside:
 
     may_be_cold = False
     may_rest = False
+    reports_no_identity = False
 
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service

@@ -26,6 +26,7 @@ from kalm_integrations.errors import (
     InvalidText,
     KalmError,
     ServiceUnavailableError,
+    TransportError,
 )
 from kalm_integrations.wire import Truncate
 from modal_backend.engines.embedded import EmbeddedEngine, Thread
@@ -131,8 +132,8 @@ class _Pipe:
         """The answer; answers come in the order of calls. Blocks."""
         received = threading.Event()
         with self._sending:
-            previous, self._last = self._last, received
             self._connection.send(arguments)
+            previous, self._last = self._last, received
         previous.wait()
         try:
             answer: tuple[Any, Exception | None] = self._connection.recv()
@@ -171,8 +172,11 @@ def _answer(engine: EmbeddedEngine, connection: Connection) -> None:
             arguments = connection.recv()
             try:
                 answer = engine.compute(*arguments), None
-            except Exception as error:  # noqa: BLE001 (raised where it is awaited)
+            except KalmError as error:
                 answer = None, error  # type: ignore[assignment]
+            except Exception as error:  # noqa: BLE001 (one that may be impossible to send)
+                failure = TransportError(f"the engine failed: {type(error).__name__}: {error}.")
+                answer = None, failure  # type: ignore[assignment]
             connection.send(answer)
     except (EOFError, OSError):  # the server is gone
         return

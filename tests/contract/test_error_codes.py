@@ -129,3 +129,19 @@ def test_a_code_that_only_clients_use_is_not_believed() -> None:
             with pytest.raises(errors.ServiceUnavailableError):
                 client.embed(["a"])
             client.close()
+
+
+def test_any_number_of_texts_is_skipped_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is not ours may name one text at a time."""
+
+    def refuse(request: Any) -> None:
+        for row, text in enumerate(request.texts):
+            if text.startswith("bad"):
+                raise errors.InvalidInputError.of([InvalidText(row, "is bad")])
+
+    transport = ScriptedTransport(refuse=refuse)
+    monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+    client = KalmClient(backend="local", batch_size=2048)
+    parts = list(client.iter_embed([*(f"bad {i}" for i in range(1200)), "good"], on_error="skip"))
+    assert [i for part in parts for i in part.indices] == [1200]
+    assert [bad.index for part in parts for bad in part.rejected] == list(range(1200))

@@ -135,7 +135,7 @@ class TestDeadlines:
     def test_a_header_that_drips(self, short_times: None) -> None:
         with server() as port, connect(port) as slow:
             drip(slow, b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 400)
-            with pytest.raises(OSError):  # noqa: PT011 (EPIPE or ECONNRESET)
+            with pytest.raises(ConnectionError):  # noqa: PT011 (EPIPE or ECONNRESET)
                 for _ in range(100):
                     slow.sendall(b"x" * 10_000)
 
@@ -153,7 +153,7 @@ class TestDeadlines:
             slow.sendall(post(key="", body=" " * 9_000)[:-9_000])
             assert answer(slow)[0] == 401
             drip(slow, b" " * 200)
-            with pytest.raises(OSError):  # noqa: PT011
+            with pytest.raises(ConnectionError):  # noqa: PT011
                 for _ in range(100):
                     slow.sendall(b" " * 10)
                     time.sleep(0.01)
@@ -303,3 +303,42 @@ def test_no_call_is_lost_when_idle_connections_end(keepalive_timeout: float) -> 
     ):
         for call in [threads.submit(calls, proxy.url, pause) for pause in pauses]:
             call.result()
+
+
+class TestWhatIsNoHeader:
+    def test_a_trailer_is_no_header(self) -> None:
+        head = b"GET /ready HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with server() as port, connect(port) as connection:
+            connection.sendall(head + f"0\r\n{AUTHORIZATION}\r\n".encode())
+            assert answer(connection)[0] == 401
+
+    def test_endless_trailers_end_the_connection(self) -> None:
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        with server() as port, connect(port) as connection:
+            connection.sendall(head)
+            with pytest.raises(ConnectionError):
+                for _ in range(200):
+                    connection.sendall(b"a: b\r\n" * 10_000)
+            assert query(port) == 200
+
+    def test_a_body_in_many_small_chunks_is_a_body(self) -> None:
+        chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY.encode())
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}"
+        head += "Transfer-Encoding: chunked\r\n\r\n"
+        with server() as port:
+            assert query(port, head.encode() + chunks + b"0\r\n\r\n") == 200
+
+    def test_a_request_behind_a_large_one_is_not_taken_for_a_large_header(self) -> None:
+        large = json.dumps({"input": ["a" * 100_000], "truncate": "end"})
+        with server() as port, connect(port) as connection:
+            connection.sendall(post(body=large) + b"GET /hea")
+            assert answer(connection)[0] == 200
+            connection.sendall(b"lth HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer(connection)[0] == 200
+
+    def test_an_error_is_not_written_as_the_answer_to_the_request_before(self) -> None:
+        bad = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}"
+        bad += "Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+        with server(SlowEngine()) as port, connect(port) as connection:
+            connection.sendall(post() + bad.encode())
+            assert answer(connection)[0] in (0, 200)

@@ -146,5 +146,22 @@ def test_a_probe_that_failed_decides_nothing(
         assert outcome(client, 0) is IdentityMismatchError
 
 
+def test_a_failed_probe_of_warm_up_decides_nothing(
+    server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def unchanged(_: MixingProxy, answer: Any, send: Any) -> None:
+        await send(answer)
+
+    space = EMBEDDED.space
+    with (
+        MixingProxy(server, unchanged, missing_models=1) as proxy,
+        KalmClient(base_url=proxy.url, **OURS, expected_identity=space) as client,
+    ):
+        assert client.warm_up().space == space
+        assert outcome(client, 0) == "right"
+        assert client.warm_up().space == space
+    assert "unverified" not in caplog.text
+
+
 OURS: dict[str, Any] = {"model": EMBEDDED.space.model, "timeout": 30}
 OTHER = EMBEDDED.space.to_dict() | {"revision": "another"}

@@ -103,7 +103,7 @@ def test_kalm_serve_and_the_variables_that_lead_there(command: str, venv: Path) 
     with server:
         assert server.stderr is not None
         for line in server.stderr:
-            if "Uvicorn running" in line:
+            if "ready: " in line:
                 break
         app = "from kalm_integrations import *; print(KalmClient().embed(['x']).vectors.shape)"
         done = subprocess.run(

@@ -158,7 +158,7 @@ def test_a_service_without_identity_cannot_be_the_one_that_is_asked_for():
 
 
 def test_an_identity_that_a_first_answer_lacked_is_taken_from_a_later_one():
-    """One answer without it, of a proxy for instance, does not decide what the service is."""
+    """One probe without it, which a proxy answered for instance, does not decide what it is."""
     session = verifier()
     session.check_identity(None)
     session.check_identity(SPACE)
@@ -167,6 +167,13 @@ def test_an_identity_that_a_first_answer_lacked_is_taken_from_a_later_one():
         session.check_identity(replace(SPACE, revision="another"))
     with pytest.raises(IdentityMismatchError):
         session.check_identity(None)
+
+
+def test_vectors_with_an_identity_do_not_follow_vectors_without_one():
+    session = verifier(dimensions=4, vector_dtype="float32")
+    session.check(EmbedAnswer(vectors=unit(), identity=None, usage=Usage()), 3)
+    with pytest.raises(IdentityMismatchError):
+        session.check(EmbedAnswer(vectors=unit(), identity=SPACE, usage=Usage()), 3)
 
 
 def test_an_answer_to_another_request_is_refused():
