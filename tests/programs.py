@@ -33,6 +33,7 @@ from kalm_integrations.profiles import EMBEDDED
 from modal_backend.engines import EngineOutput
 from modal_backend.http_api import create_app
 from modal_backend.http_guard import BearerKeys
+from modal_backend.http_server import ServerOptions
 from modal_backend.service import EmbeddingService
 
 LIMIT = 60  # seconds until it is called a hang
@@ -186,7 +187,7 @@ def over_http(host: str = "127.0.0.1", **options: Any) -> Iterator[Service]:
         await app(scope, receive, send)
 
     with (
-        serving(watched, timeout_keep_alive=3600, **options) as url,
+        serving(watched, ServerOptions(keep_alive=3600), **options) as url,
         _expecting(vectors_of(TEXTS)) as expected,
     ):
         service.port = int(url.rpartition(":")[2])

@@ -78,5 +78,5 @@ def test_generated_requests_get_what_is_described(
     answers: list[int] = []
     check()
     assert answers
-    if method == "post":
-        assert (200 in answers) == (mode == VALID)
+    if method == "post" and mode == VALID:
+        assert 200 in answers

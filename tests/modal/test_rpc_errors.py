@@ -30,6 +30,7 @@ from kalm_integrations import KalmClient, cli
 from kalm_integrations.errors import (
     ConnectionFailedError,
     ContainerFailedError,
+    CorruptedAnswerError,
     DeadlineExceededError,
     IdentityMismatchError,
     InvalidResponseError,
@@ -257,7 +258,7 @@ def test_what_a_deployment_says(caused: Row, capsys: pytest.CaptureFixture[str])
         ("5", InvalidResponseError, "embed_packed answered with int"),
         ("{}", InvalidResponseError, "has no packed vectors"),
         ("{'packed': 'text'}", InvalidResponseError, "has no packed vectors"),
-        ("{'packed': b'short'}", InvalidResponseError, "not packed vectors"),
+        ("{'packed': b'short'}", CorruptedAnswerError, "not packed vectors"),
         ("{'error': {'code': 'of a later version', 'message': 'm.'}}", TransportError, "m."),
         ("1 / 0", ContainerFailedError, "ZeroDivisionError"),
     ],
