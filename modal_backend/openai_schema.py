@@ -87,7 +87,7 @@ class EmbeddingsBody(BaseModel):
         try:
             fields = json_body.parse(body)
             if not isinstance(fields, dict):
-                raise ConfigurationError("the body is no JSON object.")
+                raise ConfigurationError("the body: it is not a JSON object.")
             return cls.model_validate(fields)
         except ValidationError as error:
             mistakes = error.errors(include_url=False, include_input=False, include_context=False)
