@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Self
 from urllib.parse import urlsplit
+
+from loopback_server import LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ Send = Callable[[Answer], Awaitable[None]]
 Fault = Callable[["MixingProxy", Answer, Send], Awaitable[None]]
 
 
-class MixingProxy:
+class MixingProxy(LoopbackServer):
     """Forwards each request on a connection of its own; `fault` sends the answers to POSTs.
 
     Args:
@@ -40,37 +40,6 @@ class MixingProxy:
         self.previous: Answer | None = None
         self.waiting: asyncio.Future[tuple[Answer, Send]] | None = None
         self.answers = 0
-
-    def __enter__(self) -> Self:
-        self._loop = asyncio.new_event_loop()
-        started = threading.Event()
-
-        async def start() -> None:
-            self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}"
-            started.set()
-
-        def run() -> None:
-            self._loop.run_until_complete(start())
-            self._loop.run_forever()
-
-        self._thread = threading.Thread(target=run)
-        self._thread.start()
-        started.wait()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        async def stop() -> None:
-            self._listening.close()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def send(answer: Answer) -> None:
