@@ -23,6 +23,10 @@ HEADER_SECONDS: Final = 10.0
 BODY_SECONDS: Final = 300.0
 STALLED_SECONDS: Final = 60.0
 """A caller who reads nothing of an answer for this long is disconnected."""
+LINGER_SECONDS: Final = 2.0
+LINGER_BYTES: Final = 2**20
+"""How long, and how much, a refused caller may go on sending before the connection is closed:
+closing it while data arrives would make TCP discard the answer that says why."""
 
 
 class Connection(HttpToolsProtocol):
@@ -45,6 +49,8 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
         self._bytes_since_body = 0
         """Received in a body that are none of it: trailers, extensions of chunks."""
+        self._lingering: int | None = None
+        """Bytes that will still be read and ignored; None before the connection was refused."""
 
     @property
     def authorized(self) -> bool:
@@ -62,6 +68,11 @@ class Connection(HttpToolsProtocol):
         self._table.remove(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering is not None:
+            self._lingering -= len(data)
+            if self._lingering < 0:
+                self.transport.close()
+            return
         self._unset_keepalive_if_required()
         request = self.scope
         self._bytes_since_body += len(data)
@@ -132,7 +143,11 @@ class Connection(HttpToolsProtocol):
             self._wait_for_next()
 
     def on_response_complete(self) -> None:
+        if self._lingering is not None:
+            return
         super().on_response_complete()
+        if self.pipeline:  # nothing more is read before these requests are answered
+            self.flow.pause_reading()
         if self.transport.is_closing():
             self._deadline = self.loop.time() + STALLED_SECONDS
             return
@@ -168,6 +183,9 @@ class Connection(HttpToolsProtocol):
         if self._write_deadline < now or (closing and self._deadline < now):
             self._table.closed.late += 1
             self._table.abort(self)
+        elif self._lingering is not None and self._deadline < now:
+            self._deadline = now + STALLED_SECONDS
+            self.transport.close()
         elif self._deadline < now and not self.flow.read_paused:
             self._table.closed.late += 1
             self._deadline = now + STALLED_SECONDS
@@ -184,12 +202,18 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, reason: str) -> None:
         """Answer what is no complete request, and close the connection."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._lingering is not None:
             return
         unanswered = self._in_body and not self.cycle.response_started
         between_requests = not self._answering and not self._in_body
         if (unanswered or between_requests) and not self.pipeline:
             answer = last_answer(status, "content-type: text/plain\r\n", reason.encode())
             self.transport.write(answer)
+            if self.transport.can_write_eof():  # TLS cannot
+                self.transport.write_eof()
+                self._lingering = LINGER_BYTES
+                self._deadline = self.loop.time() + LINGER_SECONDS
+                self.flow.resume_reading()
+                return
         self._deadline = self.loop.time() + STALLED_SECONDS
         self.transport.close()

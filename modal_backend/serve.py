@@ -192,7 +192,7 @@ async def _serve(
 
 
 async def _embedded() -> Engine:
-    return ProcessEngine.load()
+    return await ProcessEngine.start()
 
 
 def _check(model: Model) -> None:

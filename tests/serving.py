@@ -29,6 +29,7 @@ def serving(app: Any, server_options: ServerOptions | None = None, **options: An
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
+        assert thread.is_alive()
         time.sleep(0.01)
     try:
         yield server.address

@@ -51,10 +51,16 @@ _install = partial(install_command, "local")
 # Texts and tokens (about) that are computed in one go: what a query may have to wait for.
 _CHUNK_TEXTS = 16
 _CHUNK_TOKENS = 1024
+QUERIES_AHEAD: Final = 3
+"""Queries that are at hand when the engine is free, since the event loop may be busy then."""
 
 
 def _reinstall() -> str:
     return _install().replace("pip install", "pip install --force-reinstall")
+
+
+ChunkOutput = tuple[list[list[int]], Any, list[InvalidText]]
+"""Of a chunk: token ids, vectors or None, texts that are too long."""
 
 
 class _Tokenized:
@@ -64,17 +70,9 @@ class _Tokenized:
         return ids
 
 
-class Thread:
-    """What computes, and the queue for it. Threads that wait for a process are several."""
-
-    def __init__(self, name: str, threads: int = 1) -> None:
-        self.lock = PriorityLock(queries_ahead=3)
-        self.worker = Worker(name, threads)
-
-
 class EmbeddedEngine:
     """The loaded model. Thread-safe: it has no state but its weights, and computes on one thread
-    of its own. (`ProcessEngine` has another one for long texts.)"""
+    of its own."""
 
     max_tokens = MAX_TOKENS
     dimensions = (DIMENSIONS,)
@@ -84,7 +82,10 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._backend = backend
         self._identity = identity
-        self._short = self._long = Thread("kalm-engine")
+        self._worker = Worker("kalm-engine")
+        lock = PriorityLock(queries_ahead=QUERIES_AHEAD)
+        self._locks = (lock, lock)
+        """Of what computes short texts, and of what computes long ones. Here that is the same."""
 
     @property
     def identity(self) -> SpaceIdentity:
@@ -163,22 +164,15 @@ class EmbeddedEngine:
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         too_long: list[InvalidText] = []
         tokens = 0
-        places = {thread: thread.lock.place(priority) for thread in (self._short, self._long)}
+        places = [lock.place(priority) for lock in self._locks]
         for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
-            threads = [self._short, self._long]
-            if len(chunk) == 1 and len(chunk[0].encode()) > 4 * _CHUNK_TOKENS:
-                threads = [self._long]
-            for thread in threads:
-                most = MAX_TOKENS * len(chunk) if thread is self._long else 3 * _CHUNK_TOKENS // 2
-                async with thread.lock.hold(places[thread]):
+            known_long = len(chunk) == 1 and len(chunk[0].encode()) > 4 * _CHUNK_TOKENS
+            for long in (True,) if known_long else (False, True):
+                most = MAX_TOKENS * len(chunk) if long else 3 * _CHUNK_TOKENS // 2
+                async with self._locks[long].hold(places[long]):
                     progress(start)
-                    ids, rows, bad = await thread.worker.run(
-                        self.compute,
-                        thread is self._long,
-                        chunk,
-                        truncate,
-                        start,
-                        0 if too_long else most,
+                    ids, rows, bad = await self._run(
+                        long, chunk, truncate, start, 0 if too_long else most
                     )
                 too_long += bad
                 if too_long:  # nothing more is computed, but every such text is named
@@ -193,13 +187,18 @@ class EmbeddedEngine:
         progress(len(texts))
         return EngineOutput(vectors, tokens)
 
-    def compute(
+    async def _run(
         self, long: bool, texts: Sequence[str], truncate: Truncate, start: int, most: int
-    ) -> tuple[list[list[int]], Any, list[InvalidText]]:
+    ) -> ChunkOutput:
+        """Have a chunk computed where long texts are, or where short ones are."""
+        return await self._worker.run(self.compute, texts, truncate, start, most)
+
+    def compute(
+        self, texts: Sequence[str], truncate: Truncate, start: int, most: int
+    ) -> ChunkOutput:
         """Compute one chunk.
 
         Args:
-            long: Whether it is computed by the thread for long texts.
             texts: The texts of the chunk.
             truncate: See `Engine.embed`.
             start: Index of the first text.
@@ -229,8 +228,7 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Let the piece that is being computed finish; the engine is not used afterwards."""
-        for thread in {self._short, self._long}:
-            thread.worker.stop()
+        self._worker.stop()
 
     def _tokenize(
         self, texts: Sequence[str], truncate: Truncate, start: int

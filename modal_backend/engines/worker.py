@@ -1,4 +1,4 @@
-"""Threads that compute, for the tasks of an event loop."""
+"""A thread that computes, for the tasks of an event loop."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ _Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class Worker:
-    """A daemon thread that runs one function after the other, or several such threads.
+    """A daemon thread that runs one function after the other.
 
     Not an executor of the standard library: those refuse work as soon as the main thread has
     ended, though other threads of the program may still be embedding.
     """
 
-    def __init__(self, name: str, threads: int = 1) -> None:
+    def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=name, daemon=True) for _ in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """The result of `function(*args)`. Cancelled before its turn, it never runs."""
@@ -35,11 +32,9 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def stop(self) -> None:
-        """Let what runs finish, then end the threads."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        """Let what runs finish, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

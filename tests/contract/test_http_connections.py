@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from scripted_engine import ScriptedEngine
 from serving import serving
 
 from kalm_integrations import KalmClient
-from modal_backend import http_connections, http_server
+from modal_backend import http_connection_table, http_connections, http_server
 from modal_backend.engines import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http_api import create_app
@@ -159,14 +160,13 @@ class TestDeadlines:
                     time.sleep(0.01)
 
     def test_answers_that_nobody_reads(self, short_times: None) -> None:
+        large_answer = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}\r\n".encode()
         with server() as port, connect(port) as deaf:
             deaf.settimeout(0.2)
             with pytest.raises(ConnectionError):
-                while True:
-                    try:
-                        deaf.sendall(HEALTH * 1_000)
-                    except TimeoutError:
-                        time.sleep(0.1)
+                for _ in range(1_000):
+                    with suppress(TimeoutError):
+                        deaf.sendall(large_answer * 100)
 
     def test_idle_connections_are_kept_as_long_as_the_option_says(self) -> None:
         assert ServerOptions().keep_alive == 75
@@ -197,7 +197,11 @@ class TestTooMany:
         assert int(headers["retry-after"]) >= 1
         assert json.loads(body)["error"]["code"] == "service_unavailable"
 
-    def test_requests_with_a_key_wait_and_none_is_lost(self, few: int) -> None:
+    def test_requests_with_a_key_wait_and_none_is_lost(
+        self, few: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # On a busy machine callers take their time between connecting and sending.
+        monkeypatch.setattr(http_connection_table, "_STRANGERS_A_SECOND", 0.1)
         with server(SlowEngine()) as port, ThreadPoolExecutor(5 * few) as pool:
             assert set(pool.map(lambda _: query(port), range(5 * few))) == {200}
 
@@ -264,6 +268,27 @@ class TestUpgrade:
             while connection.recv(65_536):
                 pass
             assert query(port) == 200
+
+
+def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crowds = []
+    completed = http_connections.Connection.on_response_complete
+
+    def counting(connection: http_connections.Connection) -> None:
+        completed(connection)
+        crowds.append(len(connection.pipeline))
+
+    monkeypatch.setattr(http_connections.Connection, "on_response_complete", counting)
+    many = 20_000
+    with server() as port, connect(port) as connection, ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(connection.sendall, HEALTH * many)
+        with connection.makefile("rb") as answers:
+            starts = (line for line in answers if b"HTTP/1.1 200" in line)
+            assert sum(1 for _ in islice(starts, many)) == many
+        sent.result()
+    assert 0 < max(crowds) <= 2**18 // len(HEALTH)  # as many as the server reads in one go
 
 
 class TestHeaders:

@@ -121,7 +121,7 @@ async def embed(engine: EmbeddedEngine, texts: list[str]) -> EngineOutput:
 
 async def test_the_process_computes_the_same_vectors() -> None:
     texts = ["How high is K2?", "Warum geht Brot auf?", "word " * 3_000]
-    here, there = EmbeddedEngine.load(), ProcessEngine.load()
+    here, there = EmbeddedEngine.load(), await ProcessEngine.start()
     try:
         assert there.identity == here.identity
         first, second = await embed(here, texts), await embed(there, texts)
@@ -133,7 +133,7 @@ async def test_the_process_computes_the_same_vectors() -> None:
 
 
 async def test_closing_ends_the_process_whatever_it_computes() -> None:
-    engine = ProcessEngine.load()
+    engine = await ProcessEngine.start()
     started = time.monotonic()
     running = asyncio.create_task(embed(engine, ["word " * 8_000] * 200))
     await asyncio.sleep(0.1)
@@ -146,7 +146,7 @@ async def test_closing_ends_the_process_whatever_it_computes() -> None:
 
 
 async def test_a_process_that_dies_is_reported() -> None:
-    engine = ProcessEngine.load()
+    engine = await ProcessEngine.start()
     died = asyncio.create_task(engine.died())
     running = asyncio.create_task(embed(engine, ["word " * 8_000] * 200))
     await asyncio.sleep(0.1)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
@@ -20,15 +20,15 @@ import pytest
 
 # A request with three texts takes longer, unless the engine's process ends.
 SLOW = """
-import sys
+import asyncio, sys
 from multiprocessing.connection import wait
 from modal_backend.engines.embedded_process import ProcessEngine
-compute = ProcessEngine.compute
-def slow(self, long, texts, *arguments):
+run = ProcessEngine._run
+async def slow(self, long, texts, *arguments):
     if len(texts) == 3:
-        wait([self._process.sentinel], {seconds})
-    return compute(self, long, texts, *arguments)
-ProcessEngine.compute = slow
+        await asyncio.to_thread(wait, [self._process.sentinel], {seconds})
+    return await run(self, long, texts, *arguments)
+ProcessEngine._run = slow
 sys.exit(__import__("kalm_integrations.cli").cli.main(sys.argv[1:]))
 """
 HEADERS = {"Authorization": "Bearer k"}
@@ -75,12 +75,22 @@ class Served:
 
 
 @contextmanager
-def serving(*options: str, seconds: float = 0, **streams: Any) -> Iterator[Served]:
-    """`kalm serve` in which a request with three texts takes so long."""
+def serving(
+    *options: str, seconds: float = 0, wrapper: Sequence[str] = (), **streams: Any
+) -> Iterator[Served]:
+    """`kalm serve` in which a request with three texts takes so long.
+
+    Args:
+        options: Of `kalm serve`.
+        seconds: How long such a request takes.
+        wrapper: A command that runs the command after it.
+        streams: Standard streams of the process.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [
+            *wrapper,
             sys.executable,
             "-c",
             SLOW.format(seconds=seconds),
@@ -199,17 +209,18 @@ def full_pipe() -> tuple[int, int]:
 def test_a_log_that_cannot_be_written(kind: str) -> None:
     reading, writing = full_pipe()
     streams: dict[str, Any] = {"stdout": writing, "stderr": writing}
+    wrapper: tuple[str, ...] = ()
     if kind == "a full disk":
         full = os.open("/dev/full", os.O_WRONLY)
         os.close(writing)
         writing = full
         streams = {"stdout": writing, "stderr": writing}
     elif kind == "closed":
-        streams = {"preexec_fn": lambda: (os.close(1), os.close(2))}
+        wrapper = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
     elif kind == "broken":
         os.close(reading)
     try:
-        with serving(**streams) as served, closing(served.connect()) as kept:
+        with serving(wrapper=wrapper, **streams) as served, closing(served.connect()) as kept:
             statuses = {served.call("/v1/embeddings", '{"input": "a"}', kept)[0] for _ in range(50)}
             # Requests that are logged as warnings, with the log of the whole package.
             refused = served.call("/v1/embeddings", "{", kept)[0]
