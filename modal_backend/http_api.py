@@ -26,12 +26,12 @@ from typing import Final
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope
 
 from kalm_integrations.errors import (
     KalmError,
@@ -87,7 +87,7 @@ def create_app(
     phases: Mapping[str, float] | None = None,
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
-) -> Starlette:
+) -> ASGIApp:
     """The ASGI app.
 
     Args:
@@ -104,25 +104,7 @@ def create_app(
     def identity() -> str | None:
         return None if service.failure else _fingerprint(service.identity)
 
-    guard = Middleware(
-        HttpGuard,
-        keys=keys,
-        identity=identity,
-        metrics=door.metrics,
-        refuse_early=door.refuse_early,
-        max_inside=max_inside,
-        stopping=stopping,
-    )
-    # Around the guard: a browser sends no key with its preflight request, and shows a page no
-    # answer without these headers, not even a 401.
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=cors_origins,
-        allow_methods=("GET", "POST"),
-        allow_headers=("*",),
-        expose_headers=_EXPOSED_HEADERS,
-    )
-    app = Starlette(
+    app = _App(
         routes=[
             Route("/v1/embeddings", door.embeddings, methods=["POST"]),
             Route("/v1/models", door.models),
@@ -132,7 +114,6 @@ def create_app(
             Route("/openapi.json", door.openapi),
             Route("/health", door.health),
         ],
-        middleware=[cors, guard] if cors_origins else [guard],
         exception_handlers={
             KalmError: door.failed,
             HTTPException: no_such_route,
@@ -140,12 +121,38 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False
-    return app
+    guard = HttpGuard(
+        app,
+        keys=keys,
+        identity=identity,
+        metrics=door.metrics,
+        refuse_early=door.refuse_early,
+        max_inside=max_inside,
+        stopping=stopping,
+    )
+    if not cors_origins:
+        return guard
+    # Around the guard: a browser sends no key with its preflight request, and shows a page no
+    # answer without these headers, not even a 401.
+    return CORSMiddleware(
+        guard,
+        allow_origins=cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=_EXPOSED_HEADERS,
+    )
 
 
 @lru_cache(maxsize=4)  # it takes longer to compute than to refuse a request
 def _fingerprint(identity: SpaceIdentity) -> str:
     return identity.fingerprint
+
+
+class _App(Starlette):
+    """An app without `ServerErrorMiddleware`, which would answer what `HttpGuard` answers."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return ExceptionMiddleware(self.router, handlers=self.exception_handlers)
 
 
 class _Door:

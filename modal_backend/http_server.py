@@ -141,6 +141,7 @@ class HttpServer(uvicorn.Server):
             http=Connection,
             ws="none",
             lifespan="off",
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=options.keep_alive,
             **uvicorn_options,
