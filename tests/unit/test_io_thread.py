@@ -129,9 +129,9 @@ def test_cancelling_the_future_cancels_the_coroutine(thread):
             unwound.set()
 
     future = thread.submit(work())
-    assert begun.wait(5)
+    assert begun.wait(60)
     assert future.cancel()
-    assert unwound.wait(5)
+    assert unwound.wait(60)
     with pytest.raises(CancelledError):
         future.result()
 
@@ -144,11 +144,11 @@ def test_a_call_that_is_cancelled_before_it_begins_does_nothing(thread):
 
     async def hold_up():
         held_up.set()
-        assert submitted.wait(5)  # blocks the loop: what comes now has to wait
+        assert submitted.wait(60)  # blocks the loop: what comes now has to wait
 
     held_up, submitted = threading.Event(), threading.Event()
     holding = thread.submit(hold_up())
-    assert held_up.wait(5)
+    assert held_up.wait(60)
     future = thread.submit(work())
     assert future.cancel()
     submitted.set()
@@ -187,7 +187,7 @@ def test_stopping_unwinds_what_runs_and_ends_the_thread():
     begun = threading.Event()
     future = thread.submit(work(begun))
     home = thread.submit(here()).result()[0]
-    assert begun.wait(5)
+    assert begun.wait(60)
     thread.stop()
     assert unwound == [home]
     assert not home.is_alive()
