@@ -200,7 +200,7 @@ def _add_doctor(verbs: Verbs) -> None:
 def _doctor(arguments: argparse.Namespace) -> bool:
     from kalm_integrations.doctor import run
 
-    return run(wake=arguments.wake, golden=arguments.golden, as_json=arguments.json)
+    return run(wake=arguments.wake, reference=arguments.golden, as_json=arguments.json)
 
 
 VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (

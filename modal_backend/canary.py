@@ -1,7 +1,7 @@
 """Proof that an engine gives vectors, before anybody is served one.
 
 Run when an engine is loaded, and again after a container came back from its snapshot. KaLM has to
-pass the golden texts' checks too; what other models should give for them, nobody knows.
+pass the checks of the reference texts too; of other models, no right vectors are known.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations import golden, prompts
+from kalm_integrations import prompts, reference
 from kalm_integrations.errors import CanaryFailedError
 from modal_backend.engines import Engine
 
@@ -36,7 +36,7 @@ Vectors = NDArray[np.float32]
 
 
 async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
-    """Embed the canary's texts, and the golden ones where the engine runs KaLM, and judge.
+    """Embed the canary's texts, and the reference texts where the engine runs KaLM, and judge.
 
     Args:
         engine: Loaded and awake.
@@ -46,45 +46,44 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
         The vectors, shape (texts, dimensions), to be kept for the next time.
 
     Raises:
-        CanaryFailedError: What is wrong with them. Other errors are the engine's own.
+        CanaryFailedError: Names the check that failed, what was expected and what was found.
+            Other errors are the engine's own.
     """
-    made = ["form", "each text alone", "differences"]
+    checks = ["form", "each text alone", "differences"]
     vectors = await _embed(engine, list(TEXTS))
     # One after the other: together they would be one batch again.
     alone = np.concatenate([await _embed(engine, [text]) for text in TEXTS])
-    if not (least := _least_cosine(vectors, alone)) >= SAME:
+    _check_same("texts in one batch do not have the vectors that they have alone", vectors, alone)
+    cosines = np.triu(vectors @ vectors.T, 1)
+    if cosines.max() > SAME:
+        first, second = np.unravel_index(cosines.argmax(), cosines.shape)
         raise CanaryFailedError(
-            f"texts in one batch do not have the vectors that they have alone: cosine {least:.5f}."
+            f"two different texts have one vector: {TEXTS[first]!r} and {TEXTS[second]!r} have "
+            f"cosine {cosines.max():.5f}, expected is at most {SAME}."
         )
     instructed = await _embed(engine, [prompts.apply(prompts.RETRIEVAL, TEXTS[0])])
-    nearest = np.triu(vectors @ vectors.T, 1).max()
-    if nearest > SAME:
-        raise CanaryFailedError("two different texts have one vector.")
-    if float(instructed[0] @ vectors[0]) > SAME:
-        raise CanaryFailedError("an instruction does not change the vector.")
+    if (cosine := float(instructed[0] @ vectors[0])) > SAME:
+        raise CanaryFailedError(
+            f"an instruction does not change the vector of {TEXTS[0]!r}: cosine {cosine:.5f}, "
+            f"expected is at most {SAME}."
+        )
     if before is not None:
-        if not (least := _least_cosine(vectors, before)) >= SAME:
-            raise CanaryFailedError(
-                f"vectors are not those of before the snapshot: cosine {least:.5f}."
-            )
-        made.append("vectors of before")
-    if golden.applies_to(engine.identity):
-        made += await _prove_golden(engine)
-    log.info("the canary's checks passed: %s", ", ".join(made))
+        _check_same("vectors are not those of before the snapshot", vectors, before)
+        _check_same("vectors of single texts are not those of before the snapshot", alone, before)
+        checks.append("vectors of before")
+    if reference.applies_to(engine.identity):
+        checks += await _check_reference(engine)
+    log.info("the canary's checks passed: %s", ", ".join(checks))
     return vectors
 
 
-def _least_cosine(vectors: Vectors, others: Vectors) -> float:
-    return float(np.einsum("ij,ij->i", vectors, others).min())
-
-
-async def _prove_golden(engine: Engine) -> tuple[str, ...]:
-    """The golden checks that were made; all of them passed."""
-    vectors = await _embed(engine, list(golden.TEXTS))
-    verdict = golden.judge(vectors, engine.identity.quantization)
-    if verdict.wrong:
+async def _check_reference(engine: Engine) -> tuple[str, ...]:
+    """Return the checks made of the reference texts; all of them passed."""
+    vectors = await _embed(engine, list(reference.TEXTS))
+    verdict = reference.judge(vectors, engine.identity.quantization)
+    if verdict.failures:
         raise CanaryFailedError(f"these are not KaLM's vectors: {verdict}.")
-    return verdict.made
+    return verdict.checks
 
 
 async def _embed(engine: Engine, texts: list[str]) -> Vectors:
@@ -96,8 +95,19 @@ async def _embed(engine: Engine, texts: list[str]) -> Vectors:
 def _check_form(vectors: NDArray[Any], shape: tuple[int, int]) -> None:
     if vectors.shape != shape:
         raise CanaryFailedError(f"vectors of shape {vectors.shape} instead of {shape}.")
-    if not np.isfinite(vectors).all():
-        raise CanaryFailedError("values that are not finite.")
+    if invalid := np.count_nonzero(~np.isfinite(vectors)):
+        raise CanaryFailedError(f"values that are not finite: {invalid} of {vectors.size}.")
     lengths = np.linalg.norm(vectors, axis=1)
     if not (np.abs(lengths - 1) <= _UNIT).all():
-        raise CanaryFailedError(f"vectors of length {lengths.min():.4f} to {lengths.max():.4f}.")
+        raise CanaryFailedError(
+            f"vectors of length {lengths.min():.4f} to {lengths.max():.4f} instead of 1 ± {_UNIT}."
+        )
+
+
+def _check_same(failure: str, vectors: Vectors, others: Vectors) -> None:
+    cosines = np.einsum("ij,ij->i", vectors, others)
+    if not (cosines >= SAME).all():  # "not at least": a comparison with NaN is false
+        row = int(cosines.argmin())  # the first NaN, if there is one
+        raise CanaryFailedError(
+            f"{failure}: cosine {cosines[row]:.5f} instead of at least {SAME} for {TEXTS[row]!r}."
+        )

@@ -9,7 +9,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from kalm_integrations import golden
+from kalm_integrations import reference
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import KalmError
 from kalm_integrations.identity import SpaceIdentity
@@ -56,7 +56,7 @@ def _prove(client: KalmClient, settings: DeploySettings) -> None:
         seconds.append(time.perf_counter() - start)
     (plain,) = deployed(client).embed.remote([ANSWER])
     described = deployed(client).describe.remote()
-    verdict = _golden(client, SpaceIdentity.from_dict(described["identity"]))
+    verdict = _reference(client, SpaceIdentity.from_dict(described["identity"]))
 
     table = Table(title=f"{settings.app_name}, class {client.modal_class}", title_justify="left")
     table.add_column("")
@@ -67,7 +67,7 @@ def _prove(client: KalmClient, settings: DeploySettings) -> None:
     table.add_row("dimensions", str(len(plain)))
     table.add_row("cosine", f"{related:.3f} to its answer, {unrelated:.3f} to another text")
     if verdict is not None:
-        table.add_row("golden texts", str(verdict))
+        table.add_row("reference texts", str(verdict))
     table.add_row("first answer", f"{first:.2f} s")
     table.add_row("one query", f"{1000 * statistics.median(seconds):.0f} ms, median of {_TIMED}")
     for phase, taken in described["phases"].items():
@@ -75,12 +75,12 @@ def _prove(client: KalmClient, settings: DeploySettings) -> None:
     Console(highlight=False).print(table)
     if related <= unrelated:
         raise SystemExit("the answer is not nearer than another text: these vectors are wrong")
-    if verdict is not None and verdict.wrong:
-        raise SystemExit("the golden texts have other vectors than KaLM's: these are wrong")
+    if verdict is not None and verdict.failures:
+        raise SystemExit("the reference texts have other vectors than KaLM's: these are wrong")
 
 
-def _golden(client: KalmClient, space: SpaceIdentity) -> golden.Verdict | None:
+def _reference(client: KalmClient, space: SpaceIdentity) -> reference.Verdict | None:
     """Of the service of `space`; None if it has another model."""
-    if not golden.applies_to(space):
+    if not reference.applies_to(space):
         return None
-    return golden.judge(golden.ask(client), space.quantization)
+    return reference.judge(reference.embed(client), space.quantization)

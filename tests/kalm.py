@@ -1,7 +1,7 @@
-"""An engine that claims to be KaLM, and gives what KaLM must: no weights, only the golden facts.
+"""An engine that claims to be KaLM, and gives what KaLM must: no weights, only reference results.
 
-Texts that share words are near each other, a golden question is near its answer, and the
-published texts have the published values; all else is drawn by lot from the text.
+Texts that share words are near each other, a reference question is near its answer, the
+published texts have the published values and similarities; all else is drawn by lot from the text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from scripted import ScriptedTransport
 from scripted_engine import ScriptedEngine, Vectors
 
-from kalm_integrations import golden
+from kalm_integrations import reference
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import KALM
+from kalm_integrations.profiles import KALM, KALM_FP8
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 BF16 = SpaceIdentity(
@@ -31,11 +31,13 @@ BF16 = SpaceIdentity(
     quantization="bf16",
     profile=1,
 )
-FP8 = replace(BF16, quantization="fp8")
+FP8 = replace(BF16, quantization=KALM_FP8.space.quantization)
 
-_PAIRS = len(golden.PAIRS)
-_TOPICS = dict(zip(golden.TEXTS, [*range(_PAIRS), *reversed(range(_PAIRS))], strict=False))
-_VALUES = {published.text: (published.first, published.last) for published in golden.PUBLISHED}
+_PAIRS = len(reference.PAIRS)
+_TOPICS = dict(zip(reference.TEXTS, [*range(_PAIRS), *reversed(range(_PAIRS))], strict=False))
+_VALUES = {published.text: (published.first, published.last) for published in reference.PUBLISHED}
+
+_SIMILAR = reference.TEXTS[-4:]
 
 
 def vectors_of(texts: Sequence[str]) -> Vectors:
@@ -86,6 +88,8 @@ class KalmTransport(ScriptedTransport):
 
 
 def _vector_of(text: str) -> Vectors:
+    if text in _SIMILAR:
+        return similar()[_SIMILAR.index(text)]
     vector = np.sum([_drawn(word) for word in re.findall(r"\w+", text)], axis=0)
     if text in _TOPICS:
         vector = _unit(vector) + _drawn(f"topic {_TOPICS[text]}")
@@ -98,9 +102,22 @@ def _vector_of(text: str) -> Vectors:
 
 
 @cache
+def similar(number: int = 0, difference: float = 0.0) -> Vectors:
+    """Unit vectors with the published similarities, of which one is different."""
+    cosines = np.eye(len(_SIMILAR))
+    for pair in reference.SIMILARITIES:
+        row, column = _SIMILAR.index(pair.first), _SIMILAR.index(pair.second)
+        cosines[row, column] = pair.cosine
+        cosines[row, column] += difference * (pair == reference.SIMILARITIES[number])
+        cosines[column, row] = cosines[row, column]
+    directions, _ = np.linalg.qr(np.array([_drawn(text) for text in _SIMILAR]).T)
+    return np.linalg.cholesky(cosines) @ directions.T
+
+
+@cache
 def _drawn(name: str) -> np.ndarray[Any, Any]:
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return _unit(np.random.default_rng(seed).normal(size=golden.DIMENSIONS))
+    return _unit(np.random.default_rng(seed).normal(size=reference.DIMENSIONS))
 
 
 def _unit(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

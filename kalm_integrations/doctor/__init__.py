@@ -14,18 +14,18 @@ from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.terminal import wrapped, write
 
 
-def run(*, wake: bool, as_json: bool, golden: bool = False) -> bool:
+def run(*, wake: bool, as_json: bool, reference: bool = False) -> bool:
     """Check, and print what was found.
 
     Args:
         wake: Have the service embed, even where that starts a container, which costs money.
         as_json: Print one JSON document instead of text.
-        golden: Have it embed the golden texts too, for which it is woken.
+        reference: Have it embed the reference texts too, for which it is woken.
 
     Returns:
         Whether no check failed.
     """
-    patient = Patient(wake=wake or golden, golden=golden)
+    patient = Patient(wake=wake or reference, reference=reference)
     findings: dict[str, Finding] = {}
     waits = patient.wake and not as_json
     with _quiet():

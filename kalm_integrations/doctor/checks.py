@@ -97,7 +97,7 @@ class Patient:
 
     Attributes:
         wake: Whether containers may be started.
-        golden: Whether the golden texts are wanted.
+        reference: Whether the reference texts are wanted.
         configured: The settings, once they are known to be good.
         on_modal: Whether the service scales to zero, so that any request costs money.
         tags: What Modal keeps with the deployed app.
@@ -109,7 +109,7 @@ class Patient:
     """
 
     wake: bool
-    golden: bool = False
+    reference: bool = False
     configured: ClientSettings | None = None
     on_modal: bool = False
     tags: Mapping[str, str] | None = None

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from kalm_integrations import golden
+from kalm_integrations import reference
 from kalm_integrations.client import KalmClient
 from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import (
@@ -18,6 +18,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.extras import install_command
 from kalm_integrations.io_thread import io_thread
+from kalm_integrations.profiles import KALM
 from kalm_integrations.transports import reported
 
 QUESTION: Final = "How tall is K2?"
@@ -42,8 +43,8 @@ def checks(door: str, patient: Patient, needs: tuple[str, ...]) -> list[Check]:
         Check("vectors", _vectors, needs=("identity",), wakes=True, silence=_SILENCE),
         Check("latency", _latency, needs=("vectors",), wakes=True, silence=_SILENCE),
     ]
-    if patient.golden:
-        made.append(Check("golden", _golden, needs=("vectors",), wakes=True, silence=_SILENCE))
+    if patient.reference:
+        made.append(Check("golden", _reference, needs=("vectors",), wakes=True, silence=_SILENCE))
     return made
 
 
@@ -103,17 +104,17 @@ def _latency(patient: Patient) -> Finding:
     )
 
 
-def _golden(patient: Patient) -> Finding:
+def _reference(patient: Patient) -> Finding:
     served, expected = patient.served, patient.settings.expected_space
-    if not golden.applies_to(served or expected):
-        detail = f"nobody knows what {expected.model} should give for the golden texts of KaLM"
+    if not reference.applies_to(served or expected):
+        detail = f"nobody knows what {expected.model} should give for the reference texts of KaLM"
         return Finding(status="skipped", detail=detail)
-    vectors = golden.ask(patient.embeds)
-    verdict = golden.judge(vectors, served.quantization if served else None)
-    if verdict.wrong:
+    vectors = reference.embed(patient.embeds)
+    verdict = reference.judge(vectors, served.quantization if served else None)
+    if verdict.failures:
         return Finding.fail(str(verdict), InvalidResponseError.remedy)
     if served is None:  # what it computes in, it does not tell either: should that be bf16, ...
-        verdict = golden.judge(vectors, golden.BF16)
-        if verdict.wrong:
+        verdict = reference.judge(vectors, KALM.space.quantization)
+        if verdict.failures:
             return Finding.warn(str(verdict), _IF_BF16)
     return Finding.ok(str(verdict))

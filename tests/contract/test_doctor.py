@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import trustme
 from diagnosis import SECRETS, Diagnosis, Doctor
-from kalm import BF16, FP8, KalmEngine
+from kalm import BF16, FP8, KalmEngine, similar
 from pydantic import SecretStr
 from serving import FaultyServer, Received, Step, packed, reply, serving, stall
 
-from kalm_integrations import golden
+from kalm_integrations import reference
 from kalm_integrations.cli import main
 from kalm_integrations.doctor import checks, here, over_http, report
 from kalm_integrations.doctor.checks import Check, Finding, Patient
@@ -485,8 +485,8 @@ class Cutting(EmbeddingService):
         return replace(answer, vectors=cut.astype(request.dtype))
 
 
-class TestGolden:
-    """--golden: what KaLM must give, over the door that an application takes."""
+class TestReference:
+    """--golden: KaLM's reference texts, over the endpoint that an application uses."""
 
     @pytest.fixture
     def kalm(self, variables: Callable[..., None]) -> Iterator[Callable[..., KalmEngine]]:
@@ -503,22 +503,19 @@ class TestGolden:
 
             yield kalm
 
-    @pytest.mark.parametrize(
-        ("identity", "made"),
-        [
-            (BF16, "order of 6 pairs, published values of 2 texts: as they should be"),
-            (FP8, "order of 6 pairs: as they should be"),
-        ],
-        ids=["bf16", "fp8"],
-    )
+    @pytest.mark.parametrize("identity", [BF16, FP8], ids=["bf16", "fp8"])
     def test_kalms_vectors(
-        self, doctor: Doctor, kalm: Callable[..., KalmEngine], identity: SpaceIdentity, made: str
+        self, doctor: Doctor, kalm: Callable[..., KalmEngine], identity: SpaceIdentity
     ) -> None:
         kalm(identity=identity)
         diagnosis = doctor("--golden")
         assert list(diagnosis.found)[-4:] == [*SERVICE, "golden"]
         assert {status for status, _ in diagnosis.found.values()} == {"ok"}
-        assert diagnosis.text("golden") == made
+        detail = diagnosis.text("golden")
+        for check in ("order of 6 pairs", "12 published values", "6 published similarities"):
+            assert check in detail
+        for pair in reference.SIMILARITIES:
+            assert f"{pair.cosine:.3f} ({pair.cosine:.3f})" in detail
         assert ("waiting for the service" in diagnosis.shown) == (not doctor.as_json)
 
     def test_whatever_the_client_adds_and_cuts(
@@ -529,16 +526,16 @@ class TestGolden:
         diagnosis = doctor("--golden")
         assert diagnosis.status("vectors", "golden") == ["ok", "ok"]
         assert "64 dimensions" in diagnosis.text("vectors")
-        asked = [text for texts, _ in engine.asked[-3:] for text in texts]
-        assert tuple(asked) == golden.TEXTS
+        asked = [text for texts, _ in engine.asked[-4:] for text in texts]
+        assert tuple(asked) == reference.TEXTS
 
     @pytest.mark.parametrize(
         ("spoil", "found"),
         [
-            (lambda v: v[:, ::-1], "'Each sentence is converted' has ["),
+            (lambda v: v[:, ::-1], "published values: "),
             (lambda v: np.vstack([v[1:6], v[:1], v[6:]]), "'How tall is K2?' (English) has cosine"),
             (lambda v: v * np.float32(np.nan), "values that are not finite"),
-            (lambda v: v[:-1], "(13, 3840)"),
+            (lambda v: v[:-1], "(17, 3840)"),
         ],
         ids=["values", "order", "not finite", "one too few"],
     )
@@ -546,16 +543,16 @@ class TestGolden:
     def test_vectors_that_are_not_kalms(
         self, doctor: Doctor, kalm: Callable[..., KalmEngine], spoil: Callable, found: str
     ) -> None:
-        kalm(lambda vectors: spoil(vectors) if len(vectors) == len(golden.TEXTS) else vectors)
+        kalm(lambda vectors: spoil(vectors) if len(vectors) == len(reference.TEXTS) else vectors)
         shown = stopped_at("golden", doctor("--golden"))
         assert found in shown
 
     def test_values_are_named_and_what_to_do(
         self, doctor: Doctor, kalm: Callable[..., KalmEngine]
     ) -> None:
-        kalm(lambda v: v[:, ::-1] if len(v) == len(golden.TEXTS) else v)
+        kalm(lambda v: v[:, ::-1] if len(v) == len(reference.TEXTS) else v)
         shown = stopped_at("golden", doctor("--golden"))
-        assert "instead of the published [-0.0187, 0.0232, 0.0028 … -0.0208," in shown
+        assert "instead of [-0.0187, 0.0232, 0.0028 … -0.0208," in shown
         assert "→ Do not store vectors of this service" in shown
 
     def test_another_model_is_not_judged(
@@ -581,7 +578,7 @@ class TestGolden:
         engine = kalm()
         diagnosis = doctor(*asked)
         assert "golden" not in diagnosis.found
-        assert not {text for texts, _ in engine.asked for text in texts} & set(golden.TEXTS[1:])
+        assert not {text for texts, _ in engine.asked for text in texts} & set(reference.TEXTS[1:])
 
     def test_it_wakes(
         self,
@@ -600,11 +597,21 @@ class TestGolden:
     @pytest.mark.parametrize(
         ("spoil", "status", "said"),
         [
-            (lambda v: v, "ok", "published values of 2 texts: as they should be"),
-            (lambda v: v[:, ::-1], "warn", "If the service computes in bf16, which it does not"),
+            (lambda v: v, "ok", "12 published values"),
+            (
+                lambda v: np.vstack([v[:-4], similar(1, 0.03)]),
+                "warn",
+                "If the service computes in bf16, which it does not",
+            ),
+            (lambda v: v[:, ::-1], "fail", "published values: "),
             (lambda v: np.roll(v, 1, axis=0), "fail", "'How tall is K2?' (English) has cosine"),
         ],
-        ids=["right", "other values", "another order"],
+        ids=[
+            "right",
+            "a similarity outside the tolerance of bf16",
+            "other values",
+            "another order",
+        ],
     )
     def test_a_server_that_does_not_say_what_it_computes_in(
         self,
@@ -624,11 +631,11 @@ class TestGolden:
 
 
 def openai_answer(spoil: Callable) -> Step:
-    """KaLM's vectors, those of the golden texts spoilt, from a server that is not ours."""
+    """KaLM's vectors, those of the reference texts spoilt, from a server that is not ours."""
 
     async def step(request: Received, writer: asyncio.StreamWriter) -> None:
         vectors = KalmEngine().right(request.texts)
-        if len(vectors) == len(golden.TEXTS):
+        if len(vectors) == len(reference.TEXTS):
             vectors = spoil(vectors)
         rows = [{"index": i, "embedding": row.tolist()} for i, row in enumerate(vectors)]
         content = {"model": BF16.model, "data": rows, "usage": {"prompt_tokens": 1}}

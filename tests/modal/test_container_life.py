@@ -173,7 +173,7 @@ def test_wrong_vectors_after_the_restore_cost_one_load_and_no_start(
 def test_wrong_vectors_for_good_are_an_answer_and_not_a_crash(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray
 ) -> None:
-    wrong = "vectors of length 0.5000 to 0.5000."
+    wrong = "vectors of length 0.5000 to 0.5000 instead of 1 ± 0.001."
     sent = len(calls(emulator))
     with emulator.changed(container_env={"FAULT": "always"}):
         with ThreadPoolExecutor(4) as threads:

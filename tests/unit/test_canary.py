@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kalm import BF16, FP8, KalmEngine
+from kalm import BF16, FP8, KalmEngine, similar
+from kalm import turned as kalm_turned
 from scripted import DIMENSIONS, vectors_of
 from scripted_engine import ScriptedEngine
 
-from kalm_integrations import golden, prompts
+from kalm_integrations import prompts, reference
 from kalm_integrations.errors import CanaryFailedError
 from modal_backend import canary
 from modal_backend.engines.embedded import EmbeddedEngine
@@ -127,21 +128,32 @@ def test_its_texts_are_of_many_scripts_and_lengths():
         (lambda v: np.vstack([v, v[:1]]), "vectors of shape (8, 512) instead of (7, 512)"),
         (lambda v: v[:, :256], "vectors of shape (7, 256) instead of (7, 512)"),
         (lambda v: v.ravel(), "vectors of shape (3584,) instead of (7, 512)"),
-        (with_row(3, np.nan), "values that are not finite"),
+        (with_row(3, np.nan), "values that are not finite: 512 of 3584"),
         (with_row(6, np.inf), "values that are not finite"),
-        (lambda v: v * 0, "vectors of length 0.0000 to 0.0000"),
+        (lambda v: v * 0, "vectors of length 0.0000 to 0.0000 instead of 1"),
         (lambda v: v * np.float32(1.002), "vectors of length 1.0020 to 1.0020"),
         (with_row(2, 0.0), "vectors of length 0.0000 to 1.0000"),
         (lambda v: v * 0 + RIGHT[0], "two different texts have one vector"),
-        (with_text(5, RIGHT[1]), "two different texts have one vector"),
+        (
+            with_text(5, RIGHT[1]),
+            f"two different texts have one vector: {canary.TEXTS[1]!r} and {canary.TEXTS[5]!r} "
+            "have cosine 1.00000, expected is at most 0.999",
+        ),
         (with_text(5, turned(RIGHT[1:2], 0.9993)[0]), "two different texts have one vector"),
-        (only_the_instructed(lambda _: RIGHT[:1]), "an instruction does not change the vector"),
+        (
+            only_the_instructed(lambda _: RIGHT[:1]),
+            f"an instruction does not change the vector of {canary.TEXTS[0]!r}: cosine 1.00000",
+        ),
         (in_a_batch(lambda v: v[[1, 0, *range(2, 7)]]), ALONE),
         (in_a_batch(lambda v: v[[*range(5), 6, 5]]), ALONE),
         (in_a_batch(lambda v: v[::-1]), ALONE),
         (in_a_batch(lambda v: np.roll(v, 1, axis=0)), ALONE),
         (in_a_batch(lambda v: np.repeat(v[:1], len(v), axis=0)), ALONE),
-        (in_a_batch(lambda v: turned(v, 0.998)), ALONE),
+        (
+            in_a_batch(lambda v: turned(v, 0.998)),
+            f"{ALONE}: cosine 0.99800 instead of at least 0.999",
+        ),
+        (in_a_batch(with_row(4, turned(RIGHT[4:5], 0.998)[0])), repr(canary.TEXTS[4])),
         (only_the_instructed(with_row(0, np.nan)), "values that are not finite"),
         (only_the_instructed(lambda v: v * 2), "vectors of length 2.0000 to 2.0000"),
         (only_the_instructed(lambda v: v[0]), "vectors of shape (512,) instead of (1, 512)"),
@@ -169,6 +181,17 @@ async def test_vectors_that_are_not_those_of_before_are_found(spoil):
         await canary.prove(engine, RIGHT)
 
 
+async def test_a_single_text_is_compared_with_the_vectors_of_before_too():
+    """Each step is within the tolerance, and both together are not."""
+    engine = ScriptedEngine(lambda v: v if len(v) > 1 else turned(v, 0.9993))
+    before = RIGHT - (turned(RIGHT, 0.9993) - RIGHT)
+    before = unit(before)
+    await canary.prove(engine)
+    await canary.prove(ScriptedEngine(), before)
+    with pytest.raises(CanaryFailedError, match="single texts are not those of before"):
+        await canary.prove(engine, before)
+
+
 @given(row=st.integers(0, len(canary.TEXTS) - 1), seed=st.integers(0, 2**32 - 1))
 async def test_any_vector_that_became_another_is_found(row, seed):
     other = np.random.default_rng(seed).normal(size=DIMENSIONS).astype(np.float32)
@@ -183,37 +206,37 @@ async def test_what_the_engine_raises_is_its_own():
 
 
 # -- of KaLM -----------------------------------------------------------------------------------
-def the_golden(spoil):
-    return lambda vectors: spoil(vectors) if len(vectors) == len(golden.TEXTS) else vectors
+def reference_batch(spoil):
+    return lambda vectors: spoil(vectors) if len(vectors) == len(reference.TEXTS) else vectors
+
+
+REFERENCE_CHECKS = ["order of 6 pairs", "12 published values", "6 published similarities"]
 
 
 @pytest.mark.parametrize(
-    ("engine", "again", "made"),
+    ("engine", "again", "checks"),
     [
-        (ScriptedEngine(), False, "form, each text alone, differences"),
-        (ScriptedEngine(), True, "form, each text alone, differences, vectors of before"),
-        (
-            KalmEngine(),
-            True,
-            "form, each text alone, differences, vectors of before, order of 6 pairs, "
-            "published values of 2 texts",
-        ),
-        (KalmEngine(identity=FP8), False, "form, each text alone, differences, order of 6 pairs"),
+        (ScriptedEngine(), False, []),
+        (ScriptedEngine(), True, ["vectors of before"]),
+        (KalmEngine(), True, ["vectors of before", *REFERENCE_CHECKS]),
+        (KalmEngine(identity=FP8), False, REFERENCE_CHECKS),
     ],
     ids=["another model", "again", "bf16", "fp8"],
 )
-async def test_the_log_tells_what_was_checked(engine, again, made, caplog):
+async def test_the_log_tells_what_was_checked(engine, again, checks, caplog):
     before = await canary.prove(engine) if again else None
     with caplog.at_level(logging.INFO):
         await canary.prove(engine, before)
-    assert caplog.messages[-1] == f"the canary's checks passed: {made}"
+    _, _, logged = caplog.messages[-1].partition(": ")
+    names = [check.partition(" (")[0] for check in logged.split(", ")]
+    assert names == ["form", "each text alone", "differences", *checks]
 
 
-async def test_kalm_is_asked_for_the_golden_texts_as_they_are():
+async def test_kalm_embeds_the_reference_texts_as_they_are():
     engine = KalmEngine()
     proof = await canary.prove(engine)
     texts, how = engine.asked[-1]
-    assert texts == list(golden.TEXTS)
+    assert texts == list(reference.TEXTS)
     assert how == {"role": "query", "truncate": "error", "deadline": None}
     assert np.array_equal(proof, engine.right(canary.TEXTS))
 
@@ -221,27 +244,49 @@ async def test_kalm_is_asked_for_the_golden_texts_as_they_are():
 @pytest.mark.parametrize(
     ("spoil", "found", "identities"),
     [
-        (with_row(0, KalmEngine().right(golden.TEXTS[7:8])), "'How tall is K2?'", (BF16, FP8)),
-        (lambda v: v[:, ::-1], "instead of the published", (BF16,)),
-        (with_row(13, KalmEngine().right(["another"])), "'Each sentence is converted'", (BF16,)),
+        (with_row(0, KalmEngine().right(reference.TEXTS[7:8])), "'How tall is K2?'", (BF16, FP8)),
+        (lambda v: v[:, ::-1], "published values: ", (BF16, FP8)),
+        (
+            with_row(13, KalmEngine().right(["another"])),
+            "'Each sentence is converted'",
+            (BF16, FP8),
+        ),
+        (lambda v: np.vstack([v[:-4], similar(0, 0.03)]), "0.9620 instead of 0.9320", (BF16,)),
+        (lambda v: np.vstack([v[:-4], similar(0, -0.06)]), "0.8720 instead of 0.9320", (BF16, FP8)),
+        (lambda v: kalm_turned(v, 0.908), "published similarities: ", (BF16, FP8)),
         (with_row(3, np.nan), "values that are not finite", (BF16, FP8)),
-        (lambda v: v[:-1], "vectors of shape (13, 3840) instead of (14, 3840)", (BF16, FP8)),
+        (lambda v: v[:-1], "vectors of shape (17, 3840) instead of (18, 3840)", (BF16, FP8)),
     ],
-    ids=["order", "values reversed", "one text's values", "not finite", "one too few"],
+    ids=[
+        "order",
+        "values reversed",
+        "one text's values",
+        "a similarity off by .03",
+        "a similarity off by .06",
+        "mean pooling",
+        "not finite",
+        "one too few",
+    ],
 )
 async def test_vectors_that_are_not_kalms_are_found(spoil, found, identities):
     for identity in identities:
         for before in (None, KalmEngine().right(canary.TEXTS)):
             with pytest.raises(CanaryFailedError, match=re.escape(found)):
-                await canary.prove(KalmEngine(the_golden(spoil), identity), before)
+                await canary.prove(KalmEngine(reference_batch(spoil), identity), before)
 
 
-async def test_published_values_are_of_bf16_only():
-    await canary.prove(KalmEngine(the_golden(lambda v: v[:, ::-1]), FP8))
+async def test_rounding_errors_of_an_engines_quantization_pass():
+    near = reference_batch(lambda v: kalm_turned(v, 0.99986))
+    coarse = reference_batch(lambda v: kalm_turned(v, 0.997))
+    await canary.prove(KalmEngine(near))
+    await canary.prove(KalmEngine(near, FP8))
+    await canary.prove(KalmEngine(coarse, FP8))
+    off = reference_batch(lambda v: np.vstack([v[:-4], similar(0, 0.03)]))
+    await canary.prove(KalmEngine(off, FP8))
 
 
 async def test_an_engine_that_cuts_kalms_vectors_is_found():
     engine = KalmEngine(lambda v: v[:, :64] / np.linalg.norm(v[:, :64], axis=1, keepdims=True))
     engine.dimensions = (64,)
-    with pytest.raises(CanaryFailedError, match=re.escape("shape (14, 64) instead of (14, 3840)")):
+    with pytest.raises(CanaryFailedError, match=re.escape("shape (18, 64) instead of (18, 3840)")):
         await canary.prove(engine)

@@ -209,7 +209,7 @@ async def test_a_failed_engine_is_not_kept_by_its_errors_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("script", "failure", "said"),
     [
-        (WRONG, CanaryFailedError, "vectors of length 0.5000 to 0.5000."),
+        (WRONG, CanaryFailedError, "vectors of length 0.5000 to 0.5000 instead of 1 ± 0.001."),
         (EngineLoadError("not the tested files."), EngineLoadError, "not the tested files."),
         (OSError("disk"), EngineLoadError, "the engine failed: OSError: disk."),
         (MemoryError(), EngineLoadError, "the engine failed: MemoryError: ."),

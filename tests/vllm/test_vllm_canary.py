@@ -128,9 +128,9 @@ async def test_when_loaded_only_vectors_that_cannot_be_right_are_seen(
     assert said.keys() == FORM | DIFFERENCES | ROWS
     assert all("that they have alone" in said[how] for how in ROWS)
     assert said["every weight zero"] == said["final norm zero"]
-    assert said["final norm zero"] == "vectors of length 0.0000 to 0.0000."
-    assert said["one weight NaN"] == "values that are not finite."
-    assert said["attention silent in every layer"] == "two different texts have one vector."
+    assert said["final norm zero"] == "vectors of length 0.0000 to 0.0000 instead of 1 ± 0.001."
+    assert said["one weight NaN"].startswith("values that are not finite: ")
+    assert said["attention silent in every layer"].startswith("two different texts have one vector")
 
 
 async def test_after_a_restore_everything_is_seen_that_moves_a_vector(
@@ -145,7 +145,8 @@ async def test_after_a_restore_everything_is_seen_that_moves_a_vector(
 
 async def test_the_table_is_what_happens(seen: dict[str, Seen]) -> None:
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    _, *rows = [row for row in cells if len(row) == 5]  # the first is the table's head
     documented = {name: (at_load, restored) for name, _, at_load, restored, _ in rows}
     assert documented == {
         how: (yes(found.at_load), yes(found.after_a_restore)) for how, found in seen.items()
@@ -163,9 +164,8 @@ async def test_the_table_is_what_happens(seen: dict[str, Seen]) -> None:
             continue
         least, most = map(float, cell.split(" to "))
         assert (found.least, found.most) == pytest.approx((least, most), abs=NEAR)
-        # Vectors with a cosine of 0.99 to the right ones never have all the published values;
-        # with 0.998 half of them do.
-        expected = "yes" if found.most < 0.99 else "no" if found.least > 0.999 else "perhaps"
+        # With a cosine of 0.988 to the right ones, no vectors passed; with 0.997, most did.
+        expected = "yes" if found.most < 0.988 else "no" if found.least > 0.999 else "perhaps"
         assert published == expected
 
 
