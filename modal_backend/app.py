@@ -282,7 +282,7 @@ if settings.on_gpu:
 
         `modal run -m modal_backend.app::download_model_weights`. 23.5 GB; needs no GPU.
         """
-        from modal_backend.weights import download
+        from modal_backend.download import download
 
         download(settings.model, settings.revision)
 

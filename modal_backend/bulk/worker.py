@@ -154,8 +154,8 @@ class Worker:
     # --- on a thread, with the files
 
     def _claim(self, folder: Path, run: str, number: int) -> Description | str | None:
-        """What the job is, an attempt at the shard being noted; or why it is not wanted; None where this
-        container cannot."""
+        """What the job is, an attempt at the shard being noted; or why it is not wanted; None
+        where this container cannot."""
         store, here = FolderStore(folder), f"{records.RUNS}/{run}"
         if unwanted := self._unwanted(store, run, number):
             return unwanted
@@ -164,9 +164,7 @@ class Worker:
             # It is this container that sees the run's other inputs off: another would be paid.
             return self._ended(run, "the run was stopped") if stopped else None
         description = Description.from_bytes(store.read(records.JOB))
-        if self._service.failure is None and (
-            differs := self._differs(description.job.identity)
-        ):
+        if self._service.failure is None and (differs := self._differs(description.job.identity)):
             stop = Stop(reason="identity", message=differs)
             store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
             return self._ended(run, differs)

@@ -31,8 +31,8 @@ CUDA_PACKAGES = (
 )
 """Those that nobody pins: a newer CUDA's kernels may not load with a driver of torch's CUDA."""
 HEADER = """\
-# Every package of the image with vLLM, for Python 3.12 on Linux. `make image-lock` writes this file from
-# modal_backend/image.py, with the versions that tests/vllm/requirements.txt tested.
+# Every package of the image with vLLM, for Python 3.12 on Linux. `make image-lock` writes this file
+# from modal_backend/image.py, with the versions that tests/vllm/requirements.txt tested.
 """
 
 

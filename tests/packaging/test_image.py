@@ -1,7 +1,8 @@
 """The packages of the containers' images: they resolve for Python 3.12, agree with what the tests
 run, and are enough for everything that can be imported without a GPU.
 
-Needs a package index. One that lacks a pinned version fails the test, as it would fail a deployment.
+Needs a package index. One that lacks a pinned version fails the test, as it would fail a
+deployment.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from kalm_integrations.bulk.terms import Options, Terms
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import JobFailedError, KalmError
 
+
 def embed(
     arguments: argparse.Namespace, client: KalmClient, options: Options, screen: Screen
 ) -> tuple[str, State | None]:
