@@ -36,8 +36,7 @@ next. To launch a step's kernels one by one takes a CPU as long as a fast card t
 _DTYPE_ARGUMENT: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 KERNELS: Final = {"enable_flashinfer_autotune": False}
-"""On Hopper and newer cards vLLM would tune FlashInfer's kernels at each load; this engine uses
-none of them."""
+"""Otherwise vLLM tunes FlashInfer's kernels at each load, on Hopper and newer cards."""
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
