@@ -269,8 +269,8 @@ READING: Final = (1.0, 2.5)
 
 
 FIRST_START: Final = 460.0
-"""Seconds of a start without a snapshot to restore. Others measured it on Modal, for a model of 27 B
-parameters in fp8 on an A100; ours has never run there."""
+"""Seconds of a start without a snapshot to restore. Others measured it on Modal, for a model of
+27 B parameters in fp8 on an A100; ours has never run there."""
 
 
 def cold_start(quantization: Quantization) -> float:

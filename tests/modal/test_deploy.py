@@ -119,7 +119,6 @@ class TestKalmDeploy:
         assert "as-no" not in refused.stderr + refused.stdout
         assert len(emulator.created) == before
 
-
     def test_without_a_token_the_cost_is_shown_and_one_command_named(
         self, run: Any, emulator: Emulator, tmp_path: Path
     ) -> None:

@@ -184,9 +184,7 @@ def test_every_field_of_the_request(emulator: Emulator, name: str) -> None:
     settings, functions = CONFIGURATIONS[name]
     variables = {f"KALM_DEPLOY_{key}": value for key, value in settings.items()}
     before = len(emulator.created)
-    emulator.deploy(
-        "modal_backend.app", cwd=ROOT, env={**variables, "KALM_DEPLOY_APP_NAME": name}
-    )
+    emulator.deploy("modal_backend.app", cwd=ROOT, env={**variables, "KALM_DEPLOY_APP_NAME": name})
     assert len(emulator.created) - before == len(functions)
     for function, wanted in functions.items():
         assert requested(emulator, f"{name}/{function}") == wanted, function

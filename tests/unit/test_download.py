@@ -49,7 +49,9 @@ class Hub:
             capture_output=True,
             text=True,
             timeout=60,
-            env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | known | variables,
+            env={k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+            | known
+            | variables,
         )
 
 
@@ -85,7 +87,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
                 content = content[1_000_000:]
             self.wfile.write(content)
 
-        do_HEAD = do_GET
+        do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass
