@@ -11,9 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kalm_integrations.environment import did_you_mean
-from kalm_integrations.errors import ConfigurationError, KalmError, ModalTokenError
+from kalm_integrations.errors import (
+    ConfigurationError,
+    KalmError,
+    ModalTokenError,
+    without_sign_in_advice,
+)
 from kalm_integrations.profiles import KALM
-from kalm_integrations.transports.modal_rpc import without_sign_in_advice
 from modal_backend import gpus
 from modal_backend.settings import DeploySettings
 from modal_backend.tags import IDENTITY_TAG, tags_of

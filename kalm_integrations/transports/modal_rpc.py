@@ -26,6 +26,7 @@ from kalm_integrations.errors import (
     PermissionDeniedError,
     RateLimitError,
     RequestTooLargeError,
+    without_sign_in_advice,
 )
 from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
@@ -239,16 +240,6 @@ def error_of(error: Exception, settings: ClientSettings) -> KalmError:
     meaning = meaning.format(place=_place(settings), install=install_command("modal"))
     said = without_sign_in_advice(str(error)).strip().rstrip(".")
     return ours(": ".join(part for part in (meaning, type(error).__name__, said) if part) + ".")
-
-
-def without_sign_in_advice(message: str) -> str:
-    """Modal's message without the sentences on how to get a token: `ModalTokenError` names one way,
-    and Modal's client another command for the same.
-
-    Args:
-        message: Of an exception of Modal's client.
-    """
-    return message.partition(" If you have token credentials,")[0]
 
 
 _process = os.getpid()
