@@ -20,7 +20,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-vllm notebooks bench-client clean
+.PHONY: help quickstart test test-vllm notebooks image-lock bench-client clean
 .NOTPARALLEL:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo 'make test                    ruff, mypy, pytest'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
 	@echo 'make notebooks               run the notebooks of examples/ again, in place'
+	@echo 'make image-lock              resolve the packages of the image with vLLM again, after a change of pins'
 	@echo 'make bench-client            our client beside its peers, 20 minutes (Linux)'
 	@echo 'make clean                   remove $(VENV), $(VLLM_VENV), $(BENCH_VENV) and all caches'
 	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with, once'
@@ -50,6 +51,10 @@ test-vllm: $(VLLM_VENV)/.ready
 
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python tests/notebooks.py
+
+image-lock: $(VENV)/.dev
+	$(VENV)/bin/python tests/packaging/lock_image.py > build-image-lock
+	mv build-image-lock modal_backend/image_requirements.txt
 
 bench-client: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/client/run.py

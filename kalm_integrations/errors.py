@@ -219,6 +219,16 @@ class ModalTokenError(AuthenticationError):
     remedy = "Run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET."
 
 
+def without_sign_in_advice(message: str) -> str:
+    """Modal's message without the sentences on how to get a token: `ModalTokenError` names one way,
+    and Modal's client another command for the same.
+
+    Args:
+        message: Of an exception of Modal's client.
+    """
+    return message.partition(" If you have token credentials,")[0]
+
+
 class PermissionDeniedError(KalmError):
     """The credential is known but does not allow this."""
 

@@ -45,6 +45,16 @@ volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = (
     else {}
 )
 
+# A list of one would be sent as ranked choices; a string is the form documented for snapshots.
+gpu: str | list[str] | None = None
+if settings.on_gpu:
+    gpu = settings.gpu[0] if len(settings.gpu) == 1 else list(settings.gpu)
+snapshot_options: dict[str, Any] = {}
+if settings.snapshot != "off":
+    snapshot_options["enable_memory_snapshot"] = True
+    if settings.on_gpu:
+        snapshot_options["experimental_options"] = {"enable_gpu_snapshot": True}
+
 # Modal takes snap=True only where there is a snapshot.
 before_snapshot: Callable[[Any], Any] = (
     modal.enter(snap=True) if settings.snapshot != "off" else lambda hook: hook
@@ -94,7 +104,7 @@ class EngineContainer:
 
 @app.cls(
     image=image,
-    gpu=list(settings.gpu) if settings.on_gpu else None,
+    gpu=gpu,
     cpu=settings.cpu,
     memory=settings.memory_mib,
     volumes=volumes,
@@ -105,8 +115,7 @@ class EngineContainer:
     scaledown_window=settings.scaledown_window,
     timeout=settings.timeout,
     startup_timeout=settings.startup_timeout,
-    enable_memory_snapshot=settings.snapshot != "off",
-    experimental_options={"enable_gpu_snapshot": True} if settings.on_gpu else {},
+    **snapshot_options,
 )
 @modal.concurrent(max_inputs=settings.concurrency, target_inputs=settings.concurrency // 2)
 class VLLMEmbeddingSnapshot(EngineContainer):
@@ -164,23 +173,26 @@ class VLLMEmbeddingSnapshot(EngineContainer):
 
 @app.cls(
     image=image,
-    gpu=list(settings.gpu) if settings.on_gpu else None,
+    gpu=gpu,
     cpu=settings.cpu,
     memory=settings.memory_mib,
     volumes={**volumes, pool.VOLUME: bulk_volume},
     region=settings.region,
+    max_containers=pool.MAX_CONTAINERS,
     scaledown_window=pool.SCALEDOWN_WINDOW,
+    timeout=pool.TIMEOUT,
     startup_timeout=settings.startup_timeout,
     retries=modal.Retries(max_retries=10, initial_delay=1.0),  # the worker itself gives up sooner
-    enable_memory_snapshot=settings.snapshot != "off",
-    experimental_options={"enable_gpu_snapshot": True} if settings.on_gpu else {},
+    **snapshot_options,
 )
 # One shard is read and written while the other is embedded; a container each comes first.
 @modal.concurrent(max_inputs=2, target_inputs=1)
 class VLLMBulkEmbedding(EngineContainer):
     """Shards of bulk jobs, in a pool of their own: queries to the service wait for none of them.
 
-    How many containers there may be, and how long a shard may take, is said by each job.
+    All jobs share one configuration, and so its snapshots: `with_options` would make a variant for
+    each set of arguments. A job sets the limit of containers through the autoscaler; the worker
+    itself limits a shard's time.
     """
 
     def resumed(self) -> None:
@@ -257,19 +269,26 @@ async def _load() -> Engine:
 
 if settings.on_gpu:
 
-    @app.function(image=image, volumes=volumes, secrets=hf_secrets, cpu=4.0, timeout=1200)
+    @app.function(
+        image=image,
+        volumes=volumes,
+        secrets=hf_secrets,
+        cpu=4.0,
+        memory=16 * 1024,
+        timeout=2 * 3600,  # 23.5 GB at 3.3 MB/s
+    )
     def download_model_weights() -> None:
         """Put the weights into their volume, with progress: once, before the first start.
 
         `modal run -m modal_backend.app::download_model_weights`. 23.5 GB; needs no GPU.
         """
-        from modal_backend.weights import download
+        from modal_backend.download import download
 
         download(settings.model, settings.revision)
 
     @app.function(
         image=image,
-        gpu=list(settings.gpu),
+        gpu=gpu,
         cpu=settings.cpu,
         memory=settings.memory_mib,
         volumes=volumes,

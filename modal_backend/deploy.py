@@ -1,4 +1,4 @@
-"""`kalm deploy`: compare, say what it will cost, deploy, end with the client's snippet."""
+"""`kalm deploy`: show the cost, compare, deploy, end with the client's snippet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kalm_integrations.environment import did_you_mean
-from kalm_integrations.errors import ConfigurationError, KalmError, ModalTokenError
+from kalm_integrations.errors import (
+    ConfigurationError,
+    KalmError,
+    ModalTokenError,
+    without_sign_in_advice,
+)
 from kalm_integrations.profiles import KALM
 from modal_backend import gpus
 from modal_backend.settings import DeploySettings
@@ -47,11 +52,11 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
     """
     _check_variables()
     console = Console(file=sys.stdout, highlight=False)
+    console.print(_costs(settings))
     console.print("Asking Modal what is deployed")
     _check_secrets(settings)
     before = deployed_tags(settings.app_name, settings.environment_name)
     _check_identity(settings, before, accept_new_identity)
-    console.print(_costs(settings))
     # The app reads its settings where it is imported: here, and in the container.
     os.environ.update(settings.as_variables())
     from modal_backend.app import app
@@ -96,7 +101,7 @@ def _check_secrets(settings: DeploySettings) -> None:
 def _ours(error: Exception, then: str = "Nothing was deployed.") -> KalmError:
     said = f"Modal: {str(error).strip().rstrip('.')}."
     if isinstance(error, modal.exception.AuthError):
-        return ModalTokenError(said)
+        return ModalTokenError(without_sign_in_advice(said))
     return KalmError(f"{said} {then}")
 
 

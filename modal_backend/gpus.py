@@ -268,6 +268,11 @@ READING: Final = (1.0, 2.5)
 """GB/s from Modal's storage, as Modal says; what our snapshots do there, nobody has measured."""
 
 
+FIRST_START: Final = 460.0
+"""Seconds of a start without a snapshot to restore. Others measured it on Modal, for a model of
+27 B parameters in fp8 on an A100; ours has never run there."""
+
+
 def cold_start(quantization: Quantization) -> float:
     """Seconds of a cold start, at the middle of `READING`: the default wherever one is counted."""
     return COLD_STARTS[quantization].seconds(sum(READING) / 2)

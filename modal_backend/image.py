@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import modal
@@ -10,6 +11,11 @@ from modal_backend import jit_cache
 from modal_backend.settings import DeploySettings
 
 PYTHON: Final = "3.12"
+CUDA: Final = "13.0.2"
+"""Of the base image, whose nvcc compiles kernels: that of the pinned torch."""
+LOCK: Final = Path(__file__).with_name("image_requirements.txt")
+"""Every package of the image with vLLM: those named below, and all that they need, at versions as
+tested. `make image-lock` writes it."""
 DOORS: Final = (
     "numpy==2.3.5",
     "orjson==3.13.0",
@@ -45,9 +51,10 @@ def image_of(settings: DeploySettings) -> modal.Image:
     else:
         built = (
             # devel: vLLM compiles kernels for the card that it finds.
-            modal.Image.from_registry("nvidia/cuda:12.8.1-devel-ubuntu22.04", add_python=PYTHON)
+            modal.Image.from_registry(f"nvidia/cuda:{CUDA}-devel-ubuntu22.04", add_python=PYTHON)
             .entrypoint([])
-            .uv_pip_install(*VLLM, *HUB, *DOORS, *BULK)
+            # Modal compiles what uv installs to bytecode. Only the lock's packages are installed.
+            .uv_pip_install(requirements=[str(LOCK)], extra_options="--no-deps")
             .env(
                 {
                     "HF_XET_HIGH_PERFORMANCE": "1",

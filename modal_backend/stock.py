@@ -6,7 +6,7 @@ import json
 from typing import Any, Final
 
 from kalm_integrations.profiles import profile_of
-from modal_backend.engines.vllm.config import FP8
+from modal_backend.engines.vllm.config import FP8, KERNELS
 from modal_backend.settings import DeploySettings
 from modal_backend.weights import pinned
 
@@ -27,6 +27,8 @@ def stock_command(settings: DeploySettings) -> list[str]:
         overrides = {"matryoshka_dimensions": list(profile.dimensions)}
         command += ["--hf-overrides", json.dumps(overrides)]
     command += ["--pooler-config", json.dumps(pooler)]
+    command += ["--kernel-config", json.dumps(KERNELS)]
+    command += ["--safetensors-load-strategy", "prefetch"]  # the container's memory holds them
     command += ["--max-model-len", str(length)] if length else []
     command += ["--enforce-eager"] if settings.enforce_eager else []
     if settings.gpu_memory_utilization is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,19 @@ class Weights:
     revision: str
     folder: Path
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files that vLLM loads."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or its container's limit."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(most, int(text)) if text.isdigit() else most
+
 
 def locate(model: str, revision: str | None = None) -> Weights:
     """Find a model on this machine; nothing is downloaded.
@@ -57,21 +71,6 @@ def pinned(model: str) -> str:
     """The commit that we tested of a model that we know; "main" of any other."""
     space = profile_of(model).space
     return space.revision if space.declared else "main"
-
-
-def download(model: str, revision: str | None = None) -> Weights:
-    """Download a repository into the Hugging Face cache, with progress bars.
-
-    Raises:
-        EngineLoadError: What arrived is not whole.
-    """
-    from huggingface_hub import snapshot_download
-
-    wanted = revision or pinned(model)
-    # Some repositories hold the same weights a second time, in formats that vLLM does not read.
-    ignored = ["*.gguf", "onnx/*", "openvino/*", "*.msgpack", "*.h5", "*.ot"]
-    snapshot_download(model, revision=wanted, ignore_patterns=ignored)
-    return locate(model, wanted)
 
 
 def _in_cache(model: str, revision: str) -> Weights:

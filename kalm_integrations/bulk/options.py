@@ -212,8 +212,8 @@ def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
 
         how = "measured" if said["measured"] else "calculated"
         lines.append(
-            f"on Modal, on {said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), each "
-            "container's start included, and in its price the wait at its end:"
+            f"on Modal, on {said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), with "
+            "the load of the model in each container, and in its price the wait at its end:"
         )
         lines += as_text(said["on_modal"])
     elif "gpu" in said:

@@ -26,6 +26,7 @@ from kalm_integrations.errors import (
     PermissionDeniedError,
     RateLimitError,
     RequestTooLargeError,
+    without_sign_in_advice,
 )
 from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
@@ -237,7 +238,7 @@ def error_of(error: Exception, settings: ClientSettings) -> KalmError:
         (ContainerFailedError, "a container of {place} failed"),
     )
     meaning = meaning.format(place=_place(settings), install=install_command("modal"))
-    said = str(error).strip().rstrip(".")
+    said = without_sign_in_advice(str(error)).strip().rstrip(".")
     return ours(": ".join(part for part in (meaning, type(error).__name__, said) if part) + ".")
 
 

@@ -37,10 +37,10 @@ def prepare(
     """
     try:
         store = _Committed(volume / records.JOBS / asked["job"], commit)
-        description = _split(asked, store, mounted)
+        _split(asked, store, mounted)
         state = Reader(store).read()
         if state is not None and state.missing:
-            Queue(**asked["queue"]).send(store, asked["job"], description, state.missing)
+            Queue(**asked["queue"]).send(store, asked["job"], state.missing)
         return {}
     except KalmError as error:
         return {"error": error_fields(error)}
@@ -59,7 +59,7 @@ class _Committed(FolderStore):
         self.commit()
 
 
-def _split(asked: Mapping[str, Any], store: _Committed, mounted: Path) -> records.Description:
+def _split(asked: Mapping[str, Any], store: _Committed, mounted: Path) -> None:
     options, decided = Options(**asked["options"]), Terms(**asked["terms"])
     source = sources.find(str(mounted / asked["path"]), options.text_column)
     try:
@@ -68,7 +68,7 @@ def _split(asked: Mapping[str, Any], store: _Committed, mounted: Path) -> record
         pass
     else:
         _check_unchanged(before, source, asked["job"])
-        return before
+        return
     found = scan.scan(source, decided.truncate, lambda _: None)
     terms.check(found, options)
     parts.check_columns(found)
@@ -82,7 +82,6 @@ def _split(asked: Mapping[str, Any], store: _Committed, mounted: Path) -> record
             store.commit()
     description = records.Description(job=job, tokens=tokens, source=asked["source"])
     store.write({records.JOB: description.to_bytes()})
-    return description
 
 
 def _check_unchanged(before: records.Description, source: sources.Source, job: str) -> None:

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from kalm_integrations.bulk import parts, shards
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import records
-from kalm_integrations.bulk.on_modal.records import Attempt, Record, Stop
+from kalm_integrations.bulk.on_modal import pool, records
+from kalm_integrations.bulk.on_modal.records import Attempt, Description, Record, Stop
 from kalm_integrations.bulk.on_modal.state import Reader
 from kalm_integrations.bulk.on_modal.store import FolderStore
 from kalm_integrations.bulk.shards import Filling
@@ -102,7 +102,7 @@ class Worker:
             What became of it, for the log.
 
         Raises:
-            RuntimeError: It failed, and is to be tried again.
+            RuntimeError: It failed or took too long, and is to be tried again.
         """
         if run in self._over:
             return self._over[run]
@@ -113,17 +113,15 @@ class Worker:
         if claimed is None:
             await self._give_way()
             raise _for_modal(self._container.failure or TransportError("not trusted."))
+        limit = asyncio.timeout(pool.seconds_for(claimed.tokens[number]))
         try:
-            path = folder / records.INPUT / shards.name_of(number)
-            part = await self._with_files(
-                lambda: parts.read(path, claimed.text_column), commit=False
-            )
-            filling = await embed(self._service, claimed, number, part)
-            await self._with_files(
-                lambda: self._finish(folder, run, claimed, filling, part.columns)
-            )
+            async with limit:
+                await self._embed_claimed(folder, run, claimed.job, number)
         except Exception as error:
             failure = error if isinstance(error, KalmError) else _unexpected(error)
+            if limit.expired():
+                failure = TransportError("the shard took longer than its time limit.")
+                await self._give_way()  # an engine that hangs would keep the next one too
             log.exception("shard %d of %s failed", number, job)
             if await self._with_files(lambda: self._failed(folder, run, number, failure)):
                 return "given up"
@@ -132,6 +130,12 @@ class Worker:
         if await self._with_files(lambda: _all_there(folder), commit=False):
             await self._with_files(lambda: _write_manifest(folder))
         return "finished"
+
+    async def _embed_claimed(self, folder: Path, run: str, job: Job, number: int) -> None:
+        path = folder / records.INPUT / shards.name_of(number)
+        part = await self._with_files(lambda: parts.read(path, job.text_column), commit=False)
+        filling = await embed(self._service, job, number, part)
+        await self._with_files(lambda: self._finish(folder, run, job, filling, part.columns))
 
     async def _with_files(
         self, work: Callable[[], T], *, reload: bool = False, commit: bool = True
@@ -149,9 +153,9 @@ class Worker:
 
     # --- on a thread, with the files
 
-    def _claim(self, folder: Path, run: str, number: int) -> Job | str | None:
-        """The job, an attempt at the shard being noted; or why it is not wanted; None where this
-        container cannot."""
+    def _claim(self, folder: Path, run: str, number: int) -> Description | str | None:
+        """What the job is, an attempt at the shard being noted; or why it is not wanted; None
+        where this container cannot."""
         store, here = FolderStore(folder), f"{records.RUNS}/{run}"
         if unwanted := self._unwanted(store, run, number):
             return unwanted
@@ -159,8 +163,8 @@ class Worker:
             stopped = self._note_canary(store, here, self._container.failure)
             # It is this container that sees the run's other inputs off: another would be paid.
             return self._ended(run, "the run was stopped") if stopped else None
-        job = records.Description.from_bytes(store.read(records.JOB)).job
-        if self._service.failure is None and (differs := self._differs(job.identity)):
+        description = Description.from_bytes(store.read(records.JOB))
+        if self._service.failure is None and (differs := self._differs(description.job.identity)):
             stop = Stop(reason="identity", message=differs)
             store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
             return self._ended(run, differs)
@@ -181,7 +185,7 @@ class Worker:
         )
         store.write({f"{here}/{records.attempts_name(number)}": records.to_bytes(attempts)})
         (folder / shards.FOLDER).mkdir(exist_ok=True)
-        return job
+        return description
 
     def _unwanted(self, store: FolderStore, run: str, number: int) -> str:
         """Why nothing is to be done; empty if something is."""

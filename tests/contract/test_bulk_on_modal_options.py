@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from kalm_integrations import cli
 from kalm_integrations.bulk import parts
-from kalm_integrations.bulk.on_modal import output, records
+from kalm_integrations.bulk.on_modal import output, pool, records
 from kalm_integrations.bulk.on_modal.remote import Remote
 from kalm_integrations.bulk.on_modal.submit import scanned
 from kalm_integrations.bulk.terms import Options, Terms
 from kalm_integrations.errors import ConfigurationError
+from modal_backend import gpus
+from modal_backend.costs import choices
 
 JOB = "embed-0123456789abcdef"
 TERMS = Terms(identity={}, vector_dtype="float16", truncate="error")
@@ -78,6 +80,11 @@ def test_a_dry_run_says_what_containers_would_take(
     assert one["hours"] > four["hours"] > eight["hours"]
     assert one["dollars"] < four["dollars"] < eight["dollars"]
     assert said["gpu"] == "H100"
+    # Every container of the first wave loads the model, and waits at its end.
+    (gpu,) = choices(["H100"], "none")
+    load = gpus.FIRST_START + pool.SCALEDOWN_WINDOW
+    assert four["dollars"] - one["dollars"] == pytest.approx(3 * load * gpu.dollars)
+    assert eight["hours"] > gpus.FIRST_START / 3600
 
 
 VALUES = st.one_of(

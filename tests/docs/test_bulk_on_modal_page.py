@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from kalm_integrations.bulk.on_modal import follow, pool, records
-from kalm_integrations.bulk.on_modal.command import CONTAINERS
 from kalm_integrations.bulk.on_modal.forecast import large_table
 from modal_backend.settings import DeploySettings
 
@@ -32,7 +31,7 @@ def test_figures_of_the_limits() -> None:
 
 
 def test_numbers_and_names() -> None:
-    assert f"`--max-containers` (default {CONTAINERS})" in PAGE
+    assert f"`--max-containers` (default {pool.MAX_CONTAINERS})" in PAGE
     assert f"up to {records.MOST_ATTEMPTS} times" in PAGE
     assert records.MOST_CANARIES == 3
     assert "after three of them the job stops" in PAGE

@@ -250,8 +250,8 @@ def test_two_jobs_at_once_one_cancelled_and_resumed(
     sources = [slow(tmp_path / f"{seed}.jsonl", seed=seed) for seed in (3, 4)]
     outs = [tmp_path / "out 3", tmp_path / "out 4"]
     jobs = [
-        sent(kalm, *on_modal(source, out, "--max-containers", number))  # in pools of their own
-        for number, (source, out) in enumerate(zip(sources, outs, strict=True), 1)
+        sent(kalm, *on_modal(source, out, "--max-containers", 4))  # which share the containers
+        for source, out in zip(sources, outs, strict=True)
     ]
     assert len(set(jobs)) == 2
     faulty.wait(lambda: all(finished(faulty, job) == 4 for job in jobs), timeout=60)
@@ -262,6 +262,7 @@ def test_two_jobs_at_once_one_cancelled_and_resumed(
     partly = tmp_path / "partly"
     assert "4 of 8 shards" in kalm("--fetch", jobs[1], "--output", partly)[0]
     assert len(list((partly / "shards").iterdir())) == 4
+    faulty.wait(lambda: not cancelled_at_work(faulty), timeout=60)  # Modal tells containers late
     gate.touch()
     kalm(*on_modal(sources[0], outs[0]))
     assert same(outs[0], local(sources[0], tmp_path / "local 3"))
@@ -271,6 +272,29 @@ def test_two_jobs_at_once_one_cancelled_and_resumed(
     assert len(list((folder(faulty, jobs[1]) / "runs").iterdir())) == 2
     refused = kalm("--fetch", jobs[0], "--output", outs[1], status=2)[1]
     assert "holds another job" in refused
+
+
+def cancelled_at_work(emulator: Emulator) -> bool:
+    return any(
+        entry.call.cancelled
+        for container in emulator.running(f"{FAULTY}/{POOL}")
+        for entry, _ in container.pool.running.values()
+    )
+
+
+def test_jobs_of_any_size_share_one_configuration_and_its_snapshots(
+    emulator: Emulator, kalm: Any, tmp_path: Path
+) -> None:
+    base = emulator.function(f"{REAL}/{POOL}")
+    for number, (rows, size) in enumerate([(20, 10), (400, 400)], 1):
+        source = corpus(tmp_path / f"{number}.jsonl", rows, seed=10 + number)
+        more = ["--shard-rows", size, "--max-containers", number]
+        kalm(*on_modal(source, tmp_path / f"out {number}", *more))
+        functions = emulator.cloud.functions.values()
+        assert not [f for f in functions if f.base_id == base.function_id]  # no variant
+        (pool,) = {c.pool for c in emulator.containers(f"{REAL}/{POOL}")}
+        assert pool.definition.autoscaler_settings.max_containers == number
+        assert pool.definition.timeout_secs == base.definition.timeout_secs == 86_400
 
 
 def end_containers(emulator: Emulator) -> None:

@@ -17,7 +17,7 @@ from scripted_engine import ScriptedEngine
 
 from kalm_integrations.bulk import parts, shards
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal import pool, records
 from kalm_integrations.bulk.on_modal.records import Description, Run, Stop
 from kalm_integrations.bulk.on_modal.state import Reader, State
 from kalm_integrations.bulk.on_modal.store import FolderStore
@@ -185,10 +185,42 @@ def test_a_shard_that_kills_its_containers_is_given_up_too(job: FolderStore, new
     for number in range(records.MOST_ATTEMPTS):
         made = new(name=f"ta-{number}")
         claimed = made.worker._claim(job.folder, RUN, 0)  # and then it dies
-        assert claimed.shard_rows == 4
+        assert claimed.job.shard_rows == 4
     assert new().embed(0) == ["given up"]
     assert "4 containers died" in state(job).failed[0].message
     assert len(state(job).containers) == 4
+
+
+def test_a_shard_over_its_time_limit_is_tried_again_in_another_container(
+    job: FolderStore, new: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hanging(ScriptedEngine):
+        async def embed(self, *_: Any, **__: Any) -> Any:
+            await asyncio.sleep(3600)
+
+    limits: list[int] = []
+
+    def seconds_for(tokens: int) -> float:
+        limits.append(tokens)
+        return 0.05
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "seconds_for", seconds_for)
+        hung = new(Hanging())
+        (outcome,) = hung.embed(1)
+    assert isinstance(outcome, RuntimeError)
+    assert "time limit" in str(outcome)
+    assert hung.gave_way == 1
+    assert limits == [state(job).description.tokens[1]]
+    (attempt,) = state(job).trying[1]
+    assert "time limit" in attempt.error
+    assert new(name="ta-2").embed(1) == ["finished"]
+
+
+def test_the_time_limit_grows_with_the_shard_up_to_modals_own() -> None:
+    assert pool.seconds_for(0) == 900
+    assert pool.seconds_for(1_000_000) == 2000
+    assert pool.seconds_for(10**9) == pool.TIMEOUT == 86_400
 
 
 def test_a_part_that_cannot_be_read_is_recorded_as_any_failure(job: FolderStore, new: Any) -> None:

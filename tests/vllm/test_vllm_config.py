@@ -112,7 +112,22 @@ async def test_options_reach_vllm(gemma: Path) -> None:
     assert asked["scheduling_policy"] == "priority"
 
 
+@pytest.mark.parametrize(("memory", "strategy"), [(10**12, "prefetch"), (10**4, None)])
+async def test_weights_are_read_ahead_where_they_fit_into_memory(
+    gemma: Path, monkeypatch: pytest.MonkeyPatch, memory: int, strategy: str | None
+) -> None:
+    monkeypatch.setattr("modal_backend.engines.vllm.config.memory_bytes", lambda: memory)
+    asked = arguments(locate(str(gemma)), VLLMOptions(), can_sleep=False)
+    assert asked["safetensors_load_strategy"] == strategy
+
+
 # --- what was loaded
+
+
+async def test_vllm_reads_weights_ahead_and_tunes_nothing(engine: VLLMEngine) -> None:
+    made = engine._llm.vllm_config
+    assert made.load_config.safetensors_load_strategy == "prefetch"
+    assert made.kernel_config.enable_flashinfer_autotune is False
 
 
 async def test_the_identity_is_that_of_the_loaded_folder(engine: VLLMEngine, gemma: Path) -> None:

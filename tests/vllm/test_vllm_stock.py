@@ -43,6 +43,11 @@ def test_what_is_set_reaches_it(setting: str, value: Any, argument: Any) -> None
     assert getattr(parsed(**{setting: value}), setting) == argument
 
 
+def test_weights_are_read_ahead_and_nothing_is_tuned_at_the_start() -> None:
+    assert parsed().safetensors_load_strategy == "prefetch"
+    assert parsed().kernel_config.enable_flashinfer_autotune is False
+
+
 def test_fp8_is_asked_for_by_vllms_name() -> None:
     assert parsed(quantization="fp8", gpu="H100").quantization == "fp8_per_tensor"
 

@@ -6,11 +6,10 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Final
 
 from kalm_integrations.bulk.lock import locked
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import follow, output, place, shown, submit
+from kalm_integrations.bulk.on_modal import follow, output, place, pool, shown, submit
 from kalm_integrations.bulk.on_modal import remote as remotes
 from kalm_integrations.bulk.on_modal.place import Place, VolumeStore
 from kalm_integrations.bulk.on_modal.remote import Remote
@@ -20,9 +19,6 @@ from kalm_integrations.bulk.on_modal.submit import Local
 from kalm_integrations.bulk.terms import Options, Terms
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import JobFailedError, KalmError
-
-CONTAINERS: Final = 4
-"""That may work at a time, if nothing is said."""
 
 
 def embed(
@@ -49,7 +45,7 @@ def embed(
     )
     folder = None if arguments.output is None else Path(arguments.output)
     remote = Remote.read(arguments.input, arguments.bucket_secret)
-    containers = arguments.max_containers or CONTAINERS
+    containers = arguments.max_containers or pool.MAX_CONTAINERS
     if remote is None:
         local = submit.scanned(arguments.input, options, decided, screen.scanned)
         name = local.name
@@ -97,7 +93,7 @@ def _send(there: Place, local: Local, containers: int, screen: Screen) -> bool:
     if state.missing:
         queue = there.queue(containers)
         with place.translated(there.settings):
-            queue.send(store, local.name, state.description, state.missing)
+            queue.send(store, local.name, state.missing)
     return state.complete
 
 

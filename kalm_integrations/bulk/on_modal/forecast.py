@@ -37,9 +37,11 @@ class Forecast:
 
 
 def forecast(gpu: Choice, tokens: float, shards: int, containers: int) -> Forecast:
-    """Shards are all of one size here, and handed out one by one: the last round may be short."""
-    working = min(containers, shards)
-    start = gpus.cold_start(gpu.quantization)
+    """Shards are all of one size here, and handed out one by one: the last round may be short.
+
+    Every container loads the model: those of the first wave start before there is a snapshot.
+    """
+    working, start = min(containers, shards), gpus.FIRST_START
     rounds = -(-shards // working)
     hours = (start + rounds * tokens / shards / gpu.rate.tokens) / 3600
     paid = tokens / gpu.rate.tokens + working * (start + pool.SCALEDOWN_WINDOW)

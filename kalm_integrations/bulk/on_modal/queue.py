@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 from kalm_integrations.bulk.on_modal import pool, records
-from kalm_integrations.bulk.on_modal.records import Description, Run
+from kalm_integrations.bulk.on_modal.records import Run
 from kalm_integrations.bulk.on_modal.store import Store
-
-_SLOWEST: Final = 500
-"""Tokens a second that a shard has at least: half of a small GPU, with room."""
-_SHORTEST, _LONGEST = 900, 86_400
-"""Seconds that a shard may take; Modal's own limit is a day."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +20,7 @@ class Queue:
     Attributes:
         app_name: The app's name on Modal.
         environment_name: Its environment; None is the token's own.
-        max_containers: That may work at a time.
+        max_containers: That may work at a time, of all jobs from now on.
     """
 
     app_name: str
@@ -35,7 +31,7 @@ class Queue:
         """The arguments that make the same again."""
         return asdict(self)
 
-    def send(self, store: Store, job: str, description: Description, shards: Sequence[int]) -> str:
+    def send(self, store: Store, job: str, shards: Sequence[int]) -> str:
         """Send a new run of `shards`; its id. The run counts before the first of them starts."""
         import modal
 
@@ -47,15 +43,26 @@ class Queue:
         found = modal.Cls.from_name(
             self.app_name, pool.CLASS, environment_name=self.environment_name
         )
-        largest = max(description.tokens[number] for number in shards)
-        timeout = min(_LONGEST, max(_SHORTEST, largest // _SLOWEST))
-        sized = found.with_options(max_containers=self.max_containers, timeout=timeout)
+        workers = found()
+        _limit(workers, self.max_containers)
         count = len(shards)
-        call = sized().embed_shard.experimental_spawn_map(
+        call = workers.embed_shard.experimental_spawn_map(
             [job] * count, [run.id] * count, list(shards)
         )
         store.write({f"{folder}/{records.CALL}": records.to_bytes({"call": call.object_id})})
         return run.id
+
+
+def _limit(workers: Any, max_containers: int) -> None:
+    """Set the most containers of the pool.
+
+    Not through `with_options`: each set of its arguments is a variant, which loads the model and
+    writes snapshots on its own.
+    """
+    with warnings.catch_warnings():
+        # Modal's own class method calls what Modal deprecated for functions.
+        warnings.filterwarnings("ignore", ".*update_autoscaler")
+        workers.update_autoscaler(max_containers=max_containers)
 
 
 def call_of(store: Store, run: str) -> Any:

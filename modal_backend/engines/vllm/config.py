@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import KALM_FP8, ModelProfile, profile_of
-from modal_backend.weights import Weights
+from modal_backend.weights import Weights, memory_bytes
 
 PROFILE: Final = 1
 """Version of our way of running models; raised when vectors change with it."""
@@ -34,6 +34,9 @@ _GRAPH_SIZES: Final = (
 next. To launch a step's kernels one by one takes a CPU as long as a fast card takes to compute
 2,000 tokens in fp8. vLLM's own sizes end at 512, and are 51."""
 _DTYPE_ARGUMENT: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+KERNELS: Final = {"enable_flashinfer_autotune": False}
+"""Otherwise vLLM tunes FlashInfer's kernels at each load, on Hopper and newer cards."""
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -104,6 +107,8 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
         # Layers of a sliding window would free their blocks earlier; six lists of blocks for each
         # text cost the CPUs more than that saves of texts that are as short as ours.
         "disable_hybrid_kv_cache_manager": True,
+        "kernel_config": KERNELS,
+        "safetensors_load_strategy": load_strategy(weights),
         "disable_log_stats": True,
         "trust_remote_code": False,
         "worker_extension_cls": "modal_backend.engines.vllm.extension.Extension",
@@ -116,6 +121,15 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
     if options.gpu_memory_utilization is not None:
         asked["gpu_memory_utilization"] = options.gpu_memory_utilization
     return asked
+
+
+def load_strategy(weights: Weights) -> Literal["prefetch"] | None:
+    """How vLLM reads the weights: whole files ahead of their use where they fit into memory.
+
+    By default it reads through a memory map, page by page, which is slow from a network's storage
+    that it does not recognize as such. Where memory is too small, pages would be read twice.
+    """
+    return "prefetch" if weights.size <= 0.9 * memory_bytes() else None
 
 
 def graph_sizes(step: int) -> list[int]:

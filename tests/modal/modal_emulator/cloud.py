@@ -159,7 +159,9 @@ class Cloud:
     # -- functions -----------------------------------------------------------------------------
     def definition(self, function: Function) -> api_pb2.Function:
         base = self.functions[function.base_id] if function.base_id else function
-        return definitions.with_options(base.definition, function.options)
+        result = definitions.with_options(base.definition, function.options)
+        result.autoscaler_settings.MergeFrom(function.autoscaler)
+        return result
 
     def bind(self, request: api_pb2.FunctionBindParamsRequest) -> Function:
         """The variant of a class for some parameters and options: a pool of its own."""
@@ -204,7 +206,11 @@ class Cloud:
 
     # -- deployments ---------------------------------------------------------------------------
     async def published(self, app: App) -> None:
-        """New versions of functions replace the containers of the old ones."""
+        """New versions of functions replace the containers of the old ones, and their settings of
+        the autoscaler those that were set meanwhile."""
+        for function in self.functions.values():
+            if function.app_id == app.app_id:
+                function.autoscaler.Clear()
         for pool in list(self.pools.values()):
             if pool.function.app_id != app.app_id:
                 continue

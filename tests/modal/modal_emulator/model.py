@@ -42,6 +42,8 @@ class Function:
     binding: str = ""
     serialized_params: bytes = b""
     options: api_pb2.FunctionOptions | None = None
+    autoscaler: api_pb2.AutoscalerSettings = field(default_factory=api_pb2.AutoscalerSettings)
+    """What `update_autoscaler` has set since the last deployment."""
     web_urls: dict[str, str] = field(default_factory=dict)
 
     @property

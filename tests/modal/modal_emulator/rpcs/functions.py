@@ -110,7 +110,11 @@ class FunctionRpcs:
         self, request: api_pb2.FunctionUpdateSchedulingParamsRequest
     ) -> api_pb2.FunctionUpdateSchedulingParamsResponse:
         pool = self.cloud.pool(request.function_id)
-        pool.function.definition.autoscaler_settings.MergeFrom(request.settings)
+        function = pool.function
+        function.autoscaler.MergeFrom(request.settings)
+        function.definition.autoscaler_settings.MergeFrom(request.settings)
         pool.definition.autoscaler_settings.MergeFrom(request.settings)
         await pool.scale()
-        return api_pb2.FunctionUpdateSchedulingParamsResponse()
+        return api_pb2.FunctionUpdateSchedulingParamsResponse(
+            current_settings=function.definition.autoscaler_settings
+        )
