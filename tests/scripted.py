@@ -63,6 +63,7 @@ class ScriptedTransport:
 
     may_be_cold = True
     may_rest = False
+    service_warnings = ()
 
     def __init__(
         self,

@@ -106,7 +106,13 @@ class VLLMEngine:
             EngineLoadError: As `load`; or it is not on this machine.
         """
         process.set_environment()
-        return await cls.load(await asyncio.to_thread(locate, model, revision), options)
+        try:
+            weights = await asyncio.to_thread(locate, model, revision)
+        except EngineLoadError as error:
+            # A mounted volume stays as it was when the container started.
+            error.permanent = isinstance(error.__cause__, FileNotFoundError)
+            raise
+        return await cls.load(weights, options)
 
     @classmethod
     async def load(cls, weights: Weights, options: VLLMOptions | None = None) -> VLLMEngine:
@@ -152,9 +158,13 @@ class VLLMEngine:
                 number = process.signal_of(process.cores(llm))
                 await process.shut_down(llm)
             guard.finish()
+            if isinstance(error, EngineLoadError):  # what is loaded is not what was requested
+                error.permanent = True
             if isinstance(error, KalmError) or not isinstance(error, Exception):
                 raise
             reason = f"{type(error).__name__}: {error}."
+            if isinstance(error, TimeoutError):
+                reason = process.not_ready()
             if number is not None:
                 reason = process.core_failure(number)
             raise EngineLoadError(f"vLLM could not load {weights.folder}: {reason}") from error

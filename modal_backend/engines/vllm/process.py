@@ -153,6 +153,18 @@ def signal_in(error: BaseException) -> int | None:
     return None
 
 
+def not_ready() -> str:
+    """A sentence that says that the core was not ready in time, and how to allow more."""
+    from vllm.v1.engine import core_client
+
+    limit = core_client.VLLM_ENGINE_READY_TIMEOUT_S  # read when vLLM was imported
+    return (
+        f"it was not ready within {limit} s (VLLM_ENGINE_READY_TIMEOUT_S). Reading the weights was "
+        "slow, or compiling. `kalm deploy --startup-timeout` allows more on Modal; elsewhere set "
+        "that variable."
+    )
+
+
 def core_failure(number: int | None) -> str:
     """A sentence that says how a core process ended, and what to do where that is known.
 

@@ -23,10 +23,10 @@ import modal
 import modal_backend.app as product
 from kalm_integrations.bulk.on_modal import pool
 from kalm_integrations.errors import InvalidInputError, InvalidText
-from modal_backend import life
+from modal_backend import lifecycle
 from modal_backend.engines import Engine, EngineOutput
 
-life.REPLACED_AFTER = 5.0
+lifecycle.REPLACED_AFTER = 5.0
 load_real: Callable[[], Awaitable[Engine]] = product._load
 
 
