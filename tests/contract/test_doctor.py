@@ -43,7 +43,7 @@ from modal_backend.service import EmbeddingService
 ROOT = Path(__file__).parents[2]
 MODEL = EMBEDDED.space.model
 MACHINE = ("python", "packages", "variables", "settings")
-SERVICE = ("identity", "vectors", "latency")
+SERVICE = ("identity", "warnings", "vectors", "latency")
 
 
 @pytest.fixture(autouse=True)
