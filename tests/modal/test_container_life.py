@@ -254,6 +254,7 @@ def test_a_snapshot_without_an_engine_is_reported_by_whoever_comes_from_it(
 ) -> None:
     """The restored container has the weights, and serves, after a load that it says is one too
     many."""
+    emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-after"})
     with emulator.changed(container_env={"FAULT": fault}, restore_env={"FAULT": ""}):
         assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
     described = describe(FAULTY)
@@ -289,6 +290,7 @@ def test_without_time_for_another_load_the_failure_is_served_and_no_container_is
 def test_in_warn_mode_an_engine_that_fails_the_canary_is_served_and_reported(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
 ) -> None:
+    emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-after"})
     with emulator.changed(container_env={"FAULT": fault, "CANARY": "warn"}):
         vectors = client().embed(TEXTS[:1]).vectors
         alone = expected[:1]

@@ -270,6 +270,20 @@ class TestAwake:
         assert diagnosis.summary == "All good."
         assert deployed.running(SERVICE)
 
+    def test_a_snapshot_without_an_engine(
+        self, doctor: Callable[..., Diagnosis], deployed: Emulator
+    ) -> None:
+        """Whatever wakes the service gets vectors; that each start is a full load, this tells."""
+        variables = {"KALM_DEPLOY_ENGINE": "embedded", "KALM_DEPLOY_APP_NAME": "faulty"}
+        deployed.deploy(ROOT / "tests/modal/apps/faulty_app.py", cwd=ROOT, env=variables)
+        with deployed.changed(container_env={"FAULT": "prepare"}, restore_env={"FAULT": ""}):
+            diagnosis = doctor("--wake", KALM_APP_NAME="faulty")
+        deployed.stop_app("faulty")
+        assert diagnosis.failed == ["warnings"]
+        assert "snapshot_without_engine: " in diagnosis.text("warnings")
+        assert "`kalm deploy` again" in diagnosis.text("warnings")
+        assert "load_again_again" in diagnosis.text("start")
+
     def test_golden_texts_are_for_kalm_only(
         self, doctor: Callable[..., Diagnosis], deployed: Emulator
     ) -> None:
