@@ -141,9 +141,9 @@ class VLLMEngine:
                 f"dtype={options.dtype!r}: {weights.name} is run in {profile.space.quantization}; "
                 "in another type its vectors would be of another space."
             )
-        llm, guard = None, process.CoreGuard()
+        llm, guard, limit = None, process.CoreGuard(), process.StartLimit()
         try:
-            with guard.marking():
+            with guard.marking(), limit:
                 llm, asked = process.start(weights, options)
             (inspected,) = await llm.collective_rpc("inspect_model")
             log.info("vLLM loaded %s: %s", weights.name, inspected)
@@ -163,9 +163,9 @@ class VLLMEngine:
             if isinstance(error, KalmError) or not isinstance(error, Exception):
                 raise
             reason = f"{type(error).__name__}: {error}."
-            if isinstance(error, TimeoutError):
-                reason = process.not_ready()
-            if number is not None:
+            if limit.expired or isinstance(error, TimeoutError):
+                reason = limit.reason()
+            elif number is not None:
                 reason = process.core_failure(number)
             raise EngineLoadError(f"vLLM could not load {weights.folder}: {reason}") from error
         finally:
