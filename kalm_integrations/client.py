@@ -139,18 +139,26 @@ class KalmClient(ClientSettings):
         batches = self._plan_stream(texts, role, on_error)
         return self._arun(batches, self._call(role, on_error, each_request=True))
 
-    def warm_up(self) -> VectorIdentity:
+    def warm_up(self, timeout: float | None = None) -> VectorIdentity:
         """Have the service ready before it is needed; a cold start can take minutes.
+
+        Args:
+            timeout: Seconds to wait; None is the client's `timeout`. The first start of a
+                deployment may take 1,800.
 
         Returns:
             What the vectors will be: as the service reports it, checked against
             `expected_identity`; that alone, where it reports nothing.
-        """
-        return io_thread().submit(self._wake()).result()
 
-    async def awarm_up(self) -> VectorIdentity:
+        Raises:
+            DeadlineExceededError: `timeout` ran out; the message says where to look.
+            KalmError: The service cannot be reached, or serves other vectors.
+        """
+        return io_thread().submit(self._wake(timeout)).result()
+
+    async def awarm_up(self, timeout: float | None = None) -> VectorIdentity:
         """`warm_up`, without blocking the running event loop."""
-        return await asyncio.wrap_future(io_thread().submit(self._wake()))
+        return await asyncio.wrap_future(io_thread().submit(self._wake(timeout)))
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
@@ -290,8 +298,12 @@ class KalmClient(ClientSettings):
     async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
         return await self._session().send(batch, call)
 
-    async def _wake(self) -> VectorIdentity:
-        served = await self._session().wake(self._call("query"))
+    async def _wake(self, timeout: float | None) -> VectorIdentity:
+        limit = self.timeout if timeout is None else timeout
+        if not limit > 0:
+            raise ConfigurationError(f"timeout={timeout!r}: it is a number of seconds over 0.")
+        call = Call(role="query", deadline=time.monotonic() + limit, timeout=limit)
+        served = await self._session().wake(call)
         return replace(self.vector_identity, space=served or self.expected_space)
 
     def _session(self) -> Session:

@@ -54,7 +54,13 @@ class ConfigurationError(KalmError, ValueError):
 
 
 class EngineLoadError(KalmError):
-    """The engine could not be loaded, or its files are not the ones that were tested."""
+    """The engine could not be loaded, or its files are not the ones that were tested.
+
+    Attributes:
+        permanent: Whether loading it again on the same machine would fail in the same way.
+    """
+
+    permanent: bool = False
 
     status = 503
     code = "engine_not_loaded"

@@ -72,6 +72,13 @@ def add(verbs: Verbs) -> None:
         help="seconds that requests in progress have to finish after SIGTERM or Ctrl-C; "
         "default: %(default)s",
     )
+    parser.add_argument(
+        "--canary",
+        choices=["refuse", "warn"],
+        default="refuse",
+        help="an engine whose vectors fail the service's own check: refuse to serve it, or warn "
+        "and serve it; default: %(default)s",
+    )
     vllm = parser.add_argument_group("with --engine vllm", argument_default=argparse.SUPPRESS)
     vllm.add_argument(
         "--model",
@@ -141,6 +148,7 @@ def run(arguments: argparse.Namespace) -> bool:
         arguments.port,
         SecretStr(key) if key else None,
         insecure=arguments.insecure_no_auth,
+        canary_mode=arguments.canary,
         options=ServerOptions(
             keep_alive=arguments.keep_alive,
             grace=arguments.grace,

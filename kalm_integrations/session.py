@@ -30,7 +30,7 @@ from kalm_integrations.lane import Lane
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryBudget, delay_before
-from kalm_integrations.settings import ClientSettings
+from kalm_integrations.settings import FIRST_START, ClientSettings
 from kalm_integrations.transports import Transport, open_transport
 from kalm_integrations.verify import Verifier
 from kalm_integrations.wire import EmbedAnswer, EmbedRequest
@@ -49,11 +49,13 @@ class Call:
         role: Side of the search.
         deadline: On the clock of `time.monotonic`; None gives each request the whole timeout.
         skip_invalid: Embed a request's other texts where some cannot be embedded.
+        timeout: Seconds until the deadline when the call began, if not the settings' own.
     """
 
     role: Role
     deadline: float | None
     skip_invalid: bool = False
+    timeout: float | None = None
 
 
 class Session:
@@ -65,7 +67,7 @@ class Session:
         self._settings = settings
         self._transport = transport
         self._verifier = verifier or Verifier(settings)
-        self._told = False
+        self._told = self._answered = False
         self._failed: KalmError | None = None
         self._budget = RetryBudget(settings.max_retries * settings.max_concurrency)
         self._slots: dict[Role, asyncio.Semaphore] = {
@@ -103,6 +105,8 @@ class Session:
             return await self._retrying(self._transport.wake, deadline)
 
         served = await self._in_time(wake, call)
+        for warning in self._transport.service_warnings:
+            log.warning("the service reports %s: %s", warning.code, warning.message)
         if served is not None or self._transport.reports_no_identity:
             self._verifier.check_identity(served)
         return served
@@ -113,36 +117,51 @@ class Session:
 
     async def _in_time(self, work: Callable[[float], Awaitable[T]], call: Call) -> T:
         now = time.monotonic()
-        deadline = now + self._settings.timeout if call.deadline is None else call.deadline
+        limit = call.timeout or self._settings.timeout
+        deadline = now + limit if call.deadline is None else call.deadline
         telling = None
         if self._transport.may_be_cold and not self._told:  # else it is only busy
             loop = asyncio.get_running_loop()
-            telling = loop.call_later(COLD_AFTER, self._tell_of_cold_start)
+            telling = loop.call_later(COLD_AFTER, self._tell_of_cold_start, limit)
         try:
             async with asyncio.timeout(deadline - now) as timer:
                 result = await work(deadline)
-                self._told = True  # it runs: what takes long from now on is no start
+                # It runs: what takes long from now on is no start.
+                self._told = self._answered = True
                 return result
         except TimeoutError as error:
             if not timer.expired():
                 raise  # a deadline that the service kept
-            failed = f" The last attempt: {self._failed}" if self._failed else ""
-            raise DeadlineExceededError(
-                f"no answer within timeout={self._settings.timeout:g} s.{failed}"
-            ) from error
+            message = f"no answer within timeout={limit:g} s."
+            if self._failed:
+                message += f" The last attempt: {self._failed}"
+            elif self._transport.may_be_cold and not self._answered:
+                message += (
+                    " The service may still be starting: a first start takes 5 to 10 minutes, and "
+                    f"at most {FIRST_START:g} s by default. {self._where_to_look()} tells the "
+                    f"phase; warm_up(timeout={FIRST_START:g}) waits for it."
+                )
+            raise DeadlineExceededError(message) from error
         finally:
             if telling is not None:
                 telling.cancel()
 
-    def _tell_of_cold_start(self) -> None:
+    def _tell_of_cold_start(self, limit: float) -> None:
         if not self._told:
             self._told = True
             log.warning(
                 "no answer for %g s: the service may be starting, which can take minutes; waiting "
-                "for up to timeout=%g s",
+                "for up to timeout=%g s; %s tells the phase",
                 COLD_AFTER,
-                self._settings.timeout,
+                limit,
+                self._where_to_look(),
             )
+
+    def _where_to_look(self) -> str:
+        """Only logs tell the phase: until it has started, a container answers nothing."""
+        if self._settings.base_url is None:
+            return f"`modal app logs {self._settings.app_name}`"
+        return "its log (on Modal: `modal app logs` and the app's name)"
 
     async def _embed(self, batch: Batch, call: Call, deadline: float) -> EmbeddedBatch:
         skipped: list[InvalidText] = []

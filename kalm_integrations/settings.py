@@ -74,6 +74,8 @@ def _clean_secret(value: SecretStr | None) -> SecretStr | None:
 
 DEFAULT_APP = "vllm-embedding-snapshot"
 DEFAULT_CLASS = "VLLMEmbeddingSnapshot"
+FIRST_START = 1800.0
+"""Seconds that a start on Modal may take: the default of `kalm deploy --startup-timeout`."""
 Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret)]
 
 

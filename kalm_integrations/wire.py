@@ -90,6 +90,19 @@ class EmbedAnswer:
     digest: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ServiceWarning:
+    """Something that an operator has to fix, though vectors are served.
+
+    Attributes:
+        code: A stable name; docs/troubleshooting.md lists them.
+        message: What happened, and what it means.
+    """
+
+    code: str
+    message: str
+
+
 MEDIA_TYPE: Final = "application/vnd.safetensors"
 IDENTITY_HEADER: Final = "X-Kalm-Identity"
 """Fingerprint of the served space, on every HTTP answer."""
@@ -99,6 +112,8 @@ REQUEST_ID_HEADER: Final = "X-Request-Id"
 """Names a request in logs, on both sides and at proxies in between, some of which set their own."""
 ECHO_HEADER: Final = "X-Kalm-Request-Id"
 """The same id in a header that no proxy sets: an answer must have its request's."""
+WARNING_HEADER: Final = "X-Kalm-Warning"
+"""Codes of the service's warnings, with commas between them; absent when there is none."""
 
 
 def pack(answer: EmbedAnswer) -> bytes:
@@ -255,6 +270,16 @@ def read_error(described: Mapping[str, Any]) -> KalmError:
         after = described.get("retry_after")
         return kind(message, after if isinstance(after, int | float) else None)
     return kind(message)
+
+
+def read_warnings(described: object) -> tuple[ServiceWarning, ...]:
+    """The warnings of a description; none where it is of a service that reports none."""
+    listed = described.get("warnings") if isinstance(described, Mapping) else None
+    return tuple(
+        ServiceWarning(str(each.get("code", "")), str(each.get("message", "")))
+        for each in (listed if isinstance(listed, list) else [])
+        if isinstance(each, Mapping)
+    )
 
 
 _VALUES: Final[dict[str, tuple[str, ...]]] = {

@@ -19,7 +19,7 @@ from kalm_integrations.bulk.on_modal import pool
 from modal_backend import jit_cache, rpc
 from modal_backend.engines import Engine
 from modal_backend.image import HF_VOLUME, JIT_VOLUME, image_of
-from modal_backend.life import Life
+from modal_backend.lifecycle import Lifecycle
 from modal_backend.settings import DeploySettings
 from modal_backend.stock import STOCK_PORT, stock_command
 from modal_backend.tags import tags_of
@@ -54,6 +54,8 @@ if settings.snapshot != "off":
     snapshot_options["enable_memory_snapshot"] = True
     if settings.on_gpu:
         snapshot_options["experimental_options"] = {"enable_gpu_snapshot": True}
+if settings.on_gpu and not modal.is_local():  # read where vLLM is imported, later
+    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", str(settings.engine_ready_timeout))
 
 # Modal takes snap=True only where there is a snapshot.
 before_snapshot: Callable[[Any], Any] = (
@@ -68,13 +70,18 @@ class EngineContainer:
     async def prepare(self) -> None:
         """Before the snapshot: everything that a restored container shall not do again."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        self.life = Life(_load, settings.snapshot)
+        self.lifecycle = Lifecycle(
+            _load,
+            settings.snapshot,
+            canary_mode=settings.canary,
+            attempt_timeout=settings.attempt_timeout,
+        )
+        self.prepared_by = os.environ.get("MODAL_TASK_ID")
         if settings.on_gpu:
             await asyncio.to_thread(jit_cache.fetch)
-        await self.life.prepare()
+        await self.lifecycle.prepare()
         # Not those of an engine that is not trusted: a wrong kernel would come back for ever.
-        trusted = self.life.failure is None
-        if settings.on_gpu and trusted and await asyncio.to_thread(jit_cache.store):
+        if settings.on_gpu and self.lifecycle.trusted and await asyncio.to_thread(jit_cache.store):
             await jit_volume.commit.aio()  # type: ignore[no-untyped-call]
         self.prepared()
 
@@ -83,17 +90,18 @@ class EngineContainer:
         """After it."""
         if settings.snapshot == "off":
             await self.prepare()
-        await self.life.resume()
+        # Modal gives a restored container another id.
+        await self.lifecycle.resume(restored=os.environ.get("MODAL_TASK_ID") != self.prepared_by)
         self.resumed()
         self.watching = asyncio.create_task(
-            self.life.watch(modal.experimental.stop_fetching_inputs.aio)
+            self.lifecycle.watch(modal.experimental.stop_fetching_inputs.aio)
         )
 
     @modal.exit()
     async def close(self) -> None:
         """Free the engine."""
         self.watching.cancel()
-        await self.life.close()
+        await self.lifecycle.close()
 
     def prepared(self) -> None:
         """The engine is loaded; what is set up here lies in the snapshot."""
@@ -132,10 +140,10 @@ class VLLMEmbeddingSnapshot(EngineContainer):
 
         self.keys = BearerKeys([] if settings.needs_bearer else None)
         self.door = create_app(
-            self.life.service,
+            self.lifecycle.service,
             keys=self.keys,
             max_inside=settings.http_concurrency,
-            phases=self.life.phases,
+            phases=self.lifecycle.phases,
         )
 
     def resumed(self) -> None:
@@ -148,22 +156,23 @@ class VLLMEmbeddingSnapshot(EngineContainer):
     @modal.method()
     async def embed(self, sentences: list[str]) -> list[list[float]]:
         """Vectors as lists of floats; no instruction is added."""
-        return await rpc.embed(self.life.service, sentences)
+        return await rpc.embed(self.lifecycle.service, sentences)
 
     @modal.method()
     async def embed_with_metadata(self, sentences: list[str]) -> list[dict[str, Any]]:
         """One {"text", "embedding", "dimension"} for each sentence."""
-        return await rpc.embed_with_metadata(self.life.service, sentences)
+        return await rpc.embed_with_metadata(self.lifecycle.service, sentences)
 
     @modal.method()
     async def embed_packed(self, request: dict[str, Any]) -> dict[str, Any]:
         """What `KalmClient` calls: packed vectors, or an error as data."""
-        return await rpc.embed_packed(self.life.service, request)
+        return await rpc.embed_packed(self.lifecycle.service, request)
 
     @modal.method()
     async def describe(self) -> dict[str, Any]:
-        """Who this is: identity, limits, version, seconds of each phase of the start."""
-        return rpc.describe(self.life.service, self.life.phases)
+        """Identity, limits, version, warnings, and seconds of each phase of the start."""
+        lifecycle = self.lifecycle
+        return rpc.describe(lifecycle.service, lifecycle.phases, restored=lifecycle.restored)
 
     @modal.asgi_app(requires_proxy_auth=settings.auth != "bearer-public")
     def http(self) -> Any:
@@ -202,13 +211,13 @@ class VLLMBulkEmbedding(EngineContainer):
         self.worker = Worker(
             _BulkVolume(),
             Path.home() / PurePosixPath(pool.VOLUME).name,
-            self.life.service,
+            self.lifecycle.service,
             Container(
                 id=os.environ.get("MODAL_TASK_ID", ""),
                 started=time.time(),
                 gpu=",".join(settings.gpu) if settings.on_gpu else "",
                 dollars_per_second=settings.dollars_per_hour / 3600,
-                failure=self.life.failure,
+                failure=self.lifecycle.failure,
             ),
             modal.experimental.stop_fetching_inputs.aio,
         )

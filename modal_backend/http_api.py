@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import asdict
 from functools import lru_cache, partial
 from typing import Final
 
@@ -44,6 +45,7 @@ from kalm_integrations.wire import (
     IDENTITY_HEADER,
     MEDIA_TYPE,
     REQUEST_ID_HEADER,
+    WARNING_HEADER,
     EmbedRequest,
     packed_parts,
 )
@@ -69,7 +71,10 @@ MAX_BODY_BYTES: Final = 16 * 2**20
 # What is larger is parsed on a thread, or written in parts: the event loop must not stand still.
 _PARSED_BYTES: Final = 65_536
 _RETRY_HEADERS: Final = ("Retry-After", "Retry-After-Ms")
-_EXPOSED_HEADERS: Final = (REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER, *_RETRY_HEADERS)
+_EXPOSED_HEADERS: Final = (
+    *(REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER, WARNING_HEADER),
+    *_RETRY_HEADERS,
+)
 """Headers of answers that a page in a browser may read, beside the ordinary ones."""
 _WRITTEN_BYTES: Final = 2**20
 _WRITTEN_NUMBERS: Final = 65_536
@@ -125,6 +130,7 @@ def create_app(
         app,
         keys=keys,
         identity=identity,
+        warnings=lambda: service.warnings,
         metrics=door.metrics,
         refuse_early=door.refuse_early,
         max_inside=max_inside,
@@ -262,6 +268,7 @@ class _Door:
     async def metrics_page(self, _: Request) -> Response:
         for phase, seconds in self._phases.items():
             self.metrics.phases.labels(phase).set(seconds)
+        self.metrics.warn(warning.code for warning in self._service.warnings)
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def openapi(self, _: Request) -> Response:
@@ -300,4 +307,5 @@ class _Door:
             "fingerprint": service.identity.fingerprint,
             "dimensions": list(service.dimensions),
             "max_tokens": service.max_tokens,
+            "warnings": [asdict(warning) for warning in service.warnings],
         }

@@ -22,7 +22,13 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
-from kalm_integrations.wire import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
+from kalm_integrations.wire import (
+    ECHO_HEADER,
+    IDENTITY_HEADER,
+    REQUEST_ID_HEADER,
+    WARNING_HEADER,
+    ServiceWarning,
+)
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.metrics import Metrics
 from modal_backend.openai_schema import error_headers, render_error
@@ -75,6 +81,7 @@ class HttpGuard:
         app: What is behind it.
         keys: Who may enter.
         identity: Gives the fingerprint of the space, for the header of every answer.
+        warnings: Gives the service's warnings, for another one.
         metrics: Where requests are counted.
         refuse_early: Gives the error of a request that overload refuses, before the app spends time
             on it, and a `receive` for the app if there is none.
@@ -89,6 +96,7 @@ class HttpGuard:
         *,
         keys: BearerKeys,
         identity: Callable[[], str | None],
+        warnings: Callable[[], Sequence[ServiceWarning]],
         metrics: Metrics,
         refuse_early: RefuseEarly,
         max_inside: int | None,
@@ -98,6 +106,7 @@ class HttpGuard:
         self._metrics = metrics
         self._keys = keys
         self._identity = identity
+        self._warnings = warnings
         self._refuse_early = refuse_early
         self._max_inside = max_inside
         self._inside = 0
@@ -122,6 +131,8 @@ class HttpGuard:
                 answer = MutableHeaders(scope=message)
                 if identity := self._identity():
                     answer[IDENTITY_HEADER] = identity
+                if warnings := self._warnings():
+                    answer[WARNING_HEADER] = ",".join(each.code for each in warnings)
                 answer[REQUEST_ID_HEADER] = request_id
                 if echo:
                     answer[ECHO_HEADER] = echo

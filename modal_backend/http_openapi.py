@@ -15,6 +15,7 @@ from kalm_integrations.wire import (
     MEDIA_TYPE,
     REQUEST_ID_HEADER,
     TIMEOUT_HEADER,
+    WARNING_HEADER,
 )
 from modal_backend.http_headers import JSON
 from modal_backend.metrics import CONTENT_TYPE
@@ -52,6 +53,14 @@ class Embeddings(_Answer):
     usage: EmbeddingsUsage
 
 
+class ServiceWarning(_Answer):
+    """Something that an operator has to fix."""
+
+    code: str
+    """Stable; see docs/troubleshooting.md."""
+    message: str
+
+
 class Model(_Answer):
     """A served model."""
 
@@ -67,6 +76,8 @@ class Model(_Answer):
     """The native number first."""
     max_tokens: int
     """Longest text."""
+    warnings: list[ServiceWarning]
+    """What an operator has to fix."""
 
 
 class Models(_Answer):
@@ -217,6 +228,7 @@ def _answer_headers() -> dict[str, Any]:
         REQUEST_ID_HEADER: _described("The request's id, in logs too.", required=True),
         ECHO_HEADER: _described(f"The request's own {ECHO_HEADER}, if it has one."),
         IDENTITY_HEADER: _described("Fingerprint of the served space; none when it is broken."),
+        WARNING_HEADER: _described("Codes of the service's warnings; none when all is well."),
     }
 
 

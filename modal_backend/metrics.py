@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -44,6 +46,19 @@ class Metrics:
             ["phase"],
             registry=self._registry,
         )
+
+        self._warnings = Gauge(
+            "kalm_warning",
+            "1 for each warning of the service that an operator has to fix",
+            ["code"],
+            registry=self._registry,
+        )
+
+    def warn(self, codes: Iterable[str]) -> None:
+        """Show these warnings, and no others."""
+        self._warnings.clear()
+        for code in codes:
+            self._warnings.labels(code).set(1)
 
     def render(self) -> bytes:
         """All of it, in Prometheus's text format."""

@@ -13,6 +13,7 @@ from kalm_integrations import reference
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import KalmError
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.settings import FIRST_START
 from kalm_integrations.transports.modal_rpc import deployed
 from modal_backend.settings import DeploySettings
 
@@ -45,7 +46,7 @@ def _client(settings: DeploySettings) -> KalmClient:
 
 def _prove(client: KalmClient, settings: DeploySettings) -> None:
     start = time.perf_counter()
-    identity = client.warm_up()
+    identity = client.warm_up(timeout=max(client.timeout, FIRST_START))
     first = time.perf_counter() - start
     query = client.embed([QUESTION], role="query").vectors[0]
     related, unrelated = client.embed([ANSWER, OTHER]).vectors @ query

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from kalm_integrations import inputs
@@ -59,10 +59,23 @@ async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) ->
         return {"error": error_fields(error)}
 
 
-def describe(service: EmbeddingService, phases: Mapping[str, float]) -> dict[str, Any]:
-    """Who serves: identity, limits, our version, seconds of each phase of the start; or an error,
-    as `embed_packed`."""
-    described: dict[str, Any] = {"version": __version__, "phases": dict(phases)}
+def describe(
+    service: EmbeddingService, phases: Mapping[str, float], *, restored: bool = False
+) -> dict[str, Any]:
+    """Describe the service: identity, limits, version, warnings, and how it started; or an error,
+    as `embed_packed`.
+
+    Args:
+        service: What serves.
+        phases: Seconds of each phase of the start.
+        restored: Whether the container was restored from a snapshot.
+    """
+    described: dict[str, Any] = {
+        "version": __version__,
+        "phases": dict(phases),
+        "restored": restored,
+        "warnings": [asdict(warning) for warning in service.warnings],
+    }
     try:
         return described | {
             "identity": service.identity.to_dict(),

@@ -25,7 +25,7 @@ from pydantic import SecretStr
 
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.profiles import KALM
-from modal_backend import life
+from modal_backend import lifecycle
 from modal_backend.engines import Engine
 from modal_backend.engines.embedded_process import ProcessEngine
 from modal_backend.engines.vllm.config import VLLMOptions
@@ -33,6 +33,7 @@ from modal_backend.http_api import create_app
 from modal_backend.http_guard import BearerKeys
 from modal_backend.http_server import HttpServer, ServerOptions, bind, raise_file_limit
 from modal_backend.log_output import never_block_on_output
+from modal_backend.settings import CanaryMode
 
 Load = Callable[[], Awaitable[Engine]]
 
@@ -77,6 +78,7 @@ def serve(
     api_key: SecretStr | None,
     *,
     insecure: bool,
+    canary_mode: CanaryMode = "refuse",
     options: ServerOptions = ServerOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve until interrupted, or until the engine dies.
@@ -87,6 +89,7 @@ def serve(
         port: Port to listen on; 0 takes a free one.
         api_key: What callers must present.
         insecure: Serve without a key. On a loopback address only.
+        canary_mode: What becomes of an engine that fails the canary: "refuse" or "warn".
         options: How long connections and requests last, and who may call from a browser.
 
     Raises:
@@ -111,7 +114,8 @@ def serve(
         if model is not None:
             _say(f"loading {model.model} with vLLM; a minute or more")
             load = _Abandonable(model.load)
-        asyncio.run(_serve(load, listeners, keys, options, cleanup))
+        container = lifecycle.Lifecycle(load, "off", canary_mode=canary_mode)
+        asyncio.run(_serve(container, listeners, keys, options, cleanup))
 
 
 def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[SecretStr] | None:
@@ -141,20 +145,21 @@ def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[Secre
 
 
 async def _serve(
-    load: Load,
+    container: lifecycle.Lifecycle,
     listeners: list[socket.socket],
     keys: list[SecretStr] | None,
     options: ServerOptions,
     cleanup: ExitStack,
 ) -> None:
     # What it would log with a traceback is raised here, and said once.
-    life.log.setLevel(logging.CRITICAL)
-    container = life.Life(load, "off")
+    lifecycle.log.setLevel(logging.CRITICAL)
     try:
         await container.resume()
         failure = container.failure
         if failure is not None:
             raise copy(failure)
+        for warning in container.service.warnings:
+            _say(f"WARNING: {warning.message}")
         app = create_app(
             container.service,
             keys=BearerKeys(keys),
@@ -169,10 +174,10 @@ async def _serve(
         server = HttpServer(app, listeners, options, end_now=_abandon, access_log=False)
         server.on_ready = lambda: _say(f"ready: {what}, on {server.address}")
 
-        async def give_way() -> None:
+        async def stop() -> None:
             server.should_exit = True
 
-        watching = asyncio.create_task(container.watch(give_way))
+        watching = asyncio.create_task(container.watch(stop))
         try:
             await server.serve()  # at its end raises what signal came
         finally:

@@ -23,7 +23,7 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
 from kalm_integrations.verify import wrong_rows
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest, Vectors
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning, Vectors
 from modal_backend.admission import Admission
 from modal_backend.engines import Engine
 from modal_backend.engines.out_of_order import OutOfOrderEngine
@@ -44,6 +44,8 @@ class EmbeddingService:
         self.engine = engine
         """May be replaced, when a container finds its engine wrong."""
         self.admission = admission or Admission()
+        self.warnings: tuple[ServiceWarning, ...] = ()
+        """What an operator has to fix; reported over every endpoint."""
 
     @property
     def failure(self) -> KalmError | None:

@@ -21,6 +21,7 @@ from modal_backend.gpus import Quantization
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
+CanaryMode = Literal["refuse", "warn"]
 
 
 VLLM_ONLY: Final = (
@@ -37,6 +38,17 @@ REGION: Final = 1.75
 """What a pinned region multiplies prices by, at most."""
 WINDOWS: Final = (2, 3600)
 """Seconds that `scaledown_window` may be."""
+
+LOAD_ATTEMPTS: Final = 2
+"""Loads that a start has time for: the first one, and another after a failure."""
+AROUND_STARTS: Final = 60
+"""Seconds for what comes before and after the loads: imports, commits of volumes."""
+AROUND_LOADS: Final = 210
+"""Seconds for what comes around vLLM's start in each attempt: importing vLLM and checking the
+weights (90), warm-up (30), canary (30), sleep (60; 12 were measured)."""
+SHORTEST_LOAD: Final = 300
+"""Seconds for which vLLM has to be waited for at least: 23.5 GB at 200 MB/s take 120, compiling
+takes about as long."""
 
 
 def _split(value: Any) -> Any:
@@ -108,8 +120,14 @@ class DeploySettings(EnvironmentSettings):
     timeout: int = Field(600, ge=10, le=86_400)
     """Seconds that a call may take."""
 
-    startup_timeout: int = Field(1200, ge=60, le=3600)
-    """Seconds that a container may take to start."""
+    startup_timeout: int = Field(1800, ge=60, le=3600)
+    """Seconds that a container may take to start; Modal kills it then, and starts another. vLLM
+    gets two attempts in it: at least 1080 are needed."""
+
+    canary: CanaryMode = "refuse"
+    """What becomes of an engine whose vectors fail the service's own check. "refuse": nothing is
+    served. "warn": it is served, and logs, `describe`, metrics, a response header and `kalm doctor`
+    report it."""
 
     auth: Auth = "proxy"
     """Of the HTTP door. "proxy": Modal's proxy tokens, checked before a container wakes.
@@ -143,6 +161,7 @@ class DeploySettings(EnvironmentSettings):
             )
         if self.engine == "vllm":
             self._check_gpus()
+            self._check_startup()
             return self
         for name in VLLM_ONLY:
             value = getattr(self, name)
@@ -163,6 +182,16 @@ class DeploySettings(EnvironmentSettings):
             if wrong := gpus.too_small(name, self.quantization, self.max_model_len):
                 raise ValueError(f"gpu={name!r} {wrong}: take a larger one{self._or_fp8(name)}")
 
+    def _check_startup(self) -> None:
+        """Modal must not kill a container that still has an attempt to load: it would start
+        another one, which would end in the same way, and each start is billed."""
+        if self.engine_ready_timeout < SHORTEST_LOAD:
+            least = AROUND_STARTS + LOAD_ATTEMPTS * (SHORTEST_LOAD + AROUND_LOADS)
+            raise ValueError(
+                f"startup_timeout={self.startup_timeout} is too short for {LOAD_ATTEMPTS} attempts "
+                f"to load the model: they need at least {least} s"
+            )
+
     def _or_fp8(self, name: str) -> str:
         """A hint, where it helps."""
         none = gpus.lacks_fp8(name, "fp8") or gpus.too_small(name, "fp8", self.max_model_len)
@@ -172,6 +201,17 @@ class DeploySettings(EnvironmentSettings):
     def on_gpu(self) -> bool:
         """Whether containers have a GPU."""
         return self.engine == "vllm"
+
+    @property
+    def attempt_timeout(self) -> int:
+        """Seconds that one attempt to load may take, warm-up, canary and sleep included."""
+        around = AROUND_STARTS if self.on_gpu else 0
+        return (self.startup_timeout - around) // LOAD_ATTEMPTS
+
+    @property
+    def engine_ready_timeout(self) -> int:
+        """Seconds that vLLM may take to load the model: its VLLM_ENGINE_READY_TIMEOUT_S."""
+        return self.attempt_timeout - AROUND_LOADS
 
     @property
     def memory_mib(self) -> int:

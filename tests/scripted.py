@@ -18,7 +18,7 @@ import numpy as np
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning
 
 DIMENSIONS = 512
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -63,6 +63,7 @@ class ScriptedTransport:
 
     may_be_cold = True
     may_rest = False
+    service_warnings: tuple[ServiceWarning, ...] = ()
 
     def __init__(
         self,

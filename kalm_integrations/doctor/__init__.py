@@ -32,8 +32,11 @@ def run(*, wake: bool, as_json: bool, reference: bool = False) -> bool:
         for check in _checks(patient):
             found = checks.skipped(check, patient, findings)
             if found is None and check.wakes and waits:
-                limit = f"{patient.settings.timeout:g} s (KALM_TIMEOUT)"
+                limit = f"{patient.limit:g} s (KALM_TIMEOUT sets it)"
                 write(f"  waiting for the service, for up to {limit}")
+                if patient.on_modal:
+                    app = patient.settings.app_name
+                    write(f"  meanwhile `modal app logs {app}` shows the phases of a start")
                 waits = False
             found = report.clean(found or checks.made(check, patient))
             findings[check.name] = found

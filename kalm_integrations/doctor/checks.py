@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kalm_integrations.client import KalmClient
     from kalm_integrations.identity import SpaceIdentity
     from kalm_integrations.settings import ClientSettings
+    from kalm_integrations.wire import ServiceWarning
 
 Status = Literal["ok", "warn", "fail", "skipped"]
 
@@ -106,6 +107,7 @@ class Patient:
         first: Seconds to the service's first answer.
         mismatch: Why the service's identity is not the expected one.
         served: The identity that the service reports; None if it reports none.
+        warnings: What else it reports.
     """
 
     wake: bool
@@ -118,6 +120,7 @@ class Patient:
     first: float = 0.0
     mismatch: IdentityMismatchError | None = None
     served: SpaceIdentity | None = None
+    warnings: tuple[ServiceWarning, ...] = ()
 
     @property
     def settings(self) -> ClientSettings:
@@ -134,7 +137,13 @@ class Patient:
     @property
     def limit(self) -> float:
         """Seconds that a check may wait for the service."""
-        return self.settings.timeout if self.wake else min(self.settings.timeout, LIMIT)
+        from kalm_integrations.settings import FIRST_START
+
+        timeout = self.settings.timeout
+        if not self.wake:
+            return min(timeout, LIMIT)
+        chosen = "timeout" in self.settings.model_fields_set or not self.on_modal
+        return timeout if chosen else max(timeout, FIRST_START)
 
 
 def skipped(check: Check, patient: Patient, before: Mapping[str, Finding]) -> Finding | None:

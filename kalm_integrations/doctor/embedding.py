@@ -35,11 +35,23 @@ _IF_BF16: Final = (
 )
 
 
+_WARNED: Final = {
+    "snapshot_without_engine": "See in `modal app logs` why the first load failed, fix that, then "
+    "run `kalm deploy` again: that discards the snapshots, and the next start makes a new one.",
+    "canary_failed": "Store no vectors of this service. See its log, run the download of the "
+    "weights again, then `kalm deploy`; without `--canary warn` such an engine is not served.",
+    "restore_failed": "Nothing, if it happens once. If it happens at each start, run `kalm deploy` "
+    "again; if that does not help, with `--snapshot off`.",
+}
+"""What to do about a warning of the service, by its code."""
+
+
 def checks(door: str, patient: Patient, needs: tuple[str, ...]) -> list[Check]:
     """The last ones of every backend. `door` names the first, which may wake the service."""
     made = [
         Check(door, _first_answer, needs=needs, wakes=True, silence=_SILENCE),
         Check("identity", _identity, needs=(door,), wakes=True, silence=_SILENCE),
+        Check("warnings", _warnings, needs=("identity",)),
         Check("vectors", _vectors, needs=("identity",), wakes=True, silence=_SILENCE),
         Check("latency", _latency, needs=("vectors",), wakes=True, silence=_SILENCE),
     ]
@@ -67,7 +79,8 @@ def _identity(patient: Patient) -> Finding:
     if patient.mismatch is not None:
         raise patient.mismatch
     settings = patient.settings
-    served = patient.served = io_thread().submit(reported(settings)).result()
+    served, patient.warnings = io_thread().submit(reported(settings)).result()
+    patient.served = served
     if served is None:
         return Finding.warn(
             "the service reports no identity: only its model's name, the dimensions and the "
@@ -77,6 +90,17 @@ def _identity(patient: Patient) -> Finding:
         )
     compared = "as expected" if settings.expected_space.declared else "of the expected model"
     return Finding.ok(f"{served.model} ({served.fingerprint}), {compared}")
+
+
+def _warnings(patient: Patient) -> Finding:
+    """What the service reports of itself; asks nobody again."""
+    if not patient.warnings:
+        return Finding.ok("the service reports none")
+    detail = "\n".join(f"{each.code}: {each.message}" for each in patient.warnings)
+    remedy = _WARNED.get(patient.warnings[0].code, _SILENCE)
+    if {each.code for each in patient.warnings} == {"restore_failed"}:
+        return Finding.warn(detail, remedy)
+    return Finding.fail(detail, remedy)
 
 
 def _vectors(patient: Patient) -> Finding:

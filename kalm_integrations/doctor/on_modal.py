@@ -133,7 +133,9 @@ def _start(patient: Patient) -> Finding:
     phases = described.get("phases") if isinstance(described, dict) else None
     if not phases:
         return Finding.warn("the container does not tell how it started", _REDEPLOY)
-    return Finding.ok(", ".join(f"{phase} {taken:.1f} s" for phase, taken in phases.items()))
+    how = "restored from a snapshot" if described.get("restored") else "not from a snapshot"
+    seconds = ", ".join(f"{phase} {taken:.1f} s" for phase, taken in phases.items())
+    return Finding.ok(f"{seconds}; {how}")
 
 
 _DEPLOYED: Final = (

@@ -167,7 +167,7 @@ class _Asking:
                 await client.awarm_up()
             except IdentityMismatchError as error:
                 mismatch = error
-            served = await asyncio.wrap_future(io_thread().submit(reported(client)))
+            served, _ = await asyncio.wrap_future(io_thread().submit(reported(client)))
         if mismatch and served and client.model not in (None, served.model):
             raise mismatch  # KALM_MODEL asks for another
         return served

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning
 
 
 class Transport(Protocol):
@@ -20,10 +20,14 @@ class Transport(Protocol):
         may_rest: Whether its loop may stand still between calls.
         reports_no_identity: Whether the service is known to report none: what `wake` returned as
             None is then its answer, and not a failed probe.
+        service_warnings: What the service reported at the last `wake`.
     """
 
     may_be_cold: bool
     may_rest: bool
+
+    @property
+    def service_warnings(self) -> tuple[ServiceWarning, ...]: ...
 
     @property
     def reports_no_identity(self) -> bool: ...
@@ -60,10 +64,13 @@ def open_transport(settings: ClientSettings) -> Transport:
     return InProcessTransport()
 
 
-async def reported(settings: ClientSettings) -> SpaceIdentity | None:
-    """The identity that the service reports, compared with nothing. On the I/O thread only."""
+async def reported(
+    settings: ClientSettings,
+) -> tuple[SpaceIdentity | None, tuple[ServiceWarning, ...]]:
+    """The identity that the service reports, compared with nothing, and its warnings. On the I/O
+    thread only."""
     transport = open_transport(settings)
     try:
-        return await transport.wake()
+        return await transport.wake(), transport.service_warnings
     finally:
         await transport.close()

@@ -40,6 +40,8 @@ from kalm_integrations.wire import (
     TIMEOUT_HEADER,
     EmbedAnswer,
     EmbedRequest,
+    ServiceWarning,
+    read_warnings,
     unpack,
 )
 
@@ -87,6 +89,7 @@ class HttpTransport:
         """Whether this is our server; None while that is not known."""
         self._probe: asyncio.Task[SpaceIdentity | None] | None = None
         self._closed = False
+        self.service_warnings: tuple[ServiceWarning, ...] = ()
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         start = time.monotonic()
@@ -184,6 +187,7 @@ class HttpTransport:
         except openai_answers.ODD as error:
             raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets) from error
         self._is_ours = identity is not None
+        self.service_warnings = read_warnings(model)
         return identity
 
     async def _post(self, fields: dict[str, Any], headers: dict[str, str], texts: int) -> _Reply:

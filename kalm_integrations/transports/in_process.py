@@ -24,6 +24,7 @@ class InProcessTransport:
     may_be_cold = False
     may_rest = False
     reports_no_identity = False
+    service_warnings = ()
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         return await (await _service()).embed(request)

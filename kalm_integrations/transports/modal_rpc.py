@@ -31,7 +31,15 @@ from kalm_integrations.errors import (
 from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.transports.http import HttpTransport
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest, read_error, request_fields, unpack
+from kalm_integrations.wire import (
+    EmbedAnswer,
+    EmbedRequest,
+    ServiceWarning,
+    read_error,
+    read_warnings,
+    request_fields,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from kalm_integrations.settings import ClientSettings
@@ -50,6 +58,7 @@ class ModalTransport:
         self._settings = settings
         self._methods: dict[str, Any] = {}
         """Looked up once: it takes two calls of Modal's servers."""
+        self.service_warnings: tuple[ServiceWarning, ...] = ()
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         reply = await self._call("embed_packed", request_fields(request))
@@ -61,6 +70,7 @@ class ModalTransport:
     async def wake(self) -> SpaceIdentity | None:
         """Start a container if none runs, and ask it who it is."""
         reply = await self._call("describe")
+        self.service_warnings = read_warnings(reply)
         try:
             return SpaceIdentity.from_dict(reply["identity"])
         except (KeyError, TypeError, ValueError) as error:
@@ -111,12 +121,16 @@ class DiscoveredHttpTransport:
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._finding: asyncio.Task[HttpTransport] | None = None
+        self.service_warnings: tuple[ServiceWarning, ...] = ()
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         return await (await self._found()).embed(request)
 
     async def wake(self) -> SpaceIdentity | None:
-        return await (await self._found()).wake()
+        transport = await self._found()
+        identity = await transport.wake()
+        self.service_warnings = transport.service_warnings
+        return identity
 
     async def close(self) -> None:
         finding, self._finding = self._finding, None

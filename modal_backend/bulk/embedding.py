@@ -31,6 +31,7 @@ class _Beside:
     """The transport to a service in this process, on this loop."""
 
     may_be_cold = False
+    service_warnings = ()
     may_rest = False
     reports_no_identity = False
 

@@ -42,9 +42,10 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
+from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.result import EmbeddedBatch, Usage
-from kalm_integrations.wire import EmbedRequest
+from kalm_integrations.wire import EmbedRequest, ServiceWarning
 
 Over = Callable[..., KalmClient]
 Way = Callable[..., np.ndarray[Any, Any]]
@@ -404,6 +405,49 @@ class TestColdStart:
         client.embed(["quick"])
         client.embed(["slow"])
         assert "starting" not in caplog.text
+
+
+class NeverReady(ScriptedTransport):
+    """Of a service that starts, and has not started yet."""
+
+    async def wake(self) -> SpaceIdentity | None:
+        await asyncio.sleep(30)
+        return None
+
+
+class TestStillStarting:
+    def test_a_timeout_says_where_to_look_and_what_waits_longer(self, over: Over) -> None:
+        client = over(NeverReady(delay=lambda _: 30), timeout=0.1, app_name="my-app")
+        for call in (client.warm_up, lambda: client.embed(["a"])):
+            with pytest.raises(DeadlineExceededError) as caught:
+                call()
+            assert "modal app logs my-app" in str(caught.value)
+            assert "warm_up(timeout=1800)" in str(caught.value)
+
+    def test_warm_up_has_a_time_of_its_own(self, over: Over) -> None:
+        client = over(NeverReady(), timeout=600)
+        with pytest.raises(DeadlineExceededError, match=r"timeout=0\.1 s"):
+            client.warm_up(timeout=0.1)
+        with pytest.raises(DeadlineExceededError, match=r"timeout=0\.1 s"):
+            asyncio.run(client.awarm_up(timeout=0.1))
+        with pytest.raises(ConfigurationError, match="timeout=0"):
+            client.warm_up(timeout=0)
+
+    def test_a_service_that_has_answered_is_not_said_to_start(self, over: Over) -> None:
+        transport = ScriptedTransport(delay=lambda r: 0.0 if "quick" in r.texts else 30)
+        client = over(transport, timeout=2)
+        client.embed(["quick"])
+        with pytest.raises(DeadlineExceededError) as caught:
+            client.embed(["slow"])
+        assert "starting" not in str(caught.value)
+
+    def test_warnings_of_the_service_are_logged(
+        self, over: Over, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        transport = ScriptedTransport()
+        transport.service_warnings = (ServiceWarning("canary_failed", "wrong vectors."),)
+        over(transport).warm_up()
+        assert "canary_failed: wrong vectors." in caplog.text
 
 
 def _eventually(condition: Callable[[], bool]) -> bool:

@@ -34,7 +34,7 @@ from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import EMBEDDED
 from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http_api import create_app
 from modal_backend.http_guard import BearerKeys
@@ -43,7 +43,7 @@ from modal_backend.service import EmbeddingService
 ROOT = Path(__file__).parents[2]
 MODEL = EMBEDDED.space.model
 MACHINE = ("python", "packages", "variables", "settings")
-SERVICE = ("identity", "vectors", "latency")
+SERVICE = ("identity", "warnings", "vectors", "latency")
 
 
 @pytest.fixture(autouse=True)
@@ -464,6 +464,36 @@ class TestTheService:
         assert "question and answer" in shown
         assert "→ Do not store vectors of this service" in shown
 
+    @pytest.mark.parametrize(
+        ("codes", "status", "remedy"),
+        [
+            (["snapshot_without_engine"], "fail", "`kalm deploy` again"),
+            (["canary_failed"], "fail", "Store no vectors"),
+            (["restore_failed", "canary_failed"], "fail", "`kalm deploy`"),
+            (["restore_failed"], "warn", "--snapshot off"),
+            (["of_a_later_version"], "fail", "log"),
+        ],
+    )
+    def test_a_service_that_warns(
+        self,
+        doctor: Doctor,
+        over: Callable[[str], None],
+        codes: list[str],
+        status: str,
+        remedy: str,
+    ) -> None:
+        service = EmbeddingService(EmbeddedEngine.load())
+        service.warnings = tuple(ServiceWarning(code, f"of {code}.") for code in codes)
+        keys = BearerKeys([SecretStr(SECRETS["KALM_API_KEY"])])
+        with serving(create_app(service, keys=keys)) as url:
+            over(url)
+            diagnosis = doctor()
+        assert diagnosis.status("warnings") == [status]
+        assert diagnosis.exit_status == (status == "fail")
+        assert remedy in diagnosis.text("warnings")
+        assert all(f"{code}: of {code}." in diagnosis.text("warnings") for code in codes)
+        assert diagnosis.status("vectors", "latency") == ["ok", "ok"]
+
     def test_a_server_that_says_nothing(
         self, doctor: Doctor, over: Callable[[str], None], variables: Callable[..., None]
     ) -> None:
@@ -663,6 +693,17 @@ class TestCold:
             awake = doctor("--wake")
             assert awake.status("credentials", "identity") == ["ok", "ok"]
             assert {request.path for request in server.received} == {"/v1/models", "/v1/embeddings"}
+
+    def test_a_first_start_is_waited_for_unless_somebody_chose_a_time(self) -> None:
+        for arguments, wake, on_modal, limit in (
+            ({}, True, True, 1800),
+            ({"timeout": 60}, True, True, 60),
+            ({"timeout": 3000}, True, True, 3000),
+            ({}, True, False, 600),
+            ({}, False, True, 10),
+        ):
+            settings = ClientSettings(backend="modal", **arguments)
+            assert Patient(wake=wake, configured=settings, on_modal=on_modal).limit == limit
 
     def test_an_address_of_modals_is_one(self) -> None:
         for url, cold in {

@@ -6,13 +6,14 @@ import asyncio
 import base64
 import json
 import logging
+import re
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,14 @@ from serving import serving
 from kalm_integrations import KalmClient
 from kalm_integrations.errors import ContainerFailedError, KalmError, ServiceUnavailableError
 from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.wire import IDENTITY_HEADER, MEDIA_TYPE, TIMEOUT_HEADER, unpack
+from kalm_integrations.wire import (
+    IDENTITY_HEADER,
+    MEDIA_TYPE,
+    TIMEOUT_HEADER,
+    WARNING_HEADER,
+    ServiceWarning,
+    unpack,
+)
 from modal_backend.admission import Admission
 from modal_backend.engines import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
@@ -225,6 +233,32 @@ class TestOtherRoutes:
     def test_what_is_not_there(self, url: str) -> None:
         for answer, status in ((ask(f"{url}/no"), 404), (ask(f"{url}/v1/embeddings"), 405)):
             assert (answer.status, answer.error["code"]) == (status, "not_found")
+
+    def test_warnings_are_reported_everywhere(self) -> None:
+        service = EmbeddingService(EmbeddedEngine.load())
+        first, second = ServiceWarning("one_thing", "is wrong."), ServiceWarning("another", "too.")
+        with serving(create_app(service, keys=BearerKeys([SecretStr(KEY)]))) as url:
+
+            def reported() -> tuple[Any, ...]:
+                (model,) = ask(f"{url}/v1/models").json["data"]
+                metrics = ask(f"{url}/metrics").body.decode()
+                header = ask(f"{url}/v1/embeddings", {"input": "a"}).headers[WARNING_HEADER]
+                return (
+                    model["warnings"],
+                    re.findall(r"^(kalm_warning\S+) 1.0$", metrics, re.M),
+                    header,
+                )
+
+            assert reported() == ([], [], None)
+            service.warnings = (first, second)
+            assert reported() == (
+                [asdict(first), asdict(second)],
+                ['kalm_warning{code="one_thing"}', 'kalm_warning{code="another"}'],
+                "one_thing,another",
+            )
+            assert ask(f"{url}/nowhere", key=None).headers[WARNING_HEADER] == "one_thing,another"
+            service.warnings = (second,)
+            assert reported()[1:] == (['kalm_warning{code="another"}'], "another")
 
     def test_metrics_count(self, url: str) -> None:
         def count(name: str) -> float:

@@ -111,6 +111,42 @@ def test_without_vllm_it_says_what_to_install() -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
+WRONG_VECTORS = """
+import sys
+from kalm_integrations import cli
+from modal_backend.engines import EngineOutput
+from modal_backend.engines.embedded_process import ProcessEngine
+embed = ProcessEngine.embed
+async def reversed_rows(self, *args, **options):
+    output = await embed(self, *args, **options)
+    return EngineOutput(output.vectors[::-1], output.tokens)
+ProcessEngine.embed = reversed_rows
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("canary", [[], ["--canary", "warn"]], ids=["refuse", "warn"])
+def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRONG_VECTORS, "serve", "--port", "0", *canary],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"KALM_API_KEY": "k"},
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("kalm serve: ready: "):
+                process.terminate()
+        status = process.wait(10)
+    printed = "".join(lines)
+    assert status == (143 if canary else 1)
+    assert ("ready: " in printed) == bool(canary)
+    assert ("WARNING: " in printed) == bool(canary)
+    assert "texts in one batch do not have the vectors that they have alone" in printed
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )

@@ -234,6 +234,76 @@ def test_an_engine_that_cannot_be_loaded_is_an_answer_too(
     assert len(cold()) == 1
 
 
+@pytest.mark.parametrize("fault", ["first-load", "first-canary"])
+def test_what_fails_once_before_the_snapshot_is_repaired_before_it(
+    emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
+) -> None:
+    with emulator.changed(container_env={"FAULT": fault}):
+        assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
+    described = describe(FAULTY)
+    phases = list(described["phases"])
+    assert phases[-3:] == ["sleep", "wake", "canary_after"]
+    assert "load_again" in phases
+    assert (described["warnings"], described["restored"]) == ([], True)
+    assert len(cold()) == 1
+
+
+@pytest.mark.parametrize("fault", ["prepare", "missing", "slow"])
+def test_a_snapshot_without_an_engine_is_reported_by_whoever_comes_from_it(
+    emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
+) -> None:
+    """The restored container has the weights, and serves, after a load that it says is one too
+    many."""
+    emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-after"})
+    with emulator.changed(container_env={"FAULT": fault}, restore_env={"FAULT": ""}):
+        assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
+    described = describe(FAULTY)
+    assert [warning["code"] for warning in described["warnings"]] == ["snapshot_without_engine"]
+    assert described["restored"]
+    # One that would fail again in the same way, or not in time, is not loaded again.
+    loads = [name for name in described["phases"] if name.startswith("load")]
+    assert len(loads) == {"prepare": 3, "missing": 2, "slow": 2}[fault]
+
+    _, body = http(emulator, FAULTY, "/v1/models", "key-after")
+    assert json.loads(body)["data"][0]["warnings"] == described["warnings"]
+    _, metrics = http(emulator, FAULTY, "/metrics", "key-after")
+    assert 'kalm_warning{code="snapshot_without_engine"} 1.0' in metrics
+    (container,) = cold()
+    log = container.log
+    assert log.index("snapshot_without_engine") < log.rindex("snapshot_without_engine")
+    assert ("--startup-timeout" in log) == (fault == "slow")
+    assert "startup-timeout" not in container.events
+
+
+def test_without_time_for_another_load_the_failure_is_served_and_no_container_is_killed(
+    emulator: Emulator, cold: Callable[[], list[Container]]
+) -> None:
+    with emulator.changed(container_env={"FAULT": "slow"}):
+        with pytest.raises(EngineLoadError, match="TimeoutError: not ready"):
+            client().embed(["a"])
+    (container,) = cold()
+    assert "startup-timeout" not in container.events
+    assert list(describe(FAULTY)["phases"]) == ["load", "load_again"]
+
+
+@pytest.mark.parametrize("fault", ["rows", "mixed-up"])
+def test_in_warn_mode_an_engine_that_fails_the_canary_is_served_and_reported(
+    emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
+) -> None:
+    emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-after"})
+    with emulator.changed(container_env={"FAULT": fault, "CANARY": "warn"}):
+        vectors = client().embed(TEXTS[:1]).vectors
+        alone = expected[:1]
+        assert np.allclose(vectors, alone[:, ::-1] if fault == "mixed-up" else alone, atol=1e-6)
+        described = describe(FAULTY)
+    assert list(described["phases"]) == LIFE  # asleep in the snapshot, awake after it
+    assert [warning["code"] for warning in described["warnings"]] == ["canary_failed"]
+    _, metrics = http(emulator, FAULTY, "/metrics", "key-after")
+    assert 'kalm_warning{code="canary_failed"} 1.0' in metrics
+    (container,) = cold()
+    assert "ERROR modal_backend.lifecycle: canary_failed: " in container.log
+
+
 def calls(emulator: Emulator) -> list[Any]:
     return [r for r in emulator.cloud.recorder.requests if r.name == "FunctionMap"]
 

@@ -150,7 +150,7 @@ class TestDeployRequest:
         assert gpu_choices(function.request) == ["A100-40GB"]
         assert made.resources.memory_mb == 40 * 1024
         assert made.resources.milli_cpu == 4000
-        assert (made.timeout_secs, made.startup_timeout_secs) == (600, 1200)
+        assert (made.timeout_secs, made.startup_timeout_secs) == (600, 1800)
         assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (1, 300)
         assert made.autoscaler_settings.min_containers == 0
         assert (made.max_concurrent_inputs, made.target_concurrent_inputs) == (128, 64)
@@ -194,7 +194,7 @@ class TestDeployRequest:
             scaledown_window="60",
             concurrency="32",
             timeout="120",
-            startup_timeout="300",
+            startup_timeout="1200",
             auth="bearer-public",
             api_key_secret="key",
             hf_secret="hf",
@@ -206,7 +206,7 @@ class TestDeployRequest:
         made = function.definition
         assert gpu_choices(function.request) == ["H100!", "L40S"]
         assert made.resources.memory_mb == 28 * 1024
-        assert (made.timeout_secs, made.startup_timeout_secs) == (120, 300)
+        assert (made.timeout_secs, made.startup_timeout_secs) == (120, 1200)
         assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (3, 60)
         assert (made.max_concurrent_inputs, made.target_concurrent_inputs) == (32, 16)
         assert not made.checkpointing_enabled

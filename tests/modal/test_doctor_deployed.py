@@ -27,7 +27,7 @@ APP, CLASS = "vllm-embedding-snapshot", "VLLMEmbeddingSnapshot"
 SERVICE = f"{APP}/{CLASS}"
 DEPLOYED = ("token", "app", "app version", "app identity")
 COLD = (*DEPLOYED, "class", "http door")
-AWAKE = ("container", "start", "identity", "vectors", "latency")
+AWAKE = ("container", "start", "identity", "warnings", "vectors", "latency")
 PROXY = {"KALM_MODAL_KEY": "wk-emulated", "KALM_MODAL_SECRET": "ws-emulated"}
 
 
@@ -228,7 +228,7 @@ class TestCold:
 class TestTheDoorCold:
     """backend="http" without a URL: only names, ports and what Modal knows."""
 
-    after = ("credentials", "identity", "vectors", "latency")
+    after = ("credentials", "identity", "warnings", "vectors", "latency")
 
     @pytest.fixture(autouse=True)
     def nothing_starts(self, deployed: Emulator) -> Iterator[None]:
@@ -264,16 +264,32 @@ class TestAwake:
         assert EMBEDDED.space.fingerprint in diagnosis.text("identity")
         assert "512 dimensions, length 1.000" in diagnosis.text("vectors")
         assert "any start included" in diagnosis.text("latency")
-        assert re.fullmatch(r"load \d+\.\d s, .*, canary_after \d+\.\d s", diagnosis.text("start"))
+        assert re.fullmatch(
+            r"load \d+\.\d s, .*, canary_after \d+\.\d s; restored .*", diagnosis.text("start")
+        )
         assert diagnosis.summary == "All good."
         assert deployed.running(SERVICE)
+
+    def test_a_snapshot_without_an_engine(
+        self, doctor: Callable[..., Diagnosis], deployed: Emulator
+    ) -> None:
+        """Whatever wakes the service gets vectors; that each start is a full load, this tells."""
+        variables = {"KALM_DEPLOY_ENGINE": "embedded", "KALM_DEPLOY_APP_NAME": "faulty"}
+        deployed.deploy(ROOT / "tests/modal/apps/faulty_app.py", cwd=ROOT, env=variables)
+        with deployed.changed(container_env={"FAULT": "prepare"}, restore_env={"FAULT": ""}):
+            diagnosis = doctor("--wake", KALM_APP_NAME="faulty")
+        deployed.stop_app("faulty")
+        assert diagnosis.failed == ["warnings"]
+        assert "snapshot_without_engine: " in diagnosis.text("warnings")
+        assert "`kalm deploy` again" in diagnosis.text("warnings")
+        assert "load_again_again" in diagnosis.text("start")
 
     def test_golden_texts_are_for_kalm_only(
         self, doctor: Callable[..., Diagnosis], deployed: Emulator
     ) -> None:
         diagnosis = doctor("--golden")
         assert list(diagnosis.found)[4:] == [*COLD, *AWAKE, "golden"]
-        assert diagnosis.status(*AWAKE, "golden") == ["ok"] * 5 + ["skipped"]
+        assert diagnosis.status(*AWAKE, "golden") == ["ok"] * 6 + ["skipped"]
         assert deployed.running(SERVICE)
 
     def test_over_http(self, doctor: Callable[..., Diagnosis]) -> None:

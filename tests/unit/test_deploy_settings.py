@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kalm_integrations.errors import ConfigurationError
-from modal_backend import deploy
+from kalm_integrations.settings import FIRST_START
+from modal_backend import deploy, settings
 from modal_backend.gpus import GPUS, rate
 from modal_backend.settings import DeploySettings
 
@@ -40,6 +41,9 @@ def refused(**arguments: object) -> str:
         ({"snapshot": "sometimes"}, "snapshot: .*'off', 'awake' or 'asleep'"),
         ({"auth": "none"}, "auth: .*'proxy', 'proxy.bearer' or 'bearer-public'"),
         ({"app_name": "no spaces"}, "app_name"),
+        ({"canary": "ignore"}, "canary: .*'refuse' or 'warn'"),
+        ({"startup_timeout": 1079}, r"startup_timeout=1079 .* at least 1080 s"),
+        ({"startup_timeout": 3601}, "startup_timeout: .*3600"),
         ({"gpus": "L40S"}, r"gpus: there is no such argument\. Did you mean gpu\?"),
     ],
 )
@@ -69,6 +73,25 @@ def test_the_container_reads_what_was_deployed(
 def test_a_variable_is_named_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KALM_DEPLOY_MAX_CONTAINERS", "many")
     assert "max_containers (from KALM_DEPLOY_MAX_CONTAINERS)" in refused()
+
+
+@given(st.integers(1080, 3600))
+def test_a_start_has_time_for_all_that_it_may_do(startup_timeout: int) -> None:
+    """Or Modal kills the container and starts another one, without end."""
+    made = DeploySettings(startup_timeout=startup_timeout)
+    assert made.engine_ready_timeout >= settings.SHORTEST_LOAD
+    attempt = made.engine_ready_timeout + settings.AROUND_LOADS
+    assert attempt == made.attempt_timeout
+    needed = settings.AROUND_STARTS + settings.LOAD_ATTEMPTS * attempt
+    assert needed <= startup_timeout < needed + settings.LOAD_ATTEMPTS
+
+
+def test_the_embedded_engine_needs_no_minutes() -> None:
+    assert DeploySettings(engine="embedded", startup_timeout=60).attempt_timeout == 30
+
+
+def test_a_client_knows_how_long_a_first_start_may_take() -> None:
+    assert DeploySettings().startup_timeout == FIRST_START
 
 
 def test_what_a_container_costs() -> None:

@@ -45,10 +45,12 @@ from kalm_integrations.transports.modal_rpc import translated
 from kalm_integrations.wire import (
     EmbedAnswer,
     EmbedRequest,
+    ServiceWarning,
     error_fields,
     pack,
     read_error,
     read_request,
+    read_warnings,
     request_fields,
     unpack,
 )
@@ -288,18 +290,23 @@ async def test_who_calls_them_needs_none_of_our_classes_for_an_error(fault, said
 
 
 def test_describe_tells_who_serves():
-    described = rpc.describe(service(), {"load": 1.5})
+    serves = service()
+    serves.warnings = (ServiceWarning("canary_failed", "wrong vectors."),)
+    described = rpc.describe(serves, {"load": 1.5}, restored=True)
     assert is_built_in(described)
     assert described["identity"] == EMBEDDED.space.to_dict()
     assert (described["dimensions"], described["max_tokens"]) == ([512], 8192)
     assert described["phases"] == {"load": 1.5}
+    assert described["restored"] is True
+    assert described["warnings"] == [{"code": "canary_failed", "message": "wrong vectors."}]
+    assert read_warnings(described) == serves.warnings
 
 
 def test_describe_tells_why_nobody_does():
     failure = CanaryFailedError("wrong.")
     described = rpc.describe(EmbeddingService(OutOfOrderEngine(failure)), {"load": 1.5})
     assert described["error"] == error_fields(failure)
-    assert described.keys() == {"version", "phases", "error"}
+    assert described.keys() == {"version", "phases", "restored", "warnings", "error"}
 
 
 # -- two megabytes -----------------------------------------------------------------------------

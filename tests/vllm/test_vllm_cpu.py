@@ -134,6 +134,21 @@ async def test_a_worker_that_a_signal_ends_is_reported_by_its_name(recorded: VLL
         await embed(recorded, ["a"])
 
 
+@pytest.mark.parametrize("multiprocessing", ["0", "1"])
+async def test_a_load_that_takes_too_long_is_ended(
+    gemma: Path, multiprocessing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A core takes more than a second to import vLLM. vLLM itself would wait for it without end."""
+    monkeypatch.setenv(MULTIPROCESSING, multiprocessing)
+    monkeypatch.setenv("VLLM_ENGINE_READY_TIMEOUT_S", "1")
+    before = children()
+    with pytest.raises(EngineLoadError, match="not ready within 1 s") as caught:
+        await VLLMEngine.load(locate(str(gemma)), VLLMOptions(**SMALL))
+    assert "--startup-timeout" in str(caught.value)
+    assert not caught.value.permanent  # the files may be in memory by then
+    assert left_behind(before) == set()
+
+
 @pytest.mark.parametrize(
     ("multiprocessing", "name", "number"),
     [("1", "VLLM::Worker", signal.SIGKILL), ("0", "VLLM::EngineCor", signal.SIGILL)],

@@ -36,7 +36,7 @@ from modal_backend.engines.vllm import engine as vllm_engine
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.engines.vllm.extension import Extension
-from modal_backend.life import Life
+from modal_backend.lifecycle import Lifecycle
 from modal_backend.weights import locate
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -226,7 +226,7 @@ async def test_a_call_in_progress_gets_one_error_when_the_engine_is_closed(
 class Lived:
     """A container's life, and what was seen of it so far."""
 
-    life: Life
+    life: Lifecycle
     before: set[int]
     engines: list[VLLMEngine] = field(default_factory=list)
     asked: BaseException | None = None
@@ -240,7 +240,7 @@ async def lived(gemma: Path) -> AsyncIterator[Lived]:
         lived.engines.append(await VLLMEngine.load(locate(str(gemma)), VLLMOptions(**SMALL)))
         return lived.engines[-1]
 
-    lived = Lived(Life(load, "asleep"), children())
+    lived = Lived(Lifecycle(load, "asleep"), children())
     await lived.life.prepare()
     assert lived.life.failure is None
     (engine,) = lived.engines

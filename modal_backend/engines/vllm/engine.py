@@ -106,7 +106,13 @@ class VLLMEngine:
             EngineLoadError: As `load`; or it is not on this machine.
         """
         process.set_environment()
-        return await cls.load(await asyncio.to_thread(locate, model, revision), options)
+        try:
+            weights = await asyncio.to_thread(locate, model, revision)
+        except EngineLoadError as error:
+            # A mounted volume stays as it was when the container started.
+            error.permanent = isinstance(error.__cause__, FileNotFoundError)
+            raise
+        return await cls.load(weights, options)
 
     @classmethod
     async def load(cls, weights: Weights, options: VLLMOptions | None = None) -> VLLMEngine:
@@ -135,9 +141,9 @@ class VLLMEngine:
                 f"dtype={options.dtype!r}: {weights.name} is run in {profile.space.quantization}; "
                 "in another type its vectors would be of another space."
             )
-        llm, guard = None, process.CoreGuard()
+        llm, guard, limit = None, process.CoreGuard(), process.StartLimit()
         try:
-            with guard.marking():
+            with guard.marking(), limit:
                 llm, asked = process.start(weights, options)
             (inspected,) = await llm.collective_rpc("inspect_model")
             log.info("vLLM loaded %s: %s", weights.name, inspected)
@@ -152,10 +158,14 @@ class VLLMEngine:
                 number = process.signal_of(process.cores(llm))
                 await process.shut_down(llm)
             guard.finish()
+            if isinstance(error, EngineLoadError):  # what is loaded is not what was requested
+                error.permanent = True
             if isinstance(error, KalmError) or not isinstance(error, Exception):
                 raise
             reason = f"{type(error).__name__}: {error}."
-            if number is not None:
+            if limit.expired or isinstance(error, TimeoutError):
+                reason = limit.reason()
+            elif number is not None:
                 reason = process.core_failure(number)
             raise EngineLoadError(f"vLLM could not load {weights.folder}: {reason}") from error
         finally:

@@ -7,17 +7,20 @@ until somebody finds it; hence `CoreGuard`.
 from __future__ import annotations
 
 import asyncio
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.profiles import profile_of
@@ -41,6 +44,9 @@ ENVIRONMENT: Final = {
 
 MARK: Final = "KALM_ENGINE_MARK"
 """The variable by which the processes of an engine are known, its workers' too."""
+
+READY_TIMEOUT: Final = "VLLM_ENGINE_READY_TIMEOUT_S"
+_AGAIN: Final = 0.5
 
 _CPU_EXECUTOR: Final = "modal_backend.engines.vllm.cpu_executor.SignalForwardingExecutor"
 
@@ -151,6 +157,48 @@ def signal_in(error: BaseException) -> int | None:
         if manager is not None:
             return signal_of(manager.processes)
     return None
+
+
+class StartLimit:
+    """Kills the engine's processes when they are not ready within VLLM_ENGINE_READY_TIMEOUT_S,
+    where that is set.
+
+    vLLM 0.32 heeds that variable only after a core has loaded the model; until then it waits
+    without end. `start` blocks the event loop, so the time is watched on a thread.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = float(os.environ.get(READY_TIMEOUT) or math.inf)
+        self.expired = False
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._before = set(multiprocessing.active_children())
+        self._thread = threading.Thread(target=self._watch, name="kalm-start-limit", daemon=True)
+        if self.seconds < math.inf:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        limit = self.seconds
+        while not self._ended.wait(limit):
+            self.expired = True
+            for child in set(multiprocessing.active_children()) - self._before:
+                child.kill()
+            limit = _AGAIN  # the front-end may not have started them yet
+
+    def reason(self) -> str:
+        """A sentence that says what happened, and how to allow more."""
+        return (
+            f"it was not ready within {self.seconds:g} s ({READY_TIMEOUT}): reading the weights or "
+            "compiling was slow. `kalm deploy --startup-timeout` allows more on Modal; elsewhere "
+            "set that variable."
+        )
 
 
 def core_failure(number: int | None) -> str:

@@ -6,8 +6,16 @@ is said by the container's variable FAULT when an engine is loaded:
 always      all vectors have half their length
 restored    the same, of an engine that went through the snapshot
 load        it cannot be loaded
+first-load  it cannot be loaded the first time
+prepare     it cannot be loaded before the snapshot
+missing     its weights are not there, before the snapshot
+slow        before the snapshot, a load takes so long that the start has no time for another one
+first-canary  vectors of the first engine have half their length
+mixed-up    all vectors have their numbers in reverse order, of an engine that went through the
+            snapshot; in other respects they are good
 connection  it computes nothing until a peer at the port PEER has answered, over a connection that
             it opened when it was loaded
+rows        the vectors of a call are in reverse order
 texts       as its texts say: one with "slow" waits for the file GATE, one with "refused" is refused
             as only a model can, one with "poison" breaks the engine's call
 """
@@ -22,18 +30,27 @@ import modal
 
 import modal_backend.app as product
 from kalm_integrations.bulk.on_modal import pool
-from kalm_integrations.errors import InvalidInputError, InvalidText
-from modal_backend import life
+from kalm_integrations.errors import EngineLoadError, InvalidInputError, InvalidText
+from modal_backend import lifecycle
 from modal_backend.engines import Engine, EngineOutput
+from modal_backend.settings import DeploySettings
 
-life.REPLACED_AFTER = 5.0
+lifecycle.REPLACED_AFTER = 5.0
+SLOW = 1.5
+loads = 0
 load_real: Callable[[], Awaitable[Engine]] = product._load
+
+if os.environ.get("FAULT") == "slow":
+    DeploySettings.attempt_timeout = 1.0  # a start has time for two of these
+if mode := os.environ.get("CANARY"):
+    product.settings = product.settings.model_copy(update={"canary": mode})
 
 
 class FaultyEngine:
     def __init__(self, engine: Engine, fault: str) -> None:
         self._engine = engine
-        self._wrong = fault == "always"
+        self._wrong = fault == "always" or (fault == "first-canary" and loads == 1)
+        self._mixed_up = False
         self._fault = fault
         self._peer: socket.socket | None = None
         if fault == "connection":
@@ -50,10 +67,13 @@ class FaultyEngine:
         if self._fault == "texts":
             await act_on(args[0])
         output = await self._engine.embed(*args, **options)
-        return EngineOutput(output.vectors / 2, output.tokens) if self._wrong else output
+        vectors = output.vectors[:, ::-1] if self._mixed_up else output.vectors
+        vectors = vectors[::-1] if self._fault == "rows" else vectors
+        return EngineOutput(vectors / 2 if self._wrong else vectors, output.tokens)
 
     async def wake(self) -> None:
         self._wrong = self._fault == "restored"
+        self._mixed_up = self._fault == "mixed-up"
 
     async def close(self) -> None:
         if self._peer is not None:
@@ -72,9 +92,19 @@ async def act_on(texts: list[str]) -> None:
 
 
 async def load_faulty() -> FaultyEngine:
+    global loads
+    loads += 1
     fault = os.environ.get("FAULT", "")
-    if fault == "load":
+    # The variables of a container are read again after its restore.
+    if fault in ("load", "prepare") or (fault == "first-load" and loads == 1):
         raise OSError("the disk is gone")
+    if fault == "missing":
+        error = EngineLoadError("the weights are not on this machine.")
+        error.permanent = True
+        raise error
+    if fault == "slow":
+        await asyncio.sleep(SLOW)
+        raise TimeoutError("not ready")
     return FaultyEngine(await load_real(), fault)
 
 

@@ -1,4 +1,4 @@
-"""A container's life: load, prove, sleep; snapshot; wake, prove, serve. And each way to fail."""
+"""A container's life cycle: load, prove, sleep; snapshot; wake, prove, serve. And each failure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from kalm_integrations.errors import (
     CanaryFailedError,
     ContainerFailedError,
     EngineLoadError,
+    InvalidResponseError,
     KalmError,
 )
 from kalm_integrations.wire import EmbedRequest
-from modal_backend import canary, life
-from modal_backend.life import Life
+from modal_backend import canary, lifecycle
+from modal_backend.lifecycle import Lifecycle
 
 WRONG = {"spoil": lambda vectors: vectors * np.float32(0.5)}
 RIGHT = vectors_of(["a", "b"], "float32")
@@ -51,12 +52,12 @@ class Loader:
         return self.engines[-1]
 
 
-async def start(loader, snapshot="asleep", between=lambda: None):
-    """A life that has started; `between` is what happens in the snapshot."""
-    started = Life(loader, snapshot)
+async def start(loader, snapshot="asleep", between=lambda: None, restored=False, **options):
+    """A container that has started; `between` is what happens in the snapshot."""
+    started = Lifecycle(loader, snapshot, **options)
     await started.prepare()
     between()
-    await started.resume()
+    await started.resume(restored=restored)
     return started
 
 
@@ -88,7 +89,7 @@ async def test_what_is_done_and_timed(snapshot, log, phases):
 
 async def test_phases_are_timed_in_seconds(monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr(life.time, "perf_counter", lambda: next(now) ** 2)
+    monkeypatch.setattr(lifecycle.time, "perf_counter", lambda: next(now) ** 2)
     started = await start(Loader({}))
     assert list(started.phases.values()) == [1, 5, 9, 13, 17, 21]
 
@@ -103,7 +104,7 @@ async def test_a_phase_that_fails_is_timed_too():
 
 async def test_before_it_is_prepared_it_serves_a_reason():
     with pytest.raises(EngineLoadError, match="nothing is loaded yet"):
-        await served(Life(Loader({}), "off"))
+        await served(Lifecycle(Loader({}), "off"))
 
 
 async def test_bits_that_change_with_the_hardware_are_told_of_and_served(caplog):
@@ -133,7 +134,7 @@ async def test_the_same_bits_are_not_worth_a_word(caplog):
 async def test_what_fails_before_the_snapshot_is_mended_before_it(first, snapshot):
     """An empty snapshot would cost every later start the whole load."""
     loader = Loader(first, {})
-    prepared = Life(loader, snapshot)
+    prepared = Lifecycle(loader, snapshot)
     await prepared.prepare()
     assert (prepared.failure, loader.loads) == (None, 2)
     assert ("2 sleep" in loader.log) == (snapshot == "asleep")
@@ -195,9 +196,9 @@ async def test_two_engines_are_never_in_memory_together():
 
 
 async def test_a_failed_engine_is_not_kept_by_its_errors_traceback(monkeypatch):
-    monkeypatch.setattr(life.log, "disabled", True)  # pytest keeps what is logged
+    monkeypatch.setattr(lifecycle.log, "disabled", True)  # pytest keeps what is logged
     loader = Loader(WRONG)
-    failed = Life(loader, "off")
+    failed = Lifecycle(loader, "off")
     await failed.prepare()
     gone = [weakref.ref(engine) for engine in loader.engines]
     loader.engines.clear()
@@ -258,7 +259,7 @@ async def test_an_engine_that_fails_later_is_replaced_by_one_that_fails_too():
 @pytest.mark.parametrize("stop", [asyncio.CancelledError(), KeyboardInterrupt()])
 async def test_the_end_of_the_container_is_no_failure_of_the_engine(stop):
     loader = Loader(stop)
-    ended = Life(loader, "off")
+    ended = Lifecycle(loader, "off")
     with pytest.raises(type(stop)):
         await ended.prepare()
     assert loader.loads == 1
@@ -267,11 +268,147 @@ async def test_the_end_of_the_container_is_no_failure_of_the_engine(stop):
 async def test_an_engine_is_closed_where_its_proof_is_cut_short():
     loader = Loader({"faults": {"embed": asyncio.CancelledError()}})
     with pytest.raises(asyncio.CancelledError):
-        await Life(loader, "off").prepare()
+        await Lifecycle(loader, "off").prepare()
     assert loader.log == ["1 load", "1 warm_up", "1 embed", "1 close"]
 
 
-# -- giving way --------------------------------------------------------------------------------
+# -- time and hopeless errors --------------------------------------------------------------------
+class SlowLoader(Loader):
+    """Each load takes so many seconds."""
+
+    def __init__(self, seconds, *script):
+        super().__init__(*script)
+        self._seconds = seconds
+
+    async def __call__(self):
+        await asyncio.sleep(self._seconds)
+        return await super().__call__()
+
+
+@pytest.mark.parametrize("restored", [False, True])
+async def test_no_load_is_begun_that_the_start_has_no_time_for(restored, caplog):
+    loader = SlowLoader(0.15, TimeoutError("not ready"), {})
+    # A start has time for two of these: not for another one after 0.15 s.
+    started = Lifecycle(loader, "asleep", attempt_timeout=0.1)
+    await started.prepare()
+    assert (loader.loads, type(started.failure)) == (1, EngineLoadError)
+    assert "--startup-timeout" in caplog.text
+    await started.resume(restored=restored)
+    # Another container has the time of a whole start.
+    assert loader.loads == (2 if restored else 1)
+    assert (started.failure is None) == restored
+    assert codes(started) == ["snapshot_without_engine"]
+
+
+async def test_where_there_is_time_it_is_loaded_again():
+    loader = SlowLoader(0.05, TimeoutError("not ready"), {})
+    started = await start(loader, attempt_timeout=1000)
+    assert (started.failure, loader.loads, codes(started)) == (None, 2, [])
+
+
+@pytest.mark.parametrize("restored", [False, True])
+async def test_what_would_fail_in_the_same_way_is_not_loaded_again_here(restored):
+    missing = EngineLoadError("the weights are not on this machine.")
+    missing.permanent = True
+    loader = Loader(missing, {})
+    started = Lifecycle(loader, "asleep")
+    await started.prepare()
+    assert loader.loads == 1
+    await started.resume(restored=restored)
+    assert loader.loads == (2 if restored else 1)  # the weights may be there by then
+    assert (started.failure is None) == restored
+
+
+# -- warnings ------------------------------------------------------------------------------------
+def codes(started):
+    return [warning.code for warning in started.service.warnings]
+
+
+@pytest.mark.parametrize("first", [OSError("no weights"), WRONG, TimeoutError("not ready")])
+async def test_a_snapshot_without_an_engine_is_reported_at_each_start_from_it(first, caplog):
+    loader = Loader(first, first, {})
+    started = Lifecycle(loader, "asleep")
+    await started.prepare()
+    caplog.clear()
+    await started.resume(restored=True)
+    assert (started.failure, started.restored, loader.loads) == (None, True, 3)
+    assert codes(started) == ["snapshot_without_engine"]
+    assert "snapshot_without_engine" in caplog.text
+    assert "kalm deploy" in started.service.warnings[0].message
+
+
+async def test_it_is_reported_too_where_the_next_load_fails_as_well():
+    started = await start(Loader(WRONG), restored=True)
+    assert type(started.failure) is CanaryFailedError
+    assert codes(started) == ["snapshot_without_engine"]
+
+
+async def test_without_a_snapshot_there_is_none_to_report():
+    started = await start(Loader(WRONG, WRONG, {}), snapshot="off")
+    assert (started.failure, codes(started)) == (None, [])
+
+
+@pytest.mark.parametrize("first", [WRONG, OSError("x")])
+async def test_an_engine_that_the_second_load_gave_is_in_the_snapshot(first):
+    started = await start(Loader(first, {}), restored=True)
+    assert (started.failure, codes(started), started.trusted) == (None, [], True)
+
+
+async def test_an_engine_that_the_snapshot_broke_is_reported():
+    loader = Loader({}, {})
+    broken = {"wake": OSError("stale")}
+    started = await start(loader, between=lambda: loader.engines[0].faults.update(broken))
+    assert (started.failure, codes(started)) == (None, ["restore_failed"])
+    assert "stale" in started.service.warnings[0].message
+
+
+# -- served in spite of the canary ---------------------------------------------------------------
+@pytest.mark.parametrize("snapshot", ["off", "awake", "asleep"])
+async def test_in_warn_mode_wrong_vectors_are_served_and_reported(snapshot, caplog):
+    loader = Loader(dict(WRONG))
+    started = Lifecycle(loader, snapshot, canary_mode="warn")
+    await started.prepare()
+    assert ("1 sleep" in loader.log) == (snapshot == "asleep")  # it is in the snapshot
+    assert (started.failure, started.trusted, loader.loads) == (None, False, 1)
+    caplog.clear()
+    await started.resume(restored=True)
+    assert (started.failure, started.trusted, loader.loads) == (None, False, 1)
+    assert codes(started) == ["canary_failed"]
+    assert "length 0.5000" in started.service.warnings[0].message
+    assert "canary_failed" in [r.message.split(":")[0] for r in caplog.records]
+    # The service's own last check still refuses what is no embedding at all.
+    with pytest.raises(InvalidResponseError):
+        await served(started)
+
+
+async def test_in_warn_mode_vectors_that_the_snapshot_changed_are_served_and_reported():
+    loader = Loader({})
+
+    def mixed_up():
+        loader.engines[0].spoil = lambda v: v[:, ::-1]
+
+    started = await start(loader, between=mixed_up, canary_mode="warn")
+    assert (codes(started), loader.loads) == (["canary_failed"], 1)
+    assert np.array_equal(await served(started), RIGHT[:, ::-1])
+
+
+async def test_in_warn_mode_a_canary_that_passes_later_is_no_warning_any_more():
+    loader = Loader(dict(WRONG))
+
+    def recovers():
+        loader.engines[0].spoil = lambda v: v
+
+    started = await start(loader, between=recovers, canary_mode="warn")
+    assert (codes(started), started.trusted) == ([], True)
+
+
+async def test_in_warn_mode_an_engine_that_breaks_is_still_discarded():
+    loader = Loader({"faults": {"embed": OSError("no device")}}, {})
+    started = await start(loader, canary_mode="warn")
+    assert (started.failure, codes(started), loader.loads) == (None, [], 2)
+
+
+# -- replacement -------------------------------------------------------------------------------
 class Container:
     def __init__(self, *faults):
         self._faults = iter(faults)
@@ -284,7 +421,7 @@ class Container:
 
 
 async def test_a_healthy_container_stays(monkeypatch):
-    monkeypatch.setattr(life, "REPLACED_AFTER", 0)
+    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0)
     started, container = await start(Loader({})), Container()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
@@ -306,7 +443,7 @@ async def test_an_engine_that_dies_is_told_of_and_replaced_at_once(caplog):
 
 
 async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
-    monkeypatch.setattr(life, "REPLACED_AFTER", 0.2)
+    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0.2)
     started, container = await start(Loader(WRONG)), Container()
     watching = asyncio.create_task(started.watch(container.stop_fetching))
     await asyncio.sleep(0.05)
@@ -317,13 +454,13 @@ async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
     assert container.stops == 1
 
 
-async def test_where_giving_way_fails_it_is_tried_again(monkeypatch, caplog):
-    monkeypatch.setattr(life, "REPLACED_AFTER", 0.01)
+async def test_a_failed_request_for_a_replacement_is_repeated(monkeypatch, caplog):
+    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0.01)
     started, container = await start(Loader(WRONG)), Container(OSError("no answer"))
     await started.watch(container.stop_fetching)
     assert container.stops == 2
-    assert "could not give way" in caplog.text
+    assert "the request for a replacement failed" in caplog.text
 
 
 def test_one_start_in_five_minutes_is_the_worst_that_is_paid():
-    assert life.REPLACED_AFTER == 300
+    assert lifecycle.REPLACED_AFTER == 300
