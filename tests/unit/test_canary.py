@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,17 @@ async def test_other_hardware_may_round_otherwise():
     rounded = turned(RIGHT, 0.9993)
     engine = ScriptedEngine(in_a_batch(lambda _: rounded))
     assert np.array_equal(await canary.prove(engine, RIGHT), rounded)
+
+
+@pytest.mark.parametrize(("cosine", "passes"), [(0.997, True), (0.995, False)])
+async def test_fp8_may_round_more(cosine, passes):
+    engine = ScriptedEngine(in_a_batch(lambda v: turned(v, cosine)))
+    engine.identity = replace(engine.identity, quantization=FP8)
+    if passes:
+        await canary.prove(engine)
+    else:
+        with pytest.raises(CanaryFailedError, match=ALONE):
+            await canary.prove(engine)
 
 
 async def test_it_asks_as_a_query_that_waits_as_long_as_it_takes():
