@@ -60,7 +60,7 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
     # One after the other: together they would be one batch again.
     alone = np.concatenate([await _embed(engine, [text]) for text in TEXTS])
     _check_same(
-        "texts in one batch do not have the vectors that they have alone", vectors, alone, same
+        same, "texts in one batch do not have the vectors that they have alone", vectors, alone
     )
     cosines = np.triu(vectors @ vectors.T, 1)
     if cosines.max() > same:
@@ -78,7 +78,7 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
     if before is not None:
         _check_same(same, "vectors are not those of before the snapshot", vectors, before)
         _check_same(
-            "vectors of single texts are not those of before the snapshot", alone, before, same
+            same, "single texts do not have the vectors of before the snapshot", alone, before
         )
         checks.append("vectors of before")
     if reference.applies_to(engine.identity):

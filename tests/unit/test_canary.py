@@ -104,7 +104,7 @@ async def test_other_hardware_may_round_otherwise():
 @pytest.mark.parametrize(("cosine", "passes"), [(0.997, True), (0.995, False)])
 async def test_fp8_may_round_more(cosine, passes):
     engine = ScriptedEngine(in_a_batch(lambda v: turned(v, cosine)))
-    engine.identity = replace(engine.identity, quantization=FP8)
+    engine.identity = replace(engine.identity, quantization=FP8.quantization)
     if passes:
         await canary.prove(engine)
     else:
@@ -200,7 +200,7 @@ async def test_a_single_text_is_compared_with_the_vectors_of_before_too():
     before = unit(before)
     await canary.prove(engine)
     await canary.prove(ScriptedEngine(), before)
-    with pytest.raises(CanaryFailedError, match="single texts are not those of before"):
+    with pytest.raises(CanaryFailedError, match="single texts do not have the vectors of before"):
         await canary.prove(engine, before)
 
 
