@@ -153,7 +153,6 @@ def _what_next(settings: DeploySettings) -> str:
     shown = ", ".join(["backend='modal'", *(f"{k}={v!r}" for k, v in arguments.items())])
     quoted = {name.upper(): shlex.quote(value) for name, value in arguments.items()}
     variables = "".join(f"KALM_{name}={value} " for name, value in quoted.items())
-    first = {"embedded": "some 10 seconds", "vllm": "some minutes"}[settings.engine]
     return f"""
 Deployed. With your Modal token, over RPC:
 
@@ -164,11 +163,24 @@ Deployed. With your Modal token, over RPC:
 
 KalmModalEmbeddings of LangChain and of LlamaIndex take the same arguments.
 Over HTTP it is backend="http", with {_credentials(settings)}.
-The first start takes {first} and writes the snapshot; later ones come back from it.
+{_starts(settings)}
 
 Check it:    {variables}kalm doctor --wake
 See its log: modal app logs {settings.app_name}
 """
+
+
+def _starts(settings: DeploySettings) -> str:
+    """What to expect of starts; nobody has measured those of KaLM on Modal."""
+    if settings.engine == "embedded":
+        return "A start takes seconds."
+    if settings.snapshot == "off":
+        return "Each start loads the model, because of --snapshot off. Allow 5 to 10 minutes."
+    return """\
+The first three to five starts load the model; allow 5 to 10 minutes for each. They write snapshots,
+which later starts restore. Others measured about 70 s for a restored 27 B model in fp8. GPU
+snapshots are alpha at Modal: a workspace may lack them, and some restores fail and are retried.
+Step by step, with what each step should show: docs/first-deployment.md."""
 
 
 def _credentials(settings: DeploySettings) -> str:

@@ -17,6 +17,7 @@ the next one is tried.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -27,6 +28,7 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import parity
 import workloads
 from model_shape import write_model
 from running import Running
@@ -41,18 +43,39 @@ class Variant:
         options: Of `VLLMOptions`.
         arguments: Of `AsyncEngineArgs`, over ours.
         measure: What is measured, in this order.
+        from_disk: Read random weights from the disk instead of making them on the GPU.
     """
 
     options: Row = field(default_factory=dict)
     arguments: Row = field(default_factory=dict)
     measure: tuple[str, ...] = ()
+    from_disk: bool = False
+
+
+def autotune(*, on: bool) -> Row:
+    """Arguments that switch flashinfer's autotuning on or off."""
+    return {"kernel_config": {"enable_flashinfer_autotune": on}}
 
 
 FP8: Final = {"quantization": "fp8"}
-MEASURED: Final = ("throughput", "service", "alone", "steps", "asleep", "asleep")
+# As on an A100: vLLM has FlashAttention 3 on Hopper cards only, and version 2 cannot be part of a
+# CUDA graph here, so the graphs are made in pieces.
+FA2: Final = {"attention_config": {"flash_attn_version": 2}, "worker_cls": "auto"}
+MEASURED: Final = ("vectors", "throughput", "service", "alone", "steps", "asleep", "asleep")
 VARIANTS: Final = {
     "bf16": Variant(measure=MEASURED),
+    "FlashAttention 2": Variant(
+        arguments=FA2, measure=("vectors", "throughput", "alone", "asleep")
+    ),
     "fp8": Variant(options=FP8, measure=MEASURED),
+    "from disk": Variant(
+        arguments={"load_format": "safetensors", "safetensors_load_strategy": "prefetch"},
+        measure=("alone",),
+        from_disk=True,
+    ),
+    # They differ only where flashinfer is installed.
+    "without autotune": Variant(arguments=autotune(on=False), measure=("vectors", "alone")),
+    "with autotune": Variant(arguments=autotune(on=True), measure=("vectors", "alone")),
     # Twice the step, for what it would give and cost, on the same machine.
     "bf16 at 2048": Variant(options={"max_num_batched_tokens": 2048}, measure=("steps",)),
     "fp8 at 2048": Variant(options={"max_num_batched_tokens": 2048, **FP8}, measure=("steps",)),
@@ -76,9 +99,14 @@ VARIANTS: Final = {
 
 async def ours(out: Path, tiny: bool, variant: Variant) -> AsyncIterator[Row]:
     """One variant."""
-    write_model(out / "shape", tiny)
+    folder = out / "shape"
+    write_model(folder, tiny)
+    if variant.from_disk:
+        folder = parity.model_folder(out, tiny)
+        for row in parity.weights(out, tiny):
+            yield {"step": "weights", **row, "page_cache_dropped": not tiny and drop_page_cache()}
     start = time.perf_counter()
-    running = await Running.load(out / "shape", tiny, variant.options, variant.arguments)
+    running = await Running.load(folder, tiny, variant.options, variant.arguments)
     loaded = time.perf_counter() - start
     try:
         start = time.perf_counter()
@@ -97,6 +125,16 @@ async def ours(out: Path, tiny: bool, variant: Variant) -> AsyncIterator[Row]:
                 yield {"step": what, "error": f"{type(error).__name__}: {error}", "ok": False}
     finally:
         await running.close()
+
+
+def drop_page_cache() -> bool:
+    """Make the next read come from the disk; only root can."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
 
 
 def client(url: str, identity: str, tiny: bool) -> Iterator[Row]:

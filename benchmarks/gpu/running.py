@@ -32,9 +32,10 @@ STEPS: Final = (1024, 1536, 2048, 4096, 8192, 16_384)
 class Running:
     """An engine, and what is measured of it."""
 
-    def __init__(self, engine: Any, tiny: bool) -> None:
+    def __init__(self, engine: Any, tiny: bool, vectors: Path) -> None:
         self.engine = engine
         self.tiny = tiny
+        self._first_vectors = vectors
 
     @classmethod
     async def load(cls, folder: Path, tiny: bool, options: Row, arguments: Row) -> Running:
@@ -46,18 +47,14 @@ class Running:
 
         os.environ |= _ENVIRONMENT
         process.set_environment()
-        stated = process.arguments
-
-        def with_dummies(*positional: Any, **named: Any) -> Row:
-            return stated(*positional, **named) | {"load_format": "dummy"} | arguments
-
-        process.arguments = with_dummies
+        _override(arguments)
         chosen: Row = {"max_model_len": 8192, "dtype": "bf16", **options}
         if tiny:
             chosen |= {"dtype": "fp32", "enforce_eager": True, "max_model_len": 4096}
             chosen |= {"quantization": "none", "gpu_memory_utilization": None}
         weights = Weights(folder.name, "random", folder)
-        return cls(await VLLMEngine.load(weights, VLLMOptions(**chosen)), tiny)
+        engine = await VLLMEngine.load(weights, VLLMOptions(**chosen))
+        return cls(engine, tiny, folder.parent / "vectors.npy")
 
     async def resolved(self) -> Row:
         """What vLLM made of it."""
@@ -72,11 +69,13 @@ class Running:
             "graph_mode": inspected["cuda_graphs"],
             "graphs": len(sizes),
             "graph_sizes": [min(sizes, default=0), max(sizes, default=0)],
+            "gpu_gib": gpu_used(),
         }
 
     def measure(self, what: str) -> AsyncIterator[Row]:
         """The rows of one kind of measurement."""
         kinds: dict[str, Callable[[], AsyncIterator[Row]]] = {
+            "vectors": self.compare_vectors,
             "throughput": self.throughput,
             "service": self.service,
             "alone": self.alone,
@@ -91,7 +90,21 @@ class Running:
         """End the engine."""
         await self.engine.close()
 
-    # --- throughput and latency
+    # --- vectors, throughput and latency
+
+    async def compare_vectors(self) -> AsyncIterator[Row]:
+        """Compare with the vectors of the first variant that was measured into this folder."""
+        made = await self._vectors()
+        if not self._first_vectors.exists():
+            np.save(self._first_vectors, made)
+        cosines = (made * np.load(self._first_vectors)).sum(1)
+        between = made @ made.T
+        np.fill_diagonal(between, -1.0)
+        yield {
+            "step": "vectors",
+            "lowest_cosine_to_first_variant": round(float(cosines.min()), 7),
+            "highest_cosine_between_texts": round(float(between.max()), 4),
+        }
 
     async def embed(self, texts: list[str], role: str = "document") -> Any:
         """In calls of 128 texts, all at once, as a client's come."""
@@ -270,6 +283,18 @@ class Running:
         most = 1024 if self.tiny else 8000
         counts = [n for n in (2, 9, 24, 64, 128, 512, 1500, 3000, 8000) if n <= most]
         return np.concatenate([await self._call([text_of(n, n)], "document") for n in counts])
+
+
+def _override(arguments: Row) -> None:
+    """Give vLLM random weights and these arguments, whatever the engine passes."""
+    from vllm.engine import arg_utils
+
+    of_vllm = arg_utils.AsyncEngineArgs
+
+    def overridden(**named: Any) -> Any:
+        return of_vllm(**named | {"load_format": "dummy"} | arguments)
+
+    arg_utils.AsyncEngineArgs = overridden
 
 
 class _Busy:

@@ -1,0 +1,125 @@
+"""docs/first-deployment.md: its commands run as they stand, against the emulated cloud, and show
+what the page says; its prices follow from the settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from modal_emulator import Emulator
+
+from kalm_integrations.bulk.on_modal import pool
+from kalm_integrations.profiles import EMBEDDED
+from modal_backend import gpus
+from modal_backend.settings import DeploySettings
+
+PAGE = (Path(__file__).parents[2] / "docs" / "first-deployment.md").read_text()
+BLOCKS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+SERVICE = "kalm-try/VLLMEmbeddingSnapshot"
+CLASS = "VLLMEmbeddingSnapshot"
+
+
+def steps() -> Iterator[tuple[str, str]]:
+    """Each command of the page, in order, with the output that is shown below it."""
+    for block in BLOCKS:
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = step.partition("\n")
+            yield command, output
+
+
+def pattern(output: str) -> re.Pattern[str]:
+    """ "…" on a line of its own stands for any lines, elsewhere for any part of a line."""
+    lines = [
+        r"(?:.*\n)*?" if line == "…" else re.escape(line).replace("…", ".*?") + r" *\n"
+        for line in output.splitlines()
+    ]
+    return re.compile("".join(lines))
+
+
+def test_every_command_shows_what_the_page_says(tmp_path: Path) -> None:
+    """Commands share a folder and exported variables, as in one terminal."""
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("KALM", "MODAL"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{outside['PATH']}"
+    with Emulator() as cloud:
+        variables = outside | cloud.client_env | {"PATH": path, "COLUMNS": "100"}
+        for command, expected in steps():
+            name, *arguments = shlex.split(command)
+            if name == "export":
+                variables |= dict(argument.split("=", 1) for argument in arguments)
+            elif name == "unset":
+                for argument in arguments:
+                    del variables[argument]
+            elif name == "sleep":  # longer than a container waits
+                assert int(arguments[0]) > DeploySettings().scaledown_window
+                cloud.kill(SERVICE)
+            else:
+                done = subprocess.run(
+                    ["bash", "-c", command],
+                    cwd=tmp_path,
+                    env=variables,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    check=False,
+                    timeout=120,
+                )
+                assert pattern(expected).fullmatch(done.stdout), f"{command}\n{done.stdout}"
+                assert (done.returncode == 0) == ("✗" not in expected), command
+        assert cloud.starts(SERVICE) == 2
+        assert not cloud.running(SERVICE)  # the rehearsal leaves nothing behind
+        assert not cloud.starts(f"vllm-embedding-snapshot/{CLASS}")
+        log = cloud.logs(SERVICE)
+        (shown,) = re.findall(r"```text\n(INFO.*?)```", PAGE, re.DOTALL)
+        for line in shown.splitlines():
+            assert pattern(line).search(log + "\n"), line
+        assert not cloud.unimplemented
+
+
+def test_the_comparison_sees_another_output() -> None:
+    assert pattern("…\na … c\n…\n").fullmatch("x\ny\na b c\nz\n")
+    assert not pattern("…\na … c\n").fullmatch("x\na b d\n")
+    assert not pattern("a\n").fullmatch("a\nb\n")
+
+
+def test_names_and_identities_are_the_codes() -> None:
+    assert EMBEDDED.space.fingerprint in PAGE
+    assert DeploySettings().app_name in PAGE
+
+
+def test_the_prices() -> None:
+    container = DeploySettings().dollars_per_hour / 3600
+    second = {
+        "2": DeploySettings(engine="embedded").dollars_per_hour / 3600,
+        "5": gpus.machine_dollars(4, 16),
+        "7": container,
+        "9": container,
+    }
+    rows = re.findall(r"^\| steps? (\d).* \| ([\d,]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 5
+    billed = [int(seconds.replace(",", "")) for _, seconds, _ in rows]
+    paid = [second[step] * n for (step, *_), n in zip(rows, billed, strict=True)]
+    assert [row[2] for row in rows] == [f"{dollars:.2f}" for dollars in paid]
+    assert f"| all | | {sum(billed):,} | {sum(paid):.2f} |" in PAGE
+    window = DeploySettings().scaledown_window
+    assert billed[2:] == [5 * (600 + window), 2 * (70 + window), 600 + 300 + pool.SCALEDOWN_WINDOW]
+    assert f"It costs about ${sum(paid):.0f} " in PAGE
+    kept = DeploySettings(min_containers=1)
+    assert f"costs ${24 * kept.dollars_per_hour:.2f} a day" in PAGE
+
+
+def test_the_sizes_of_snapshots() -> None:
+    fp8, bf16 = (gpus.COLD_STARTS[kind].gib for kind in ("fp8", "none"))
+    assert f"{fp8} GiB in fp8 and {bf16} in bf16" in PAGE
+
+
+@pytest.mark.parametrize("measured", ["1.2 in fp8, 2.1 in bf16"])
+def test_our_part_of_a_start_is_what_was_measured(measured: str) -> None:
+    performance = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    assert measured in PAGE
+    assert "**2.1 s in bf16**, **1.2 s in fp8**" in performance
