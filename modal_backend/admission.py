@@ -48,6 +48,8 @@ _CHUNK_TOKENS: Final = 4096
 _WINDOW: Final = 0.1
 _MEMORY: Final = {"faster": 1.0, "slower": 2.0}
 """Seconds of computing after which a changed speed is believed."""
+_QUERY_MEMORY: Final = 2.0
+"""Seconds over which the share of the engine's time that queries take is averaged."""
 
 
 class EngineSpeed:
@@ -61,15 +63,12 @@ class EngineSpeed:
     def __init__(self) -> None:
         self.tokens_per_second: float | None = None
         """None before anything was measured."""
-        self.query_share = 0.0
-        """Of the work completed lately, that of queries."""
         self._start_window(0.0)
 
-    def observe(self, role: Role, work: float, seconds: float, outstanding: float) -> None:
+    def observe(self, work: float, seconds: float, outstanding: float) -> None:
         """Learn from completed work.
 
         Args:
-            role: Whose work it was.
             work: Completed work, in tokens.
             seconds: Of computing since the last observation.
             outstanding: Work that was in the service before it was completed, in tokens.
@@ -77,7 +76,6 @@ class EngineSpeed:
         if self._done == self._seconds == 0:
             self._start_window(outstanding)
         self._done += work
-        self._queries += work if role == "query" else 0.0
         self._seconds += seconds
         if self._seconds < _WINDOW or not self._done:
             return
@@ -87,20 +85,16 @@ class EngineSpeed:
             self.tokens_per_second = measured
         elif measured > known or self._outstanding >= self._done:
             memory = _MEMORY["faster" if measured > known else "slower"]
-            self.tokens_per_second = known + self._weight(memory) * (measured - known)
-        share = self._queries / self._done
-        self.query_share += self._weight(_MEMORY["slower"]) * (share - self.query_share)
+            weight = 1 - math.exp(-self._seconds / memory)
+            self.tokens_per_second = known + weight * (measured - known)
         self._start_window(0.0)
 
     def seconds(self, work: float) -> float:
         """Estimated seconds of computing that `work` takes; 0 before anything was measured."""
         return work / self.tokens_per_second if self.tokens_per_second else 0.0
 
-    def _weight(self, memory: float) -> float:
-        return 1 - math.exp(-self._seconds / memory)
-
     def _start_window(self, outstanding: float) -> None:
-        self._done = self._queries = self._seconds = 0.0
+        self._done = self._seconds = 0.0
         self._outstanding = outstanding
 
 
@@ -157,6 +151,9 @@ class Admission:
         self._refusing: dict[Role, bool] = {"query": False, "document": False}
         self._since = 0.0
         """When the work was completed, or begun, that was observed last."""
+        self._query_rate = 0.0
+        """Work of queries completed in a second, in tokens, as of `_query_time`."""
+        self._query_time = 0.0
 
     def wait(self, role: Role) -> float:
         """Estimated seconds that a new request of this role would wait."""
@@ -250,9 +247,12 @@ class Admission:
         now = self._clock()
         if work:
             outstanding = sum(self._outstanding.values())
-            self.speed.observe(role, work, now - self._since, outstanding)
+            self.speed.observe(work, now - self._since, outstanding)
             self._outstanding[role] -= work
             self._since = now
+            if role == "query":
+                self._query_rate = self._queries_per_second(now) + work / _QUERY_MEMORY
+                self._query_time = now
 
     def check_deadline(self, work: float, deadline: float) -> None:
         """Whether `work` tokens can still be computed by `deadline`, on this object's clock.
@@ -269,7 +269,11 @@ class Admission:
 
     def _document_seconds(self, work: float) -> float:
         """Seconds that documents of `work` tokens take beside the queries that go first."""
-        return self.speed.seconds(work) / max(0.1, 1 - self.speed.query_share)
+        share_of_queries = self.speed.seconds(self._queries_per_second(self._clock()))
+        return self.speed.seconds(work) / max(0.1, 1 - share_of_queries)
+
+    def _queries_per_second(self, now: float) -> float:
+        return self._query_rate * math.exp((self._query_time - now) / _QUERY_MEMORY)
 
 
 def work_of(text: str) -> float:

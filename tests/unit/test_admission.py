@@ -259,6 +259,17 @@ def test_few_requests_do_not_make_a_batching_engine_look_slow() -> None:
     virtual_time.run(main())
 
 
+def test_documents_are_admitted_while_queries_leave_the_engine_time_for_them() -> None:
+    async def main() -> None:
+        service = Service()
+        queries = asyncio.create_task(overload(service, 0.5, 5.0, 20))
+        await asyncio.sleep(10)
+        assert [await service.embed("document", 1.0) for _ in range(8)].count("done") >= 7
+        await asyncio.gather(*await queries)
+
+    virtual_time.run(main())
+
+
 def test_a_caller_who_leaves_frees_the_place_at_once() -> None:
     async def main() -> None:
         service = Service()
@@ -341,7 +352,6 @@ def test_speed_is_work_over_time_of_computing() -> None:
     speed = EngineSpeed()
     assert speed.seconds(1e9) == 0
     for _ in range(10):
-        speed.observe("query", 100, 0.02, 1e6)
+        speed.observe(100, 0.02, 1e6)
     assert speed.tokens_per_second == pytest.approx(5_000)
     assert speed.seconds(1_000) == pytest.approx(0.2)
-    assert not math.isclose(speed.query_share, 0)
