@@ -83,6 +83,7 @@ class Measurement:
 
 
 _ON_H100: Final = "one H100 80GB, random weights, 24 November 2026, benchmarks/gpu/performance.py"
+_ON_H200: Final = "one H200, random weights, 28 November 2026, benchmarks/gpu/performance.py"
 MEASURED: Final = (
     Measurement(
         gpu="H100",
@@ -97,6 +98,20 @@ MEASURED: Final = (
         tokens_per_second=41_400,
         tokens_per_text=128,
         source=_ON_H100,
+    ),
+    Measurement(
+        gpu="H200",
+        quantization="none",
+        tokens_per_second=28_600,
+        tokens_per_text=128,
+        source=_ON_H200,
+    ),
+    Measurement(
+        gpu="H200",
+        quantization="fp8",
+        tokens_per_second=42_100,
+        tokens_per_text=128,
+        source=_ON_H200,
     ),
 )
 """All of it: a figure that is not here is calculated. A newer one replaces its predecessor."""

@@ -83,6 +83,8 @@ class Retries:
     """Retry-After divided by the time after which a retry was answered with 200."""
     first: list[bool] = field(default_factory=list)
     """Whether the retry after Retry-After was."""
+    answered: list[Outcome] = field(default_factory=list)
+    """Retries answered with 200: they are part of the goodput."""
     _busy: int = 0
     _polling: bool = True
 
@@ -96,16 +98,22 @@ class Retries:
         try:
             if not polling:
                 await asyncio.sleep(told)
-                again = await self.caller.send(refused.kind, self.deadline)
+                again = await self._retry(refused)
                 self.first.append(again.status == 200)
                 return
             again = refused
             while again.status != 200 and again.sent < refused.ended + 4 * told + 2:
                 await asyncio.sleep(max(told / 8, 0.04))
-                again = await self.caller.send(refused.kind, self.deadline)
+                again = await self._retry(refused)
             self.ratios.append(told / (again.sent - refused.ended) if again.status == 200 else 0)
         finally:
             self._busy -= 1
+
+    async def _retry(self, refused: Outcome) -> Outcome:
+        outcome = await self.caller.send(refused.kind, self.deadline)
+        if outcome.status == 200:
+            self.answered.append(outcome)
+        return outcome
 
 
 Column = tuple[str, Callable[["Cell"], str]]
@@ -217,6 +225,7 @@ class Bench:
         after = await closed_loop(caller, choose, CALLERS, self._seconds / 2)
         caller.close()
         other.close()
+        run.outcomes += retries.answered
         goodput = self._goodput(run, WARM)
         best = max((self._goodput(closed, 1.0) + self._goodput(after, 1.0)) / 2, goodput)
         return Cell(load, times, deadline, best, goodput, run, recovery, retries)
