@@ -172,7 +172,12 @@ class VLLMEmbeddingSnapshot(EngineContainer):
     async def describe(self) -> dict[str, Any]:
         """Identity, limits, version, warnings, and seconds of each phase of the start."""
         lifecycle = self.lifecycle
-        return rpc.describe(lifecycle.service, lifecycle.phases, restored=lifecycle.restored)
+        return rpc.describe(
+            lifecycle.service,
+            lifecycle.phases,
+            restored=lifecycle.restored,
+            engine_age=lifecycle.engine_age,
+        )
 
     @modal.asgi_app(requires_proxy_auth=settings.auth != "bearer-public")
     def http(self) -> Any:

@@ -67,7 +67,11 @@ class Lifecycle:
         self.phases: dict[str, float] = {}
         """Seconds that each phase took, in order."""
         self.restored = False
-        """Whether this container was restored from a snapshot, as opposed to prepared here."""
+        """Whether this container has another id than the one that `prepare` ran in."""
+        self.engine_age = 0.0
+        """Seconds from the end of the load to the start of this container: of a restored one the
+        age of its snapshot, and 0 if the engine was loaded in this start."""
+        self._loaded_at = time.time()
 
     @property
     def failure(self) -> KalmError | None:
@@ -102,6 +106,7 @@ class Lifecycle:
                 the whole time of a start.
         """
         self.restored = restored
+        self.engine_age = max(0.0, time.time() - self._loaded_at)
         if restored:
             self._start = time.monotonic()
             for warning in self.service.warnings:
@@ -190,6 +195,7 @@ class Lifecycle:
     async def _loaded(self) -> None:
         with self._phase("load"):
             engine = await self._load()
+        self._loaded_at, self.engine_age = time.time(), 0.0
         try:
             with self._phase("warm_up"):
                 await engine.warm_up()

@@ -60,7 +60,11 @@ async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) ->
 
 
 def describe(
-    service: EmbeddingService, phases: Mapping[str, float], *, restored: bool = False
+    service: EmbeddingService,
+    phases: Mapping[str, float],
+    *,
+    restored: bool = False,
+    engine_age: float = 0.0,
 ) -> dict[str, Any]:
     """Describe the service: identity, limits, version, warnings, and how it started; or an error,
     as `embed_packed`.
@@ -69,11 +73,13 @@ def describe(
         service: What serves.
         phases: Seconds of each phase of the start.
         restored: Whether the container was restored from a snapshot.
+        engine_age: Seconds from the end of the load to the start of this container.
     """
     described: dict[str, Any] = {
         "version": __version__,
         "phases": dict(phases),
         "restored": restored,
+        "engine_age": engine_age,
         "warnings": [asdict(warning) for warning in service.warnings],
     }
     try:

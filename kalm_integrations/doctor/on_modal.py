@@ -133,7 +133,10 @@ def _start(patient: Patient) -> Finding:
     phases = described.get("phases") if isinstance(described, dict) else None
     if not phases:
         return Finding.warn("the container does not tell how it started", _REDEPLOY)
-    how = "restored from a snapshot" if described.get("restored") else "not from a snapshot"
+    how = "not from a snapshot"
+    if described.get("restored"):
+        age = described.get("engine_age", 0.0)
+        how = f"restored from a snapshot, {age:.0f} s after its engine was loaded"
     seconds = ", ".join(f"{phase} {taken:.1f} s" for phase, taken in phases.items())
     return Finding.ok(f"{seconds}; {how}")
 

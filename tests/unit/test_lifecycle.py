@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 
 import numpy as np
@@ -322,6 +323,18 @@ async def test_what_would_fail_in_the_same_way_is_not_loaded_again_here(restored
 # -- warnings ------------------------------------------------------------------------------------
 def codes(started):
     return [warning.code for warning in started.service.warnings]
+
+
+async def test_the_age_of_the_engine_tells_a_restored_start(monkeypatch):
+    loader = Loader({}, {})
+    started = Lifecycle(loader, "asleep")
+    await started.prepare()
+    later = time.time() + 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    await started.resume(restored=True)
+    assert 3590 < started.engine_age < 3610
+    await started._loaded()
+    assert started.engine_age == 0
 
 
 @pytest.mark.parametrize("first", [OSError("no weights"), WRONG, TimeoutError("not ready")])

@@ -306,7 +306,14 @@ def test_describe_tells_why_nobody_does():
     failure = CanaryFailedError("wrong.")
     described = rpc.describe(EmbeddingService(OutOfOrderEngine(failure)), {"load": 1.5})
     assert described["error"] == error_fields(failure)
-    assert described.keys() == {"version", "phases", "restored", "warnings", "error"}
+    assert described.keys() == {
+        "version",
+        "phases",
+        "restored",
+        "engine_age",
+        "warnings",
+        "error",
+    }
 
 
 # -- two megabytes -----------------------------------------------------------------------------
