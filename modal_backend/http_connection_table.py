@@ -142,9 +142,8 @@ class ConnectionTable:
         if not chosen:
             chosen = [one for one in islice(self._idle, 1) if one.since + _IDLE < now]
         for connection in chosen:
-            if (
-                not connection.has_requested
-            ):  # an answer to the request that it may be about to send
+            # An answer to the request that it may be about to send.
+            if not connection.has_requested and not connection.refused:
                 connection.transport.write(_NO_ROOM)
             self.abort(connection)
         self.closed.for_room += len(chosen)

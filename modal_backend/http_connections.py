@@ -14,6 +14,7 @@ import math
 from typing import Any, Final
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from modal_backend.http_connection_table import ConnectionTable, last_answer
@@ -27,6 +28,21 @@ LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 2**20
 """How long, and how much, a refused caller may go on sending before the connection is closed:
 closing it while data arrives would make TCP discard the answer that says why."""
+
+
+_PARSED_AT_ONCE: Final = 8192
+
+
+class _Flow(FlowControl):
+    """Reads nothing more while requests wait, even if the app of an earlier one asks for more."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        super().__init__(transport)
+        self._connection = connection
+
+    def resume_reading(self) -> None:
+        if not self._connection.has_backlog:
+            super().resume_reading()
 
 
 class Connection(HttpToolsProtocol):
@@ -47,10 +63,16 @@ class Connection(HttpToolsProtocol):
         self._in_header = False
         self._in_body = False
         self._header_bytes = 0
+        self._unparsed = bytearray()
         self._bytes_since_body = 0
         """Received in a body that are none of it: trailers, extensions of chunks."""
         self._lingering: int | None = None
         """Bytes that will still be read and ignored; None before the connection was refused."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether its last answer was sent: nothing can be written any more."""
+        return self._lingering is not None
 
     @property
     def authorized(self) -> bool:
@@ -59,6 +81,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport, self)
         self._table.add(self)
         self._deadline = self.loop.time() + HEADER_SECONDS
 
@@ -73,6 +96,25 @@ class Connection(HttpToolsProtocol):
             if self._lingering < 0:
                 self.transport.close()
             return
+        self._unparsed += data
+        self._parse()
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether a request, or data that may be one, waits for the answer to an earlier one."""
+        return bool(self.pipeline or self._unparsed)
+
+    def _parse(self) -> None:
+        """Parse what was received until a request has to wait. A caller may send thousands of
+        requests in one packet."""
+        while self._unparsed and not (self.pipeline or self.refused or self.transport.is_closing()):
+            data = bytes(self._unparsed[:_PARSED_AT_ONCE])
+            del self._unparsed[:_PARSED_AT_ONCE]
+            self._parse_part(data)
+        if self.has_backlog:
+            self.flow.pause_reading()
+
+    def _parse_part(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         request = self.scope
         self._bytes_since_body += len(data)
@@ -146,14 +188,16 @@ class Connection(HttpToolsProtocol):
         if self._lingering is not None:
             return
         super().on_response_complete()
-        if self.pipeline:  # nothing more is read before these requests are answered
-            self.flow.pause_reading()
+        self._parse()
+        self.flow.resume_reading()
+        if self.refused:
+            return
         if self.transport.is_closing():
             self._deadline = self.loop.time() + STALLED_SECONDS
             return
         if self._answering:  # the next request, which had arrived before
             return
-        if not self._in_body:
+        if not (self._in_body or self._in_header):
             self._wait_for_next()
         elif not self.authorized:
             self._deadline = min(self._deadline, self.loop.time() + HEADER_SECONDS)
@@ -190,8 +234,6 @@ class Connection(HttpToolsProtocol):
             self._table.closed.late += 1
             self._deadline = now + STALLED_SECONDS
             if self._in_body and not self.cycle.response_started:
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
                 self._refuse(408, f"The body did not arrive within {BODY_SECONDS:.0f} s.")
             else:
                 self.transport.close()
@@ -202,16 +244,21 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, reason: str) -> None:
         """Answer what is no complete request, and close the connection."""
-        if self.transport.is_closing() or self._lingering is not None:
+        if self.transport.is_closing() or self.refused:
             return
         unanswered = self._in_body and not self.cycle.response_started
         between_requests = not self._answering and not self._in_body
+        if unanswered:  # the app must not answer too
+            self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
+            self.cycle.message_event.set()
         if (unanswered or between_requests) and not self.pipeline:
             answer = last_answer(status, "content-type: text/plain\r\n", reason.encode())
             self.transport.write(answer)
             if self.transport.can_write_eof():  # TLS cannot
                 self.transport.write_eof()
                 self._lingering = LINGER_BYTES
+                self._unparsed.clear()
                 self._deadline = self.loop.time() + LINGER_SECONDS
                 self.flow.resume_reading()
                 return

@@ -186,6 +186,8 @@ class HttpServer(uvicorn.Server):
         self.table.limit = connection_limit()
         loop = asyncio.get_running_loop()
         self._accepting = [loop.create_task(self._accept(one)) for one in self.listeners]
+        for task in self._accepting:
+            task.add_done_callback(self._accepting_ended)
         self.started = True
         self.on_ready()
 
@@ -248,6 +250,12 @@ class HttpServer(uvicorn.Server):
             accepted += 1
             if accepted % _ACCEPTED_AT_ONCE == 0:
                 await asyncio.sleep(0)  # others have their turn
+
+    def _accepting_ended(self, task: asyncio.Task[None]) -> None:
+        """End the server if it does not accept connections any more, rather than seem to run."""
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("the server cannot accept connections any more", exc_info=error)
+            self.should_exit = True
 
     async def _connect(self, peer: socket.socket) -> None:
         def connection() -> Connection:

@@ -97,7 +97,8 @@ def _warnings(patient: Patient) -> Finding:
     if not patient.warnings:
         return Finding.ok("the service reports none")
     detail = "\n".join(f"{each.code}: {each.message}" for each in patient.warnings)
-    remedy = _WARNED.get(patient.warnings[0].code, _SILENCE)
+    worst = min(patient.warnings, key=lambda warning: warning.code == "restore_failed")
+    remedy = _WARNED.get(worst.code, _SILENCE)
     if {each.code for each in patient.warnings} == {"restore_failed"}:
         return Finding.warn(detail, remedy)
     return Finding.fail(detail, remedy)

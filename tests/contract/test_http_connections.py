@@ -187,6 +187,13 @@ class TestTooMany:
                 stranger.sendall(sent)
             assert [query(port) for _ in range(3)] == [200] * 3
 
+    def test_those_that_were_refused_make_room_too(self, few: int) -> None:
+        with server() as port, ExitStack() as stack:
+            for _ in range(3 * few):
+                stranger = stack.enter_context(connect(port))
+                stranger.sendall(b"\0\1\2\r\n\r\n")
+            assert [query(port) for _ in range(3)] == [200] * 3
+
     def test_whoever_makes_room_is_told_when_to_come_back(self, few: int) -> None:
         with server() as port, ExitStack() as stack:
             first = stack.enter_context(connect(port))
@@ -270,8 +277,13 @@ class TestUpgrade:
             assert query(port) == 200
 
 
+@pytest.mark.parametrize(
+    ("request_", "many"),
+    [(HEALTH, 10_000), (post(body='{"input": 1}'), 3_000)],
+    ids=["GET", "POST"],
+)
 def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
-    monkeypatch: pytest.MonkeyPatch,
+    request_: bytes, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowds = []
     completed = http_connections.Connection.on_response_complete
@@ -281,14 +293,13 @@ def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
         crowds.append(len(connection.pipeline))
 
     monkeypatch.setattr(http_connections.Connection, "on_response_complete", counting)
-    many = 20_000
     with server() as port, connect(port) as connection, ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(connection.sendall, HEALTH * many)
+        sent = pool.submit(connection.sendall, request_ * many)
         with connection.makefile("rb") as answers:
-            starts = (line for line in answers if b"HTTP/1.1 200" in line)
+            starts = (line for line in answers if b"HTTP/1.1 " in line)
             assert sum(1 for _ in islice(starts, many)) == many
         sent.result()
-    assert 0 < max(crowds) <= 2**18 // len(HEALTH)  # as many as the server reads in one go
+    assert 0 < max(crowds) <= 8192 // len(request_) + 2  # as many as are parsed in one go
 
 
 class TestHeaders:
@@ -298,6 +309,22 @@ class TestHeaders:
             for _ in range(40):
                 connection.sendall(b"X-Large: " + b"x" * 2_000 + b"\r\n")
             assert answer(connection)[0] == 431
+
+    @pytest.mark.parametrize("size", [80_000, 200_000])
+    def test_a_large_header_in_one_piece(self, size: int) -> None:
+        with server() as port, connect(port) as connection:
+            large = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * size + b"\r\n\r\n"
+            connection.sendall(large)
+            assert answer(connection)[0] == 431
+
+    def test_a_malformed_body_is_refused_once_and_not_logged(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with server() as port:
+            for _ in range(5):
+                assert query(port, head + b"zz\r\n") in (400, 401)
+        assert caplog.records == []
 
     @pytest.mark.parametrize("request_", [b"\0\1\2\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"])
     def test_what_is_no_request(self, request_: bytes, caplog: pytest.LogCaptureFixture) -> None:
