@@ -193,6 +193,8 @@ class Admission:
         # estimated: a retry that comes too early is refused again.
         known = self.speed.tokens_per_second is not None
         retry_after = 1.1 * min(excess, wait) + 0.02 if known else RETRY_AFTER
+        if role == "document" and own > time_left:  # it has to wait for fewer queries
+            retry_after = max(retry_after, RETRY_AFTER)
         return ServiceUnavailableError(
             f"{waiting:,} {role} texts are queued already, about {wait:.1f} s of work.",
             retry_after=retry_after,

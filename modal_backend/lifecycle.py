@@ -117,8 +117,8 @@ class Lifecycle:
             if self.failure is not None:
                 self._warn(
                     "restore_failed",
-                    "the engine did not survive the snapshot, and the model was loaded afresh, "
-                    f"which takes minutes: {self.failure.message}",
+                    "the engine did not survive the snapshot, and the model has to be loaded "
+                    f"afresh, which takes minutes: {self.failure.message}",
                 )
         # Another container may find what the first one missed, for instance the weights.
         if self.failure is not None and (restored or self._may_load_again()):
@@ -184,6 +184,7 @@ class Lifecycle:
     async def _discard(self, failure: KalmError) -> None:
         # A copy has no traceback, whose frames would keep the engine in memory.
         failed, self.service.engine = self.service.engine, OutOfOrderEngine(copy(failure))
+        self._forget("canary_failed")  # it is not served any more
         await _close(failed)
 
     async def _loaded_to_sleep(self) -> None:

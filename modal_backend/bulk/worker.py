@@ -67,6 +67,10 @@ class Container:
     failure: KalmError | None = None
 
 
+VOLUME_SECONDS = 600.0
+"""How long one reading or writing of files may take before another container is asked."""
+
+
 class Worker:
     """Takes shards, several at a time.
 
@@ -149,7 +153,13 @@ class Worker:
                     await self._volume.commit()
                 return result
 
-        return await asyncio.shield(asyncio.ensure_future(alone()))
+        try:
+            async with asyncio.timeout(VOLUME_SECONDS):
+                return await asyncio.shield(asyncio.ensure_future(alone()))
+        except TimeoutError:
+            await self._give_way()
+            stuck = TransportError(f"the Volume did not answer within {VOLUME_SECONDS:g} s.")
+            raise _for_modal(stuck) from None
 
     # --- on a thread, with the files
 

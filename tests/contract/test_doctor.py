@@ -469,7 +469,7 @@ class TestTheService:
         [
             (["snapshot_without_engine"], "fail", "`kalm deploy` again"),
             (["canary_failed"], "fail", "Store no vectors"),
-            (["restore_failed", "canary_failed"], "fail", "`kalm deploy`"),
+            (["restore_failed", "canary_failed"], "fail", "Store no vectors"),
             (["restore_failed"], "warn", "--snapshot off"),
             (["of_a_later_version"], "fail", "log"),
         ],

@@ -367,6 +367,17 @@ async def test_an_engine_that_the_second_load_gave_is_in_the_snapshot(first):
     assert (started.failure, codes(started), started.trusted) == (None, [], True)
 
 
+async def test_a_failed_canary_of_an_engine_that_is_gone_is_no_warning():
+    loader = Loader(WRONG, OSError("x"), OSError("x"))
+    started = Lifecycle(loader, "asleep", canary_mode="warn")
+    await started.prepare()
+    assert codes(started) == ["canary_failed"]
+    loader.engines[0].faults.update({"wake": OSError("stale")})
+    await started.resume()
+    assert started.failure is not None
+    assert codes(started) == ["restore_failed"]
+
+
 async def test_an_engine_that_the_snapshot_broke_is_reported():
     loader = Loader({}, {})
     broken = {"wake": OSError("stale")}

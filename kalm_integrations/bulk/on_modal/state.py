@@ -93,16 +93,17 @@ class State:
         """Of each container that took a shard: seconds of which this is known, and their price."""
         spans: dict[str, tuple[float, float, float]] = {}
         for attempt, end in self._seen():
-            start, last, _ = spans.get(attempt.container, (attempt.started, end, 0.0))
+            start, last, _ = spans.get(attempt.container, (attempt.at, end, 0.0))
             rate = attempt.dollars_per_second
-            spans[attempt.container] = (min(start, attempt.started), max(last, end), rate)
+            spans[attempt.container] = (min(start, attempt.at), max(last, end), rate)
         return {
             name: (end - start, (end - start) * rate) for name, (start, end, rate) in spans.items()
         }
 
     @property
     def seconds(self) -> float:
-        """Of containers, from when they were ready to the last that they recorded."""
+        """Of containers, from the first shard of this job that they took to the last that they
+        recorded. A container may have worked for other jobs before."""
         return sum(seconds for seconds, _ in self.containers.values())
 
     @property

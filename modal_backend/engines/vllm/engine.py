@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _CHUNK_TEXTS: Final = 64
 _CHUNK_TOKENS: Final = 16_384
 _DEAD_CHECK: Final = 0.25
+_INSPECT_SECONDS: Final = 60.0
 
 
 class VLLMEngine:
@@ -145,7 +146,10 @@ class VLLMEngine:
         try:
             with guard.marking(), limit:
                 llm, asked = process.start(weights, options)
-            (inspected,) = await llm.collective_rpc("inspect_model")
+            if limit.expired:  # just as it became ready
+                raise TimeoutError
+            async with asyncio.timeout(_INSPECT_SECONDS):  # vLLM forgets calls to a dead core
+                (inspected,) = await llm.collective_rpc("inspect_model")
             log.info("vLLM loaded %s: %s", weights.name, inspected)
             identity = identity_of(weights, inspected)
             check(llm.vllm_config, identity, options, asked)
@@ -163,10 +167,12 @@ class VLLMEngine:
             if isinstance(error, KalmError) or not isinstance(error, Exception):
                 raise
             reason = f"{type(error).__name__}: {error}."
-            if limit.expired or isinstance(error, TimeoutError):
+            if limit.expired:
                 reason = limit.reason()
             elif number is not None:
                 reason = process.core_failure(number)
+            elif isinstance(error, TimeoutError):
+                reason = limit.reason()
             raise EngineLoadError(f"vLLM could not load {weights.folder}: {reason}") from error
         finally:
             # Imports keep this frame alive, and it would keep a closed engine in memory.
