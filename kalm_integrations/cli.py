@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import kalm_integrations
 from kalm_integrations import cost, deploy_options, evaluation, serve_options
 from kalm_integrations.bulk import options as bulk_options
-from kalm_integrations.errors import ConfigurationError, InvalidInputError, KalmError
+from kalm_integrations.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    KalmError,
+    NotDeployedError,
+)
 from kalm_integrations.extras import install_command
 from kalm_integrations.usage import Parser, UsageError, add_json, path
 
@@ -98,7 +103,8 @@ def _explained(
         wrong = isinstance(error, ConfigurationError | InvalidInputError)
         status = WRONG_USAGE if wrong else FAILED
         said = error.message
-        failure = (status, command, error.code, said, error.remedy)
+        remedy = _on_the_command_line(error)
+        failure = (status, command, error.code, said, remedy)
     elif isinstance(error, ImportError):
         install = install_command(arguments.extra)
         remedy = f"This command needs more: {install}"
@@ -107,10 +113,20 @@ def _explained(
         named = f"{error.filename}: " if error.filename else ""
         failure = (FAILED, command, "os_error", f"{named}{error.strerror or error}", "")
     made = Failure(*failure)
-    if made.code == ConfigurationError.code:  # whose own remedy speaks of docstrings
+    if made.code == ConfigurationError.code and made.remedy in ("", ConfigurationError.remedy):
+        # whose own remedy speaks of docstrings
         made = made._replace(remedy=f"`{command} --help` lists what it takes.")
     ended = made.message.endswith((".", "?", "!"))
     return made if ended else made._replace(message=f"{made.message}.")
+
+
+def _on_the_command_line(error: KalmError) -> str:
+    """The error's remedy, with variables where its own names arguments of Python."""
+    if isinstance(error, NotDeployedError):
+        from kalm_integrations.doctor.checks import NOT_DEPLOYED
+
+        return NOT_DEPLOYED
+    return error.remedy
 
 
 def _prepare_streams() -> None:
@@ -179,9 +195,10 @@ def _quickstart(arguments: argparse.Namespace) -> bool:
 def _add_doctor(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "doctor",
-        help="check settings, keys and the service, and say what to mend",
-        description="Check what an application with these KALM_* variables would meet, and say "
-        "what to mend. Starts no container, unless told to. Exit status: 1 if a check failed.",
+        help="check settings, keys and the service, and tell you how to fix them",
+        description="Check what an application with these KALM_* variables would meet, and "
+        "tell you how to fix it. Starts no container, unless told to. Exit status: 1 if a check "
+        "failed.",
     )
     parser.add_argument(
         "--wake",

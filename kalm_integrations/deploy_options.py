@@ -57,11 +57,12 @@ def run(arguments: argparse.Namespace) -> bool:
 
 def _add_settings(parser: Parser) -> None:
     # Not before this command is the one: no other shall need what settings import.
-    from modal_backend.settings import DeploySettings
+    from modal_backend.settings import SHORTEST_START, DeploySettings
 
+    notes = {"startup_timeout": f"; with vLLM at least {SHORTEST_START}"}
     settings = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
     for name, field in DeploySettings.model_fields.items():
-        form = _form(field)
+        form = _form(field, notes.get(name, ""))
         help_ = [field.description or "", *form.pop("range", ())]
         if field.default is not None:
             help_.append(f"Default: {_shown(field.default)}.")
@@ -72,7 +73,7 @@ def _add_settings(parser: Parser) -> None:
         )
 
 
-def _form(field: FieldInfo) -> dict[str, Any]:
+def _form(field: FieldInfo, note: str) -> dict[str, Any]:
     """What argparse is told of a setting: an error then names the option, and the range."""
     kind: Any = field.annotation
     kinds = (kind, *get_args(kind))
@@ -85,7 +86,8 @@ def _form(field: FieldInfo) -> dict[str, Any]:
             next(getattr(limit, name) for limit in field.metadata if hasattr(limit, name))
             for name in ("ge", "le")
         )
-        return {"type": number(low, high), "metavar": "N", "range": [f"From {low} to {high}."]}
+        kind = number(low, high, note)
+        return {"type": kind, "metavar": "N", "range": [f"From {low} to {high}."]}
     if float in kinds:
         return {"type": share, "metavar": "SHARE"}
     return {"metavar": "GPU,GPU" if get_origin(kind) is tuple else "NAME"}

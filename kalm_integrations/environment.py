@@ -100,7 +100,8 @@ class EnvironmentSettings(BaseModel):
             name = str(item["loc"][0]) if item["loc"] else ""
             message = item["msg"].removeprefix("Value error, ").removesuffix(".")
             # What concerns several arguments begins with the one that it is about.
-            about = name or re.split(r"[=: ]", message, maxsplit=1)[0]
+            first = re.split(r"[=: ]", message, maxsplit=1)[0]
+            about = name or first.removeprefix("--").replace("-", "_")  # an option, or an argument
             source = f" (from {from_variables[about]})" if about in from_variables else ""
             wrong.append(f"{name}{source}: {message}" if name else f"{message}{source}")
         return "; ".join(wrong) + "."

@@ -64,7 +64,7 @@ class EngineLoadError(KalmError):
 
     status = 503
     code = "engine_not_loaded"
-    remedy = "Nothing is embedded until it loads: mend what is named here, or see the log."
+    remedy = "The service cannot embed until the model loads. Fix the problem above."
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +191,15 @@ class ConnectionFailedError(ServiceUnavailableError):
 
 
 class ContainerFailedError(ServiceUnavailableError):
-    """A container of the service could not start, or died with the request in it. Tried once
-    more and no oftener: each start is paid."""
+    """A container of the service could not start, or died with the request in it. Retried
+    at most once, because every start is billed."""
 
     code = "container_failed"
     most_retries = 1
-    remedy = "See why with `modal app logs` and the app's name; `kalm doctor --wake` tries again."
+    remedy = (
+        "See why with `modal app logs APP --since 1h` and the app's name; `kalm doctor --wake` "
+        "tries again."
+    )
 
 
 class CanaryFailedError(KalmError):

@@ -160,8 +160,8 @@ class Session:
     def _where_to_look(self) -> str:
         """Only logs tell the phase: until it has started, a container answers nothing."""
         if self._settings.base_url is None:
-            return f"`modal app logs {self._settings.app_name}`"
-        return "its log (on Modal: `modal app logs` and the app's name)"
+            return f"`modal app logs {self._settings.app_name} -f`"
+        return "its log (on Modal: `modal app logs APP -f`, with the app's name)"
 
     async def _embed(self, batch: Batch, call: Call, deadline: float) -> EmbeddedBatch:
         skipped: list[InvalidText] = []

@@ -105,8 +105,14 @@ def add_json(parser: Parser) -> None:
     )
 
 
-def number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of a range."""
+def number(low: int, high: int | None = None, note: str = "") -> Callable[[str], int]:
+    """The type of an option that takes a whole number of a range.
+
+    Args:
+        low: The least.
+        high: The most; None is no limit.
+        note: Follows the range in an error.
+    """
 
     def number(value: str) -> int:
         try:
@@ -115,7 +121,7 @@ def number(low: int, high: int | None = None) -> Callable[[str], int]:
             given = None
         if given is None or given < low or (high is not None and given > high):
             wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {wanted}")
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {wanted}{note}")
         return given
 
     return number

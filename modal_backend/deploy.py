@@ -10,6 +10,7 @@ import modal
 from rich.console import Console
 from rich.table import Table
 
+from kalm_integrations.bulk.on_modal import pool
 from kalm_integrations.environment import did_you_mean
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -17,10 +18,19 @@ from kalm_integrations.errors import (
     ModalTokenError,
     without_sign_in_advice,
 )
+from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.profiles import KALM
 from modal_backend import gpus
 from modal_backend.settings import DeploySettings
-from modal_backend.tags import IDENTITY_TAG, tags_of
+from modal_backend.tags import DEPLOYABLE, IDENTITY_TAG, tags_of
+
+
+class _OtherVectorsError(ConfigurationError):
+    """The deployment would change the vectors of clients that exist."""
+
+    remedy = (
+        "Give it another --app-name, or pass --accept-new-identity and embed those indexes again."
+    )
 
 
 def deployed_tags(app_name: str, environment_name: str | None) -> dict[str, str] | None:
@@ -53,6 +63,11 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
     _check_variables()
     console = Console(file=sys.stdout, highlight=False)
     console.print(_costs(settings))
+    if settings.canary == "warn":
+        console.print(
+            "WARNING: --canary warn serves vectors even if the check finds them wrong. Use it to "
+            "diagnose only."
+        )
     console.print("Asking Modal what is deployed")
     _check_secrets(settings)
     before = deployed_tags(settings.app_name, settings.environment_name)
@@ -111,12 +126,20 @@ def _check_identity(
     now, then = tags_of(settings)[IDENTITY_TAG], (before or {}).get(IDENTITY_TAG)
     if before is None or then == now or accepted:
         return
-    was = f"of the space {then}" if then else "of a space that it does not tell"
-    raise ConfigurationError(
-        f"app {settings.app_name!r} serves vectors {was}; this deployment would serve {now}, and "
-        "every index that was made with the old one would be searched wrongly. Give it another "
-        "--app-name, or pass --accept-new-identity and embed those indexes again."
+    was = f"of {_space(DEPLOYABLE.get(then), then)}" if then else "of an unknown model"
+    raise _OtherVectorsError(
+        f"app {settings.app_name!r} serves vectors {was}; this deployment would serve "
+        f"{_space(settings.space, now)}, and every index that was made with the old one would be "
+        "searched wrongly."
     )
+
+
+def _space(space: SpaceIdentity | None, fingerprint: str) -> str:
+    """A vector space, for a message."""
+    if space is None:
+        return f"another model or revision (identity {fingerprint})"
+    computed = f", {space.quantization}" if space.declared else ""
+    return f"{space.model}{computed} (identity {fingerprint})"
 
 
 def _costs(settings: DeploySettings) -> Table:
@@ -127,7 +150,7 @@ def _costs(settings: DeploySettings) -> Table:
     table.add_column("$", justify="right")
     table.add_row("one container, an hour", f"{hour:.2f}")
     table.add_row(
-        f"at most (--max-containers {settings.max_containers}), an hour",
+        f"query service at most (--max-containers {settings.max_containers}), an hour",
         f"{hour * settings.max_containers:.2f}",
     )
     table.add_row(f"idle (--min-containers {settings.min_containers}), a day", f"{idle:.2f}")
@@ -140,7 +163,11 @@ def _costs(settings: DeploySettings) -> Table:
         kind = "measured" if all(rate.measured for rate in rates) else "calculated"
         million = 1e6 * hour / 3600 / min(rate.tokens for rate in rates)
         table.add_row(f"a million tokens, always busy ({kind})", f"{million:.3f}")
+    others = f"Bulk jobs ({pool.MAX_CONTAINERS} containers by default)"
+    if settings.on_gpu:
+        others += " and serve_http (1)"
     table.caption = (
+        f"{others} come on top of the query service.\n"
         "Modal's list prices of November 2026; see modal.com/pricing for today's.\n"
         "`kalm cost` compares GPUs, for your corpus and your traffic."
     )
@@ -166,14 +193,15 @@ Over HTTP it is backend="http", with {_credentials(settings)}.
 {_starts(settings)}
 
 Check it:    {variables}kalm doctor --wake
-See its log: modal app logs {settings.app_name}
+See its log: modal app logs {settings.app_name} -f
 """
 
 
 def _starts(settings: DeploySettings) -> str:
     """What to expect of starts; nobody has measured those of KaLM on Modal."""
     if settings.engine == "embedded":
-        return "A start takes seconds."
+        off = " Nothing is snapshotted, because of --snapshot off."
+        return "A start takes seconds." + (off if settings.snapshot == "off" else "")
     if settings.snapshot == "off":
         return "Each start loads the model, because of --snapshot off. Allow 5 to 10 minutes."
     return """\

@@ -278,7 +278,7 @@ class ColdStart:
         return self.container + self.wake + self.gib * 2**30 / 1e9 / gb_per_second
 
 
-COLD_STARTS: Final = {"none": ColdStart(1.0, 2.1, 26.6), "fp8": ColdStart(1.0, 1.4, 16.7)}
+COLD_STARTS: Final = {"none": ColdStart(1.0, 2.1, 26.6), "fp8": ColdStart(1.0, 1.2, 16.7)}
 READING: Final = (1.0, 2.5)
 """GB/s from Modal's storage, as Modal says; what our snapshots do there, nobody has measured."""
 

@@ -49,6 +49,8 @@ weights (90), warm-up (30), canary (30), sleep (60; 12 were measured)."""
 SHORTEST_LOAD: Final = 300
 """Seconds for which vLLM has to be waited for at least: 23.5 GB at 200 MB/s take 120, compiling
 takes about as long."""
+SHORTEST_START: Final = AROUND_STARTS + LOAD_ATTEMPTS * (SHORTEST_LOAD + AROUND_LOADS)
+"""Seconds that `startup_timeout` has to be with vLLM."""
 
 
 def _split(value: Any) -> Any:
@@ -130,7 +132,7 @@ class DeploySettings(EnvironmentSettings):
     report it."""
 
     auth: Auth = "proxy"
-    """Of the HTTP door. "proxy": Modal's proxy tokens, checked before a container wakes.
+    """Of the HTTP endpoint. "proxy": Modal's proxy tokens, checked before a container wakes.
     "proxy+bearer": our bearer key too. "bearer-public": the key alone; strangers can wake the
     container, which you pay."""
 
@@ -157,7 +159,8 @@ class DeploySettings(EnvironmentSettings):
     def _check(self) -> DeploySettings:
         if self.min_containers > self.max_containers:
             raise ValueError(
-                f"min_containers={self.min_containers} is over max_containers={self.max_containers}"
+                f"--min-containers {self.min_containers} is over --max-containers "
+                f"{self.max_containers}"
             )
         if self.engine == "vllm":
             self._check_gpus()
@@ -167,7 +170,8 @@ class DeploySettings(EnvironmentSettings):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 shown = ",".join(value) if isinstance(value, tuple) else value
-                raise ValueError(f"{name}={shown!r}: the embedded engine has none; it is vLLM's")
+                option = f"--{name.replace('_', '-')} {shown}"
+                raise ValueError(f"{option}: the embedded engine has none; it is vLLM's")
         return self
 
     def _check_gpus(self) -> None:
@@ -176,26 +180,42 @@ class DeploySettings(EnvironmentSettings):
         for name in self.gpu:
             gpus.gpu_named(name)
             if wrong := gpus.lacks_fp8(name, self.quantization):
-                raise ValueError(f'gpu={name!r} {wrong}: leave it out, or quantization="none"')
+                default = " (the default)" if "gpu" not in self.model_fields_set else ""
+                raise ValueError(
+                    f"--gpu {name}{default} {wrong}. Use --gpu {self._fitting('fp8')}, or drop "
+                    "--quantization fp8"
+                )
             if self.model != KALM.space.model:
                 continue  # of others, nobody has told us what they need
             if wrong := gpus.too_small(name, self.quantization, self.max_model_len):
-                raise ValueError(f"gpu={name!r} {wrong}: take a larger one{self._or_fp8(name)}")
+                larger = self._fitting(self.quantization)
+                raise ValueError(f"--gpu {name} {wrong}. Use --gpu {larger}{self._or_fp8(name)}")
 
     def _check_startup(self) -> None:
         """Modal must not kill a container that still has an attempt to load: it would start
         another one, which would end in the same way, and each start is billed."""
         if self.engine_ready_timeout < SHORTEST_LOAD:
-            least = AROUND_STARTS + LOAD_ATTEMPTS * (SHORTEST_LOAD + AROUND_LOADS)
             raise ValueError(
-                f"startup_timeout={self.startup_timeout} is too short for {LOAD_ATTEMPTS} attempts "
-                f"to load the model: they need at least {least} s"
+                f"--startup-timeout {self.startup_timeout} is too short: vLLM needs at least "
+                f"{SHORTEST_START} s for {LOAD_ATTEMPTS} attempts to load the model"
             )
+
+    def _fitting(self, quantization: Quantization) -> str:
+        """The GPUs that the model runs on, for a message."""
+
+        def fits(name: str) -> bool:
+            if gpus.lacks_fp8(name, quantization):
+                return False
+            known = self.model == KALM.space.model
+            return not (known and gpus.too_small(name, quantization, self.max_model_len))
+
+        *others, last = filter(fits, gpus.GPUS)
+        return f"{', '.join(others)} or {last}"
 
     def _or_fp8(self, name: str) -> str:
         """A hint, where it helps."""
         none = gpus.lacks_fp8(name, "fp8") or gpus.too_small(name, "fp8", self.max_model_len)
-        return "" if none else ', or quantization="fp8", which is another vector space'
+        return "" if none else ", or --quantization fp8, which is another vector space"
 
     @property
     def on_gpu(self) -> bool:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
+from kalm_integrations.profiles import EMBEDDED, KALM_MINI, NAMED_SPACES
 from kalm_integrations.version import __version__
 from modal_backend.settings import DeploySettings
 
 VERSION_TAG: Final = "kalm-version"
 IDENTITY_TAG: Final = "kalm-identity"
 BULK_TAG: Final = "kalm-bulk"
+DEPLOYABLE: Final = {
+    space.fingerprint: space for space in (EMBEDDED.space, KALM_MINI.space, *NAMED_SPACES.values())
+}
+"""What `kalm deploy` of this version writes into the identity tag for the models that it knows."""
 
 
 def tags_of(settings: DeploySettings) -> dict[str, str]:

@@ -204,16 +204,19 @@ def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
     if found.bad and on_error == "fail":
         lines.append(f"--on-error fail would refuse them: {'; '.join(found.examples)}")
     if said["vector_bytes"]:
-        lines.append(
-            f"{said['vector_bytes'] / 2**30:,.2f} GiB of vectors, in {said['shards']:,} shards"
-        )
+        from kalm_integrations.bulk.screen import counted
+
+        gib = said["vector_bytes"] / 2**30
+        lines.append(f"{gib:,.2f} GiB of vectors, in {counted(said['shards'], 'shard')}")
     if "on_modal" in said:
         from kalm_integrations.bulk.on_modal.forecast import as_text
+        from kalm_integrations.bulk.on_modal.pool import SCALEDOWN_WINDOW
 
         how = "measured" if said["measured"] else "calculated"
         lines.append(
             f"on Modal, on {said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), with "
-            "the load of the model in each container, and in its price the wait at its end:"
+            "the load of the model in each container; the price includes "
+            f"{SCALEDOWN_WINDOW} s of idle time at the end:"
         )
         lines += as_text(said["on_modal"])
     elif "gpu" in said:
@@ -223,7 +226,7 @@ def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
         lines.append(
             f"about {duration(3600 * said['hours'])} and ${said['dollars']:,.2f} on one "
             f"{said['gpu']} ({said['tokens_per_second']:,.0f} tokens/s, {how}), a service's start "
-            "included, and in the price its wait at the end"
+            "included; the price includes its idle time at the end"
         )
     else:
         lines.append("--gpu NAME adds time and cost; `kalm cost` compares GPUs")

@@ -6,6 +6,7 @@ Reads the same KALM_* variables as the client. Starts no container unless told t
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ def run(*, wake: bool, as_json: bool, reference: bool = False) -> bool:
 
     Args:
         wake: Have the service embed, even where that starts a container, which costs money.
-        as_json: Print one JSON document instead of text.
+        as_json: Print one JSON document instead of text; what is waited for goes to stderr.
         reference: Have it embed the reference texts too, for which it is woken.
 
     Returns:
@@ -27,16 +28,18 @@ def run(*, wake: bool, as_json: bool, reference: bool = False) -> bool:
     """
     patient = Patient(wake=wake or reference, reference=reference)
     findings: dict[str, Finding] = {}
-    waits = patient.wake and not as_json
+    waits = patient.wake
+    notices = sys.stderr if as_json else sys.stdout
     with _quiet():
         for check in _checks(patient):
             found = checks.skipped(check, patient, findings)
             if found is None and check.wakes and waits:
                 limit = f"{patient.limit:g} s (KALM_TIMEOUT sets it)"
-                write(f"  waiting for the service, for up to {limit}")
+                write(f"  waiting for the service, for up to {limit}", notices)
                 if patient.on_modal:
                     app = patient.settings.app_name
-                    write(f"  meanwhile `modal app logs {app}` shows the phases of a start")
+                    shows = f"  meanwhile `modal app logs {app} -f` shows the phases of a start"
+                    write(shows, notices)
                 waits = False
             found = report.clean(found or checks.made(check, patient))
             findings[check.name] = found
@@ -73,7 +76,7 @@ def _checks(patient: Patient) -> Iterator[Check]:
     if patient.settings.base_url is None:
         from kalm_integrations.doctor import on_modal
 
-        yield from on_modal.to_the_door()
+        yield from on_modal.to_the_endpoint()
     yield from over_http.checks(patient)
 
 

@@ -31,14 +31,17 @@ LIMIT: Final = 10.0
 """Seconds that a check may take when nothing is to be woken."""
 
 KEYS: Final = (
-    "Set KALM_API_KEY to the key that the service was started with; where Modal guards the door, "
-    "KALM_MODAL_KEY and KALM_MODAL_SECRET to a token of modal.com/settings/proxy-auth-tokens."
+    "Set KALM_API_KEY to the key that the service was started with; where Modal guards the "
+    "HTTP endpoint, KALM_MODAL_KEY and KALM_MODAL_SECRET to a token of "
+    "modal.com/settings/proxy-auth-tokens."
+)
+NOT_DEPLOYED: Final = (
+    "Run `kalm deploy`, or correct KALM_APP_NAME, KALM_CLASS_NAME and KALM_ENVIRONMENT_NAME."
 )
 _BUG: Final = "This is a bug, here or in the service: please report it with this line."
 _REMEDIES: Final[dict[type[BaseException], str]] = {
     AuthenticationError: KEYS,
-    NotDeployedError: "Run `kalm deploy`, or correct KALM_APP_NAME, KALM_CLASS_NAME and "
-    "KALM_ENVIRONMENT_NAME.",
+    NotDeployedError: NOT_DEPLOYED,
     ImportError: "Install what is missing; see packages, above.",
     ModuleNotFoundError: "Install what is missing; see packages, above.",
     TransportError: _BUG,

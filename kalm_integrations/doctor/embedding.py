@@ -19,6 +19,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.extras import install_command
 from kalm_integrations.io_thread import io_thread
 from kalm_integrations.profiles import KALM
+from kalm_integrations.settings import FIRST_START
 from kalm_integrations.transports import reported
 
 QUESTION: Final = "How tall is K2?"
@@ -26,8 +27,9 @@ RELATED: Final = "K2 is 8,611 metres high."
 UNRELATED: Final = "Bread rises because yeast gives off gas."
 _QUERIES: Final = 5
 _SILENCE: Final = (
-    "See the service's own log (on Modal: `modal app logs` and the app's name). A start may need "
-    "longer: raise KALM_TIMEOUT, and pass --wake, which waits for all of it."
+    "See the service's own log (on Modal: `modal app logs APP --since 1h`, with the app's name). "
+    f"Unset KALM_TIMEOUT: on Modal `--wake` then waits for up to {FIRST_START:g} s. Elsewhere, "
+    "raise KALM_TIMEOUT if a start takes longer."
 )
 _IF_BF16: Final = (
     "If the service computes in bf16, which it does not say, these are not KaLM's vectors: check "
@@ -36,8 +38,9 @@ _IF_BF16: Final = (
 
 
 _WARNED: Final = {
-    "snapshot_without_engine": "See in `modal app logs` why the first load failed, fix that, then "
-    "run `kalm deploy` again: that discards the snapshots, and the next start makes a new one.",
+    "snapshot_without_engine": "See in the service's log (`modal app logs APP --since 1h`) why the "
+    "first load failed, fix that, then run `kalm deploy` again: that discards the snapshots, and "
+    "the next start makes a new one.",
     "canary_failed": "Store no vectors of this service. See its log, run the download of the "
     "weights again, then `kalm deploy`; without `--canary warn` such an engine is not served.",
     "restore_failed": "Nothing, if it happens once. If it happens at each start, run `kalm deploy` "

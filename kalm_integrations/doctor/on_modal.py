@@ -11,10 +11,10 @@ from kalm_integrations.doctor import embedding
 from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import NotDeployedError
 from kalm_integrations.extras import install_command
-from kalm_integrations.profiles import EMBEDDED, KALM_MINI, NAMED_SPACES
+from kalm_integrations.profiles import NAMED_SPACES
 from kalm_integrations.transports.modal_rpc import deployed, http_url, translated
 from kalm_integrations.version import __version__
-from modal_backend.tags import IDENTITY_TAG, VERSION_TAG
+from modal_backend.tags import DEPLOYABLE, IDENTITY_TAG, VERSION_TAG
 
 T = TypeVar("T")
 _METHODS: Final = ("embed_packed", "describe")
@@ -28,16 +28,17 @@ def over_rpc(patient: Patient) -> list[Check]:
     return [
         *_DEPLOYED,
         Check("class", _class, needs=("app",), silence=_NETWORK),
-        Check("http door", _door_beside, needs=("class",), silence=_NETWORK),
+        Check("http endpoint", _endpoint_beside, needs=("class",), silence=_NETWORK),
         container,
         Check("start", _start, needs=("container",), wakes=True, silence=_NETWORK),
         *others,
     ]
 
 
-def to_the_door() -> list[Check]:
+def to_the_endpoint() -> list[Check]:
     """For backend="http" without a URL, up to the service's address."""
-    return [*_DEPLOYED, Check("http door", _door, needs=("app", "app identity"), silence=_NETWORK)]
+    needs = ("app", "app identity")
+    return [*_DEPLOYED, Check("http endpoint", _endpoint, needs=needs, silence=_NETWORK)]
 
 
 def _token(patient: Patient) -> Finding:
@@ -87,7 +88,7 @@ def _identity(patient: Patient) -> Finding:
     tag, expected = (patient.tags or {}).get(IDENTITY_TAG), patient.settings.expected_space
     if tag is None:
         return Finding.warn("the deployment does not tell which vectors it serves", _REDEPLOY)
-    served = _DEPLOYABLE.get(tag)
+    served = DEPLOYABLE.get(tag)
     theirs = f"{served.model} ({tag})" if served else f"vectors of an identity unknown here ({tag})"
     if tag == expected.fingerprint:
         return Finding.ok(f"{theirs}, as expected")
@@ -113,15 +114,15 @@ def _class(patient: Patient) -> Finding:
     return Finding.ok(f"{patient.settings.modal_class!r} has {', '.join(_METHODS)}")
 
 
-def _door(patient: Patient) -> Finding:
+def _endpoint(patient: Patient) -> Finding:
     patient.url = asyncio.run(http_url(patient.settings))
     return Finding.ok(patient.url)
 
 
-def _door_beside(patient: Patient) -> Finding:
+def _endpoint_beside(patient: Patient) -> Finding:
     """For a client that does not use it."""
     try:
-        _door(patient)
+        _endpoint(patient)
     except NotDeployedError:
         return Finding.ok("none; this client calls over RPC and needs none")
     return Finding.ok(f"{patient.url}; this client calls over RPC and needs no key of it")
@@ -165,9 +166,3 @@ async def _method(patient: Patient, name: str) -> None:
 def _environment(patient: Patient) -> str:
     name = patient.settings.environment_name or os.environ.get("MODAL_ENVIRONMENT")
     return f"environment {name!r}" if name else "the token's own environment"
-
-
-_DEPLOYABLE: Final = {
-    space.fingerprint: space for space in (EMBEDDED.space, KALM_MINI.space, *NAMED_SPACES.values())
-}
-"""What `kalm deploy` of this version writes into the tag for the models that it knows."""

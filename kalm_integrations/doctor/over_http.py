@@ -24,11 +24,11 @@ _REACH: Final = "Check that the service runs, KALM_BASE_URL, and the network in 
 
 
 def checks(patient: Patient) -> list[Check]:
-    """For the service at `base_url`, or at the door that an earlier check finds."""
+    """For the service at `base_url`, or at the endpoint that an earlier check finds."""
     given = patient.settings.base_url
     patient.url = given or patient.url
     patient.on_modal = given is None or (urlsplit(given).hostname or "").endswith(MODAL)
-    before = "settings" if given else "http door"
+    before = "settings" if given else "http endpoint"
     network = Check("network", _network, needs=(before,), silence=_REACH)
     if patient.on_modal:  # any request wakes, and one without a key is refused
         keys = Check("keys", _keys, needs=("settings",))

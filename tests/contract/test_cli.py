@@ -225,6 +225,7 @@ WRONG = [
     (["deploy", "--gpu-memory-utilization", "2"], "'2' is not a share: above 0, and up to 1."),
     (["deploy", "--snapshot", "sleep"], "--snapshot: invalid choice: 'sleep' (choose from "),
     (["deploy", "--gpu", "H99"], "there is no such GPU"),
+    (["deploy", "--startup-timeout", "4000"], "from 60 to 3600; with vLLM at least 1080."),
 ]
 NAMES = [" ".join(["kalm", *arguments])[:40] for arguments, _ in WRONG]
 

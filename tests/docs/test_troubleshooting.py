@@ -40,7 +40,6 @@ PARTS: Final = {
         "{place} is not what this client needs",
     ],
     "a container of Modal app … failed": ["a container of {place} failed", "Modal app …, class …"],
-    "gpu=…: take a larger one": ["gpu=… …: take a larger one…"],
 }
 
 

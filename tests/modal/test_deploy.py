@@ -47,7 +47,9 @@ class TestKalmDeploy:
     def test_it_ends_with_a_snippet_that_works(self, run: Any, emulator: Emulator) -> None:
         shown = run(*KALM, "deploy", "--engine", "embedded", "--max-containers", "2").stdout
         assert re.search(r"one container, an hour\s+│\s+0\.06", shown)
-        assert re.search(r"at most \(--max-containers 2\), an hour\s+│\s+0\.13", shown)
+        assert re.search(
+            r"query service at most \(--max-containers 2\), an hour\s+│\s+0\.13", shown
+        )
         assert re.search(r"idle \(--min-containers 0\), a day\s+│\s+0\.00", shown)
         snippet = "\n".join(re.findall(r"^    (.*)$", shown.partition("over RPC:")[2], re.M))
         assert len(json.loads(run(sys.executable, "-W", "error", "-c", snippet).stdout)) == 3

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 APP, CLASS = "vllm-embedding-snapshot", "VLLMEmbeddingSnapshot"
 SERVICE = f"{APP}/{CLASS}"
 DEPLOYED = ("token", "app", "app version", "app identity")
-COLD = (*DEPLOYED, "class", "http door")
+COLD = (*DEPLOYED, "class", "http endpoint")
 AWAKE = ("container", "start", "identity", "warnings", "vectors", "latency")
 PROXY = {"KALM_MODAL_KEY": "wk-emulated", "KALM_MODAL_SECRET": "ws-emulated"}
 
@@ -134,7 +134,7 @@ class TestCold:
         assert set(diagnosis.status(*AWAKE)) == {"skipped"}
         assert 'backend="modal", since Modal\'s client and a token' in diagnosis.text("settings")
         assert "from MODAL_TOKEN_ID and MODAL_TOKEN_SECRET" in diagnosis.text("token")
-        assert deployed.web_url(SERVICE, "http") in diagnosis.text("http door")
+        assert deployed.web_url(SERVICE, "http") in diagnosis.text("http endpoint")
         assert "--wake does it" in diagnosis.text("container")
         assert "Nothing was woken" in diagnosis.summary
 
@@ -161,7 +161,7 @@ class TestCold:
         assert "environment 'staging'" in stopped_at("app", diagnosis, *COLD[2:], *AWAKE)
 
     def test_an_app_without_that_class(self, doctor: Callable[..., Diagnosis]) -> None:
-        shown = stopped_at("class", doctor(KALM_CLASS_NAME="Absent"), "http door", *AWAKE)
+        shown = stopped_at("class", doctor(KALM_CLASS_NAME="Absent"), "http endpoint", *AWAKE)
         assert "class 'Absent'" in shown
         assert "KALM_CLASS_NAME" in shown
 
@@ -170,7 +170,7 @@ class TestCold:
     ) -> None:
         diagnosis = doctor(KALM_APP_NAME="older")
         assert diagnosis.status(*DEPLOYED) == ["ok", "ok", "warn", "warn"]
-        shown = stopped_at("class", diagnosis, "http door", *AWAKE)
+        shown = stopped_at("class", diagnosis, "http endpoint", *AWAKE)
         assert "embed_packed" in shown
         assert "→ Run `kalm deploy`" in shown
 
@@ -238,11 +238,11 @@ class TestTheDoorCold:
 
     def test_all_good(self, doctor: Callable[..., Diagnosis], deployed: Emulator) -> None:
         diagnosis = doctor(KALM_BACKEND="http", **PROXY)
-        names = [*DEPLOYED, "http door", "keys", "network"]
+        names = [*DEPLOYED, "http endpoint", "keys", "network"]
         assert list(diagnosis.found)[4:] == [*names, *self.after]
         assert set(diagnosis.status(*names)) == {"ok"}
         assert set(diagnosis.status(*self.after)) == {"skipped"}
-        assert diagnosis.text("http door") == deployed.web_url(SERVICE, "http")
+        assert diagnosis.text("http endpoint") == deployed.web_url(SERVICE, "http")
         assert diagnosis.text("keys") == "set: KALM_MODAL_KEY, _SECRET"
 
     def test_no_key(self, doctor: Callable[..., Diagnosis]) -> None:
@@ -251,7 +251,7 @@ class TestTheDoorCold:
 
     def test_a_class_without_a_door(self, doctor: Callable[..., Diagnosis]) -> None:
         diagnosis = doctor(KALM_BACKEND="http", KALM_CLASS_NAME="Absent", **PROXY)
-        shown = stopped_at("http door", diagnosis, "network", *self.after)
+        shown = stopped_at("http endpoint", diagnosis, "network", *self.after)
         assert "→ Run `kalm deploy`" in shown
 
 

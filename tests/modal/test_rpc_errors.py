@@ -159,7 +159,7 @@ ROWS = [
     Row(
         "container failed to start",
         ContainerFailedError,
-        ("class 'CannotStart' failed: OSError: libcuda.so.1", "`modal app logs`"),
+        ("class 'CannotStart' failed: OSError: libcuda.so.1", "`modal app logs APP"),
         settings={"app_name": "misfits", "class_name": "CannotStart"},
         calls=2,  # each start is paid: once more, and no oftener
         starts=2,

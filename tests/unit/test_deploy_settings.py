@@ -31,18 +31,23 @@ def refused(**arguments: object) -> str:
         ({"gpu": "T4"}, r"gpu='T4': there is no such GPU\. There are L4, A10"),
         ({"gpu": "l40"}, r"gpu='l40': there is no such GPU\. Did you mean L40S\? There are L4"),
         ({"gpu": ""}, "gpu names none"),
-        ({"gpu": "L4"}, r"gpu='L4' has 24 GiB; .* take \d\d: take a larger one"),
-        ({"gpu": "H100,A10"}, r"gpu='A10' has 24 GiB; .* take a larger one\."),
-        ({"gpu": "L40S,A100-40GB", "quantization": "fp8"}, "'A100-40GB' does not compute in fp8"),
+        ({"gpu": "L4"}, r"--gpu L4 has 24 GiB; .* take \d\d\. Use --gpu L40S, A100-40GB"),
+        ({"gpu": "H100,A10"}, r"--gpu A10 has 24 GiB; .* take \d\d\. Use [^.]* or B200\."),
+        ({"gpu": "L40S,A100-40GB", "quantization": "fp8"}, "A100-40GB does not compute in fp8"),
+        (
+            {"quantization": "fp8"},
+            r"A100-40GB \(the default\) does not compute in fp8 .* Use --gpu L4, L40S, H100, H200 or",
+        ),
+        ({"max_model_len": 32_768}, r"--gpu A100-40GB has 40 GiB; .* Use --gpu L40S, A100-80GB"),
         ({"engine": "embedded", "quantization": "fp8"}, "the embedded engine has none"),
-        ({"engine": "embedded", "gpu": "T4"}, r"gpu='T4': the embedded engine has none"),
-        ({"min_containers": 2}, "min_containers=2 is over max_containers=1"),
+        ({"engine": "embedded", "gpu": "T4"}, "--gpu T4: the embedded engine has none"),
+        ({"min_containers": 2}, "--min-containers 2 is over --max-containers 1"),
         ({"max_model_len": 40_000}, "max_model_len: .*32768"),
         ({"snapshot": "sometimes"}, "snapshot: .*'off', 'awake' or 'asleep'"),
         ({"auth": "none"}, "auth: .*'proxy', 'proxy.bearer' or 'bearer-public'"),
         ({"app_name": "no spaces"}, "app_name"),
         ({"canary": "ignore"}, "canary: .*'refuse' or 'warn'"),
-        ({"startup_timeout": 1079}, r"startup_timeout=1079 .* at least 1080 s"),
+        ({"startup_timeout": 1079}, "--startup-timeout 1079 .* at least 1080 s"),
         ({"startup_timeout": 3601}, "startup_timeout: .*3600"),
         ({"gpus": "L40S"}, r"gpus: there is no such argument\. Did you mean gpu\?"),
     ],
@@ -73,6 +78,9 @@ def test_the_container_reads_what_was_deployed(
 def test_a_variable_is_named_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KALM_DEPLOY_MAX_CONTAINERS", "many")
     assert "max_containers (from KALM_DEPLOY_MAX_CONTAINERS)" in refused()
+    monkeypatch.setenv("KALM_DEPLOY_MAX_CONTAINERS", "")
+    monkeypatch.setenv("KALM_DEPLOY_STARTUP_TIMEOUT", "600")
+    assert "(from KALM_DEPLOY_STARTUP_TIMEOUT)" in refused()
 
 
 @given(st.integers(1080, 3600))

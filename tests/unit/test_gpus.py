@@ -43,11 +43,11 @@ class TestMemory:
         assert gpus.problem("L4", "none")
         with pytest.raises(ConfigurationError) as caught:
             DeploySettings(gpu="L4")
-        assert ('quantization="fp8"' in str(caught.value)) is fits
+        assert ("--quantization fp8" in str(caught.value)) is fits
         if fits:
             assert DeploySettings(gpu="L4", quantization="fp8").quantization == "fp8"
         else:
-            with pytest.raises(ConfigurationError, match=r"has 24 GiB; .* take 25: take a larger"):
+            with pytest.raises(ConfigurationError, match=r"has 24 GiB; .* take 25\. Use --gpu"):
                 DeploySettings(gpu="L4", quantization="fp8")
 
     @pytest.mark.parametrize(("gpu", "quantization"), BOTH)

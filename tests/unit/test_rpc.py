@@ -405,7 +405,7 @@ SETTINGS = ClientSettings(backend="modal", app_name="the-app", class_name="TheCl
             "a container of Modal app 'the-app'",
         ),
         (theirs.InternalFailure("lost"), ContainerFailedError, "InternalFailure: lost. See why"),
-        (theirs.ExecutionError("no class"), ContainerFailedError, "`modal app logs`"),
+        (theirs.ExecutionError("no class"), ContainerFailedError, "`modal app logs APP"),
         # Raised by the container's own code: paid for at every attempt.
         (
             OSError("libcuda.so.1"),

@@ -136,14 +136,20 @@ def test_the_folder_of_a_snapshot_is_the_repository_it_is_of(cache: Path) -> Non
 
 
 def test_a_repository_that_is_not_here_is_not_downloaded_but_the_command_is_told(
-    cache: Path,
+    cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EngineLoadError) as caught:
         locate("someone/model", "CausalLM")
     said = str(caught.value)
     assert "someone/model at CausalLM are not on this machine" in said
     assert "hf download someone/model --revision CausalLM" in said
-    assert "modal run" in said
+    monkeypatch.setenv("MODAL_TASK_ID", "ta-1")  # in a container of Modal's
+    with pytest.raises(EngineLoadError) as caught:
+        locate("someone/model", "CausalLM")
+    said = str(caught.value)
+    assert "someone/model at CausalLM are not in the Volume" in said
+    assert "KALM_DEPLOY_MODEL=someone/model modal run" in said
+    assert "`kalm deploy` again" in said
 
 
 @pytest.mark.parametrize("name", ["not a model", "a/b/c", "someone/", "model?"])
