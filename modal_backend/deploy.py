@@ -163,11 +163,11 @@ def _costs(settings: DeploySettings) -> Table:
         kind = "measured" if all(rate.measured for rate in rates) else "calculated"
         million = 1e6 * hour / 3600 / min(rate.tokens for rate in rates)
         table.add_row(f"a million tokens, always busy ({kind})", f"{million:.3f}")
-    others = f"Bulk jobs ({pool.MAX_CONTAINERS} containers by default)"
+    others = f"Bulk jobs ({pool.MAX_CONTAINERS} by default)"
     if settings.on_gpu:
         others += " and serve_http (1)"
     table.caption = (
-        f"{others} come on top of the query service.\n"
+        f"{others} come on top.\n"
         "Modal's list prices of November 2026; see modal.com/pricing for today's.\n"
         "`kalm cost` compares GPUs, for your corpus and your traffic."
     )

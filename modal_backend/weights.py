@@ -91,17 +91,16 @@ def _in_cache(model: str, revision: str) -> Weights:
 
 
 def _run_the_download(model: str, revision: str) -> str:
-    weights = f"the weights of {model} at {revision}"
     if "MODAL_TASK_ID" not in os.environ:  # no container of Modal's
         return (
-            f"{weights} are not on this machine. Download them: `hf download {model} --revision "
-            f"{revision}`."
+            f"the weights of {model} at {revision} are not on this machine. Download them: "
+            f"`hf download {model} --revision {revision}`."
         )
     other = "" if model == KALM.space.model else f"KALM_DEPLOY_MODEL={model} "
     return (
-        f"{weights} are not in the Volume. Run the download, `{other}modal run -m "
-        "modal_backend.app::download_model_weights`, then `kalm deploy` again: without that, every "
-        "later start loads the model afresh."
+        f"the weights of {model} at {revision} are not in the Volume. Run the download, "
+        f"`{other}modal run -m modal_backend.app::download_model_weights`, then `kalm deploy` "
+        "again: without that, every later start loads the model afresh."
     )
 
 

@@ -54,9 +54,7 @@ class Doctor:
         status = main(["doctor", *arguments, *(["--json"] if self.as_json else [])])
         shown, errors = self._capfd.readouterr()
         assert not [secret for secret in NEVER_SHOWN if secret in shown + errors]
-        assert re.fullmatch(r"(  (waiting|meanwhile) .*\n)*", errors) and (
-            self.as_json or not errors
-        )
+        assert re.fullmatch(r"(  (waiting|meanwhile) .*\n)*" if self.as_json else "", errors)
         found, summary = read(shown) if self.as_json else read_text(shown)
         failed = [name for name, (state, _) in found.items() if state == "fail"]
         assert status == bool(failed)

@@ -75,10 +75,17 @@ def test_what_is_said_of_the_default_and_of_the_others() -> None:
     assert [choice.gpu for choice in cheapest[:2]] == ["L40S", "A100-40GB"]
     assert one("L40S").per_million() < one("A100-40GB").per_million()
     assert one("H100").per_million() < one("L40S").per_million()
-    month = one("A100-40GB").traffic(72, default.scaledown_window, gpus.cold_start("none"))
     readme = " ".join((ROOT / "README.md").read_text().split())
-    day = f"about ${month.per_month / 30:.0f} a day"
+    starts = (gpus.cold_start("none"), 70.0)
+    window = default.scaledown_window
+    quick, slow = (one("A100-40GB").traffic(72, window, seconds) for seconds in starts)
+    day = (
+        f"about ${quick.per_month / 30:.0f} to ${slow.per_month / 30:.0f} a day "
+        f"({starts[0]:.0f} to 70 s per cold start); {100 * quick.uptime.waiting:.0f} to "
+        f"{100 * slow.uptime.waiting:.0f} % of the queries wait for a cold start"
+    )
     assert f"72 queries a day, evenly spread, on the default GPU | {day}" in readme
+    assert f"`--min-containers 1` avoids that for ${quick.always_on / 30:.0f} a day" in readme
     assert f"about ${one('H100').per_million():.2f} a million tokens" in readme
     assert one("H100").rate.measured
     assert not one("L40S").rate.measured

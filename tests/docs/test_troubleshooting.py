@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 QUOTED = re.findall(r"^> `(.+)`$", PAGE, re.MULTILINE)
 GAP: Final = "…"
-THEIRS: Final = {"Cannot connect to host …": "aiohttp/client_exceptions.py"}
+THEIRS: Final = {
+    "Cannot connect to host …": "aiohttp/client_exceptions.py",
+    "Token missing. Could not authenticate client.": "modal/client.py",
+}
 """Messages that a library of ours says."""
 PARTS: Final = {
     # Said by several modules together; each part is looked for.

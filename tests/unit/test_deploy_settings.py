@@ -36,7 +36,7 @@ def refused(**arguments: object) -> str:
         ({"gpu": "L40S,A100-40GB", "quantization": "fp8"}, "A100-40GB does not compute in fp8"),
         (
             {"quantization": "fp8"},
-            r"A100-40GB \(the default\) does not compute in fp8 .* Use --gpu L4, L40S, H100, H200 or",
+            r"A100-40GB \(the default\) does not compute in fp8 .* Use --gpu L4, L40S, H100",
         ),
         ({"max_model_len": 32_768}, r"--gpu A100-40GB has 40 GiB; .* Use --gpu L40S, A100-80GB"),
         ({"engine": "embedded", "quantization": "fp8"}, "the embedded engine has none"),
