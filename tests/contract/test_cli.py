@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from kalm_integrations import cli, cost
-from kalm_integrations.errors import ServiceUnavailableError
+from kalm_integrations.errors import NotDeployedError, ServiceUnavailableError
 from kalm_integrations.extras import install_command
 
 ROOT = Path(__file__).parents[2]
@@ -263,6 +263,7 @@ class TestErrors:
         ("error", "status", "code"),
         [
             (ServiceUnavailableError("out of memory"), 1, "service_unavailable"),
+            (NotDeployedError("there is no such app"), 1, "not_deployed"),
             (ImportError("No module named 'rich'"), 1, "missing_package"),
             (PermissionError(13, "Permission denied", "secret.txt"), 1, "os_error"),
         ],
@@ -286,6 +287,9 @@ class TestErrors:
         assert errors.startswith(f"kalm cost: {document['message']}")
         if code == "missing_package":
             assert install_command("modal") in document["remedy"]
+        if code == "not_deployed":  # variables: arguments of Python are none of this command's
+            assert "KALM_APP_NAME" in document["remedy"]
+            assert "app_name=" not in document["remedy"]
         if code == "os_error":
             assert document["message"] == "secret.txt: Permission denied."
 

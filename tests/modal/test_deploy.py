@@ -16,6 +16,8 @@ import modal
 import pytest
 from modal_emulator import Emulator, gpu_choices
 
+from kalm_integrations import profiles
+
 ROOT = Path(__file__).parents[2]
 CLASS = "VLLMEmbeddingSnapshot"
 APP = "vllm-embedding-snapshot"
@@ -108,8 +110,16 @@ class TestKalmDeploy:
         deployed = len(emulator.created)
         refused = run(*KALM, "deploy", "--engine", "embedded", status=2).stderr
         assert "pass --accept-new-identity" in refused
+        assert "kalm deploy --help" not in refused
+        for space in (profiles.KALM.space, profiles.EMBEDDED.space):  # by name, not only by a hash
+            assert space.model in refused
+            assert space.fingerprint in refused
         assert len(emulator.created) == deployed
-        run(*KALM, "deploy", "--engine", "embedded", "--accept-new-identity")
+        diagnosing = ("--canary", "warn", "--snapshot", "off")
+        command = [*KALM, "deploy", "--engine", "embedded", "--accept-new-identity", *diagnosing]
+        shown = run(*command).stdout
+        assert "WARNING: --canary warn" in shown
+        assert "--snapshot off" in shown
         run(*KALM, "deploy", "--engine", "embedded", "--max-containers", "2")  # the same vectors
 
     def test_bad_settings_and_a_bad_token_send_nothing(self, run: Any, emulator: Emulator) -> None:
