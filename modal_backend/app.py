@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from kalm_integrations.bulk.on_modal import pool
 from modal_backend import jit_cache, rpc
 from modal_backend.engines import Engine
+from modal_backend.engines.vllm.process import READY_TIMEOUT
 from modal_backend.image import HF_VOLUME, JIT_VOLUME, image_of
 from modal_backend.lifecycle import Lifecycle
 from modal_backend.settings import DeploySettings
@@ -55,7 +56,7 @@ if settings.snapshot != "off":
     if settings.on_gpu:
         snapshot_options["experimental_options"] = {"enable_gpu_snapshot": True}
 if settings.on_gpu and not modal.is_local():  # read where vLLM is imported, later
-    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", str(settings.engine_ready_timeout))
+    os.environ.setdefault(READY_TIMEOUT, str(settings.engine_ready_timeout))
 
 # Modal takes snap=True only where there is a snapshot.
 before_snapshot: Callable[[Any], Any] = (

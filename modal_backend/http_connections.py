@@ -227,7 +227,7 @@ class Connection(HttpToolsProtocol):
         if self._write_deadline < now or (closing and self._deadline < now):
             self._table.closed.late += 1
             self._table.abort(self)
-        elif self._lingering is not None and self._deadline < now:
+        elif self.refused and self._deadline < now:
             self._deadline = now + STALLED_SECONDS
             self.transport.close()
         elif self._deadline < now and not self.flow.read_paused:

@@ -73,12 +73,12 @@ class ProcessEngine(EmbeddedEngine):
             theirs.close()
         short, long = [ours for ours, _ in pairs]
         with short.makefile("rb") as stream:
-            first = await asyncio.to_thread(_read, stream)
-        if first is None:
+            message = await asyncio.to_thread(_read, stream)
+        if message is None:
             process.join()
-            error = EngineLoadError(f"the engine's process ended with status {process.exitcode}.")
-            first = None, error
-        identity, error = first
+            status = process.exitcode
+            message = None, EngineLoadError(f"the engine's process ended with status {status}.")
+        identity, error = message
         if error is not None:
             short.close()
             long.close()

@@ -125,10 +125,12 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("canary", [[], ["--canary", "warn"]], ids=["refuse", "warn"])
-def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: list[str]) -> None:
+def stopped_when_ready(
+    *arguments: str, number: signal.Signals = signal.SIGTERM
+) -> tuple[int, list[str]]:
+    """The exit status of a program that gets a signal when it is ready, and its stderr's lines."""
     with subprocess.Popen(
-        [sys.executable, "-c", WRONG_VECTORS, "serve", "--port", "0", *canary],
+        [sys.executable, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"KALM_API_KEY": "k"},
@@ -138,8 +140,13 @@ def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: lis
         for line in process.stderr:
             lines.append(line)
             if line.startswith("kalm serve: ready: "):
-                process.terminate()
-        status = process.wait(10)
+                process.send_signal(number)
+        return process.wait(10), lines
+
+
+@pytest.mark.parametrize("canary", [[], ["--canary", "warn"]], ids=["refuse", "warn"])
+def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: list[str]) -> None:
+    status, lines = stopped_when_ready("-c", WRONG_VECTORS, "serve", "--port", "0", *canary)
     printed = "".join(lines)
     assert status == (143 if canary else 1)
     assert ("ready: " in printed) == bool(canary)
@@ -151,20 +158,10 @@ def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: lis
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
 def test_it_serves_until_it_is_told_to_stop(number: signal.Signals, status: int) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "kalm_integrations.cli", "serve", "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"KALM_API_KEY": "k"},
-    ) as process:
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("kalm serve: ready: "):
-                process.send_signal(number)
-        assert process.wait(10) == status
+    program = ("-W", "error", "-m", "kalm_integrations.cli", "serve", "--port", "0")
+    ended, lines = stopped_when_ready(*program, number=number)
+    assert ended == status
     model = "universal-sentence-encoder-multilingual-3"
     ready = rf"kalm serve: ready: {model}, identity {EMBEDDED.space.fingerprint}, key required, on http://127\.0\.0\.1:\d+\n"
-    assert [line for line in said if re.fullmatch(ready, line)]
-    assert "Traceback" not in "".join(said)
+    assert [line for line in lines if re.fullmatch(ready, line)]
+    assert "Traceback" not in "".join(lines)
