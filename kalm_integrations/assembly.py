@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from kalm_integrations.codec import VectorDtype
 from kalm_integrations.errors import InvalidResponseError, KalmError
 from kalm_integrations.floats import to_lists
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult, PartialResult, Usage
-from kalm_integrations.wire import VectorDtype
 
 
 class Assembly(ABC):

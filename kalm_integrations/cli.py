@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import kalm_integrations
 from kalm_integrations import cost, deploy_options, evaluation, serve_options
+from kalm_integrations.argparsing import Parser, UsageError, add_json, path
 from kalm_integrations.bulk import options as bulk_options
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -20,11 +21,10 @@ from kalm_integrations.errors import (
     KalmError,
     NotDeployedError,
 )
-from kalm_integrations.extras import install_command
-from kalm_integrations.usage import Parser, UsageError, add_json, path
+from kalm_integrations.install_hints import install_command
 
 if TYPE_CHECKING:
-    from kalm_integrations.usage import Verbs
+    from kalm_integrations.argparsing import Verbs
 
 FAILED: Final = 1
 WRONG_USAGE: Final = 2

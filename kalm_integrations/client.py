@@ -18,17 +18,17 @@ from typing import Literal, Self, get_args
 
 from pydantic import PrivateAttr
 
-from kalm_integrations import inputs
+from kalm_integrations import validation
 from kalm_integrations.assembly import ArrayAssembly, Assembly, ListAssembly
 from kalm_integrations.batching import Batch, plan
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.event_loop import io_thread, is_ending
 from kalm_integrations.flight import Launch, afly, fly
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.io_thread import io_thread, is_ending
+from kalm_integrations.options import ClientConfig
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 from kalm_integrations.session import Call, Session, SessionHolder
-from kalm_integrations.settings import ClientSettings
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
@@ -38,10 +38,10 @@ Progress = Callable[[int], object]
 _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
-class KalmClient(ClientSettings):
+class KalmClient(ClientConfig):
     """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
 
-    Takes the arguments of `ClientSettings`. Constructing it opens nothing. One object serves any
+    Takes the arguments of `ClientConfig`. Constructing it opens nothing. One object serves any
     number of threads and event loops; it survives fork, pickling and copying, and its
     connections close with the process at the latest.
 
@@ -80,7 +80,7 @@ class KalmClient(ClientSettings):
             IdentityMismatchError: The vectors are of another space than expected.
             KalmError: Base class of all of them; `partial` has what was finished.
         """
-        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        checked = validation.check(validation.iterate(texts), self.truncate)
         assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
         with assembly.kept_on_error():
             self._fill(assembly, checked, role, on_progress)
@@ -94,7 +94,7 @@ class KalmClient(ClientSettings):
         on_progress: Progress | None = None,
     ) -> EmbeddingResult:
         """`embed`, without blocking the running event loop."""
-        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        checked = validation.check(validation.iterate(texts), self.truncate)
         assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
         with assembly.kept_on_error():
             await self._afill(assembly, checked, role, on_progress)
@@ -191,7 +191,7 @@ class KalmClient(ClientSettings):
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
         """`embed`, to what frameworks take, in less time and memory than over an array."""
-        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        checked = validation.check(validation.iterate(texts), self.truncate)
         assembly = ListAssembly(len(checked), self.vector_dimensions)
         with assembly.kept_on_error():
             self._fill(assembly, checked, role, on_progress)
@@ -200,7 +200,7 @@ class KalmClient(ClientSettings):
     async def _aembed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
-        checked = inputs.check(inputs.iterate(texts), self.truncate)
+        checked = validation.check(validation.iterate(texts), self.truncate)
         assembly = ListAssembly(len(checked), self.vector_dimensions)
         with assembly.kept_on_error():
             await self._afill(assembly, checked, role, on_progress)
@@ -238,16 +238,16 @@ class KalmClient(ClientSettings):
         return plan(texts, self.template(role), self.request_limits)
 
     def _plan_stream(self, texts: Iterable[str], role: Role, on_error: OnError) -> Iterator[Batch]:
-        read = inputs.iterate(texts)
+        read = validation.iterate(texts)
         if on_error == "raise" and isinstance(read, Sequence):
-            read = inputs.check(read, self.truncate)
+            read = validation.check(read, self.truncate)
 
         def batches() -> Iterator[Batch]:
             numbered = enumerate(read)
             while block := list(islice(numbered, _BLOCK)):
-                valid, invalid = inputs.sort_out(block, self.truncate)
+                valid, invalid = validation.sort_out(block, self.truncate)
                 if invalid and on_error == "raise":
-                    raise inputs.refusal(invalid)
+                    raise validation.refusal(invalid)
                 if invalid:
                     yield Batch([], [], tuple(invalid))
                 yield from self._plan(valid, role)

@@ -6,12 +6,12 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from kalm_integrations.usage import number, share
+from kalm_integrations.argparsing import number, share
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from kalm_integrations.usage import Parser, Verbs
+    from kalm_integrations.argparsing import Parser, Verbs
 
 
 def add(verbs: Verbs) -> None:

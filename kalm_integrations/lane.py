@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from kalm_integrations.errors import KalmError
-from kalm_integrations.io_thread import ClientLoop, is_ending
+from kalm_integrations.event_loop import ClientLoop, is_ending
 
 if TYPE_CHECKING:
     from kalm_integrations.batching import Batch

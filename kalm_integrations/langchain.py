@@ -5,7 +5,7 @@ from __future__ import annotations
 try:
     from langchain_core.embeddings import Embeddings
 except ImportError as error:
-    from kalm_integrations.extras import install_command
+    from kalm_integrations.install_hints import install_command
 
     raise ImportError(
         "kalm_integrations.KalmModalEmbeddings is the LangChain class and needs langchain-core: "
@@ -21,7 +21,7 @@ from kalm_integrations.langchain_errors import raised_as_langchains
 class KalmModalEmbeddings(KalmClient, Embeddings):
     """KaLM, or the embedded engine, as a LangChain embedding model.
 
-    Takes the arguments of `ClientSettings`, and is a `KalmClient` too: `iter_embed`, `warm_up`,
+    Takes the arguments of `ClientConfig`, and is a `KalmClient` too: `iter_embed`, `warm_up`,
     `cache_namespace` and the rest are there. The errors of the four methods below are LangChain's
     `ModelError`s too (`langchain_errors`).
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations import prompts
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import KALM, KALM_FP8
+from kalm_integrations.models import KALM, KALM_FP8
 
 if TYPE_CHECKING:
     from kalm_integrations.client import KalmClient

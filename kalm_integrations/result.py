@@ -13,8 +13,8 @@ from kalm_integrations import floats
 from kalm_integrations.errors import InvalidResponseError, InvalidText
 
 if TYPE_CHECKING:
+    from kalm_integrations.codec import VectorDtype
     from kalm_integrations.identity import VectorIdentity
-    from kalm_integrations.wire import VectorDtype
 
 
 @dataclass(frozen=True, slots=True)

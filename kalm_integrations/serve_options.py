@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
 
+from kalm_integrations.argparsing import number
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.usage import number
 
 if TYPE_CHECKING:
-    from kalm_integrations.usage import Verbs
+    from kalm_integrations.argparsing import Verbs
 
 _VLLM_MODEL: Final = ("model", "revision")
 _VLLM_OPTIONS: Final = ("max_model_len", "quantization", "dtype", "enforce_eager")
@@ -136,8 +136,8 @@ def run(arguments: argparse.Namespace) -> bool:
         raise ConfigurationError(f"{option} is for --engine vllm, not for {arguments.engine}.")
 
     from modal_backend.engines.vllm.config import VLLMOptions
-    from modal_backend.http_server import ServerOptions
-    from modal_backend.serve import Model, serve
+    from modal_backend.http.serve import Model, serve
+    from modal_backend.http.server import ServerOptions
 
     options = VLLMOptions(**{name: asked[name] for name in given if name in _VLLM_OPTIONS})
     model = Model(**{name: asked[name] for name in given if name in _VLLM_MODEL}, options=options)

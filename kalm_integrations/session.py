@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from kalm_integrations.batching import Batch
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import (
     DeadlineExceededError,
     InvalidInputError,
@@ -24,16 +25,15 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
     TransportError,
 )
+from kalm_integrations.event_loop import IOThread, io_thread, is_running
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.io_thread import IOThread, io_thread, is_running
 from kalm_integrations.lane import Lane
+from kalm_integrations.options import FIRST_START, ClientConfig
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryBudget, delay_before
-from kalm_integrations.settings import FIRST_START, ClientSettings
-from kalm_integrations.transports import Transport, open_transport
+from kalm_integrations.transports.base import Transport, open_transport
 from kalm_integrations.verify import Verifier
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Session:
     """A client's connections on one loop, and the slots that bound its requests in flight."""
 
     def __init__(
-        self, settings: ClientSettings, transport: Transport, verifier: Verifier | None = None
+        self, settings: ClientConfig, transport: Transport, verifier: Verifier | None = None
     ) -> None:
         self._settings = settings
         self._transport = transport
@@ -260,7 +260,7 @@ class SessionHolder:
         self._opening = threading.Lock()
         self._lane: Lane | None = None
 
-    def open(self, client: ClientSettings) -> Session:
+    def open(self, client: ClientConfig) -> Session:
         thread = io_thread()
         if self._session is None or self._thread is not thread:
             # The thread keeps the session until it is closed; so the session must not keep the

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import (
     CorruptedAnswerError,
     IdentityMismatchError,
@@ -16,8 +17,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.floats import widen
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.options import ClientConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Verifier:
     """What the answers to one client must be. What the client does not know beforehand, the
     first answer sets for all others. May be used by several threads."""
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientConfig) -> None:
         self._settings = settings
         self._dimensions = settings.vector_dimensions
         self._seen: dict[None, SpaceIdentity] = {}  # one or none; setdefault is atomic

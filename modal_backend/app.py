@@ -15,15 +15,15 @@ import modal
 import modal.experimental
 from pydantic import SecretStr
 
-from kalm_integrations.bulk.on_modal import pool
-from modal_backend import jit_cache, rpc
-from modal_backend.engines import Engine
+from kalm_integrations.bulk.on_modal import worker_pool
+from modal_backend import compile_cache, rpc
+from modal_backend.engines.base import Engine
 from modal_backend.engines.vllm.process import READY_TIMEOUT
 from modal_backend.image import HF_VOLUME, JIT_VOLUME, image_of
 from modal_backend.lifecycle import Lifecycle
 from modal_backend.settings import DeploySettings
-from modal_backend.stock import STOCK_PORT, stock_command
 from modal_backend.tags import tags_of
+from modal_backend.vllm_serve import STOCK_PORT, stock_command
 
 settings = DeploySettings()
 app = modal.App(settings.app_name, tags=tags_of(settings))
@@ -79,10 +79,14 @@ class EngineContainer:
         )
         self.prepared_by = os.environ.get("MODAL_TASK_ID")
         if settings.on_gpu:
-            await asyncio.to_thread(jit_cache.fetch)
+            await asyncio.to_thread(compile_cache.fetch)
         await self.lifecycle.prepare()
         # Not those of an engine that is not trusted: a wrong kernel would come back for ever.
-        if settings.on_gpu and self.lifecycle.trusted and await asyncio.to_thread(jit_cache.store):
+        if (
+            settings.on_gpu
+            and self.lifecycle.trusted
+            and await asyncio.to_thread(compile_cache.store)
+        ):
             await jit_volume.commit.aio()  # type: ignore[no-untyped-call]
         self.prepared()
 
@@ -136,8 +140,8 @@ class VLLMEmbeddingSnapshot(EngineContainer):
 
     def prepared(self) -> None:
         """Build the doors."""
-        from modal_backend.http_api import create_app
-        from modal_backend.http_guard import BearerKeys
+        from modal_backend.http.app import create_app
+        from modal_backend.http.middleware import BearerKeys
 
         self.keys = BearerKeys([] if settings.needs_bearer else None)
         self.door = create_app(
@@ -191,11 +195,11 @@ class VLLMEmbeddingSnapshot(EngineContainer):
     gpu=gpu,
     cpu=settings.cpu,
     memory=settings.memory_mib,
-    volumes={**volumes, pool.VOLUME: bulk_volume},
+    volumes={**volumes, worker_pool.VOLUME: bulk_volume},
     region=settings.region,
-    max_containers=pool.MAX_CONTAINERS,
-    scaledown_window=pool.SCALEDOWN_WINDOW,
-    timeout=pool.TIMEOUT,
+    max_containers=worker_pool.MAX_CONTAINERS,
+    scaledown_window=worker_pool.SCALEDOWN_WINDOW,
+    timeout=worker_pool.TIMEOUT,
     startup_timeout=settings.startup_timeout,
     retries=modal.Retries(max_retries=10, initial_delay=1.0),  # the worker itself gives up sooner
     **snapshot_options,
@@ -216,7 +220,7 @@ class VLLMBulkEmbedding(EngineContainer):
 
         self.worker = Worker(
             _BulkVolume(),
-            Path.home() / PurePosixPath(pool.VOLUME).name,
+            Path.home() / PurePosixPath(worker_pool.VOLUME).name,
             self.lifecycle.service,
             Container(
                 id=os.environ.get("MODAL_TASK_ID", ""),
@@ -243,7 +247,12 @@ class _BulkVolume:
 
 
 @app.function(
-    image=image, cpu=2.0, memory=4096, volumes={pool.VOLUME: bulk_volume}, timeout=86_400, retries=2
+    image=image,
+    cpu=2.0,
+    memory=4096,
+    volumes={worker_pool.VOLUME: bulk_volume},
+    timeout=86_400,
+    retries=2,
 )
 def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
     """Split a job's input that lies on Modal or in a bucket, and send its shards; see
@@ -257,8 +266,8 @@ def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
         modal.Volume.from_name(asked["volume"], environment_name=environment).reload()
     return prepare(
         asked,
-        volume=home / PurePosixPath(pool.VOLUME).name,
-        mounted=home / PurePosixPath(pool.INPUT).name,
+        volume=home / PurePosixPath(worker_pool.VOLUME).name,
+        mounted=home / PurePosixPath(worker_pool.INPUT).name,
         commit=bulk_volume.commit,
     )
 
@@ -328,6 +337,6 @@ if settings.on_gpu:
 @app.local_entrypoint()
 def main() -> None:
     """`modal run -m modal_backend.app`: prove the deployment, and print what it does."""
-    from modal_backend.proof import prove
+    from modal_backend.smoke_test import prove
 
     prove(settings)

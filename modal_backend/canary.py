@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kalm_integrations import prompts, reference
 from kalm_integrations.errors import CanaryFailedError
-from kalm_integrations.profiles import KALM_FP8
-from modal_backend.engines import Engine
+from kalm_integrations.models import KALM_FP8
+from modal_backend.engines.base import Engine
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import modal
 from rich.console import Console
 from rich.table import Table
 
-from kalm_integrations.bulk.on_modal import pool
+from kalm_integrations.bulk.on_modal import worker_pool
 from kalm_integrations.environment import did_you_mean
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -19,7 +19,7 @@ from kalm_integrations.errors import (
     without_sign_in_advice,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import KALM
+from kalm_integrations.models import KALM
 from modal_backend import gpus
 from modal_backend.settings import DeploySettings
 from modal_backend.tags import DEPLOYABLE, IDENTITY_TAG, tags_of
@@ -163,7 +163,7 @@ def _costs(settings: DeploySettings) -> Table:
         kind = "measured" if all(rate.measured for rate in rates) else "calculated"
         million = 1e6 * hour / 3600 / min(rate.tokens for rate in rates)
         table.add_row(f"a million tokens, always busy ({kind})", f"{million:.3f}")
-    others = f"Bulk jobs ({pool.MAX_CONTAINERS} by default)"
+    others = f"Bulk jobs ({worker_pool.MAX_CONTAINERS} by default)"
     if settings.on_gpu:
         others += " and serve_http (1)"
     table.caption = (

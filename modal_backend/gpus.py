@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from kalm_integrations.environment import did_you_mean
-from kalm_integrations.profiles import KALM
+from kalm_integrations.models import KALM
 from modal_backend.engines.vllm.config import VLLMOptions, kv_room
 
 Quantization = Literal["none", "fp8"]

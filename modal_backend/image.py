@@ -7,7 +7,7 @@ from typing import Final
 
 import modal
 
-from modal_backend import jit_cache
+from modal_backend import compile_cache
 from modal_backend.settings import DeploySettings
 
 PYTHON: Final = "3.12"
@@ -39,7 +39,7 @@ HUB: Final = ("huggingface-hub==2.4.0", "hf-xet==1.8.0", "hf_transfer==0.1.9")
 SOURCES: Final = ("kalm_integrations", "modal_backend")
 
 HF_VOLUME: Final = "/root/.cache/huggingface"  # where Hugging Face's libraries look by themselves
-JIT_VOLUME: Final = f"/root/{jit_cache.VOLUME}"
+JIT_VOLUME: Final = f"/root/{compile_cache.VOLUME}"
 
 
 def image_of(settings: DeploySettings) -> modal.Image:

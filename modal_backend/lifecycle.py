@@ -20,11 +20,11 @@ from copy import copy
 
 import numpy as np
 
+from kalm_integrations.codec import ServiceWarning
 from kalm_integrations.errors import CanaryFailedError, EngineLoadError, KalmError
-from kalm_integrations.wire import ServiceWarning
 from modal_backend import canary
-from modal_backend.engines import Engine
-from modal_backend.engines.out_of_order import OutOfOrderEngine
+from modal_backend.engines.base import Engine
+from modal_backend.engines.failed import OutOfOrderEngine
 from modal_backend.service import EmbeddingService
 from modal_backend.settings import LOAD_ATTEMPTS, CanaryMode, Snapshot
 

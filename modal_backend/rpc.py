@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from kalm_integrations import inputs
+from kalm_integrations import validation
+from kalm_integrations.codec import EmbedAnswer, error_fields, pack, read_request
 from kalm_integrations.errors import KalmError, TransportError
 from kalm_integrations.prompts import Role
 from kalm_integrations.version import __version__
-from kalm_integrations.wire import EmbedAnswer, error_fields, pack, read_request
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ async def _answer(service: EmbeddingService, asked: Mapping[str, Any]) -> EmbedA
     try:
         request = read_request(asked)
         # A single string would pass for the list of its letters.
-        texts: list[Any] = list(inputs.iterate(request.texts))
+        texts: list[Any] = list(validation.iterate(request.texts))
         return await service.embed(replace(request, texts=texts))
     except KalmError:
         raise

@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations import inputs
+from kalm_integrations import validation
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning, Vectors
 from kalm_integrations.errors import (
     ConfigurationError,
     InvalidResponseError,
@@ -23,10 +24,9 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import Usage
 from kalm_integrations.verify import wrong_rows
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning, Vectors
 from modal_backend.admission import Admission
-from modal_backend.engines import Engine
-from modal_backend.engines.out_of_order import OutOfOrderEngine
+from modal_backend.engines.base import Engine
+from modal_backend.engines.failed import OutOfOrderEngine
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
@@ -177,8 +177,8 @@ def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
     """
     texts = request.texts
     if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
-        texts = [t[: inputs.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
-    return inputs.check(texts, request.truncate), request.digest()
+        texts = [t[: validation.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
+    return validation.check(texts, request.truncate), request.digest()
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED, KALM, KALM_FP8, profile_of
-from kalm_integrations.settings import DEFAULT_APP
+from kalm_integrations.models import EMBEDDED, KALM, KALM_FP8, profile_of
+from kalm_integrations.options import DEFAULT_APP
 from modal_backend import gpus
 from modal_backend.gpus import Quantization
 

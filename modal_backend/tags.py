@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kalm_integrations.profiles import EMBEDDED, KALM_MINI, NAMED_SPACES
+from kalm_integrations.models import EMBEDDED, KALM_MINI, NAMED_SPACES
 from kalm_integrations.version import __version__
 from modal_backend.settings import DeploySettings
 

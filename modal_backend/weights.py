@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from kalm_integrations.errors import EngineLoadError
-from kalm_integrations.profiles import KALM, KALM_MINI, profile_of
+from kalm_integrations.models import KALM, KALM_MINI, profile_of
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NOT_THE_MODEL: Final = frozenset({".md", ".png", ".jpg", ".lock", ".log"})

@@ -18,9 +18,9 @@ from scripted import ScriptedTransport
 from scripted_engine import ScriptedEngine, Vectors
 
 from kalm_integrations import reference
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import KALM, KALM_FP8
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.models import KALM, KALM_FP8
 
 BF16 = SpaceIdentity(
     model=KALM.space.model,

@@ -29,11 +29,11 @@ from scripted import vectors_of
 from serving import serving
 
 from kalm_integrations import KalmClient
-from kalm_integrations.profiles import EMBEDDED
-from modal_backend.engines import EngineOutput
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
-from modal_backend.http_server import ServerOptions
+from kalm_integrations.models import EMBEDDED
+from modal_backend.engines.base import EngineOutput
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.server import ServerOptions
 from modal_backend.service import EmbeddingService
 
 LIMIT = 60  # seconds until it is called a hang

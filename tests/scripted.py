@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning
 
 DIMENSIONS = 512
 request_id: ContextVar[str] = ContextVar("request_id", default="")

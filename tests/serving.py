@@ -14,10 +14,10 @@ from typing import Any
 
 from scripted import vector_of, vectors_of
 
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.codec import MEDIA_TYPE, EmbedAnswer, EmbedRequest, pack
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, EmbedRequest, pack
-from modal_backend.http_server import HttpServer, ServerOptions, bind
+from modal_backend.http.server import HttpServer, ServerOptions, bind
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def aiohttp_query(url: str) -> Callable[[str], bytes]:
     """The request that our client makes of a query, and its answer, unread: aiohttp alone."""
     import aiohttp
 
-    from kalm_integrations.wire import MEDIA_TYPE
+    from kalm_integrations.codec import MEDIA_TYPE
 
     loop = asyncio.new_event_loop()
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from instant import DIMENSIONS, MODEL, InstantEngine
 
-from kalm_integrations.wire import MEDIA_TYPE
+from kalm_integrations.codec import MEDIA_TYPE
 
 HERE = Path(__file__).resolve().parent
 PORT = 8420
@@ -130,8 +130,8 @@ async def serve(port: int) -> None:
     from pydantic import SecretStr
     from starlette.responses import PlainTextResponse
 
-    from modal_backend.http_api import create_app
-    from modal_backend.http_guard import BearerKeys
+    from modal_backend.http.app import create_app
+    from modal_backend.http.middleware import BearerKeys
     from modal_backend.service import EmbeddingService
 
     app = create_app(EmbeddingService(InstantEngine()), keys=BearerKeys([SecretStr(KEY)]))

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import orjson
 
-from kalm_integrations import profiles
+from kalm_integrations import models
+from kalm_integrations.codec import MEDIA_TYPE, EmbedAnswer, EmbedRequest, VectorDtype, packed_parts
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import MEDIA_TYPE, EmbedAnswer, EmbedRequest, VectorDtype, packed_parts
-from modal_backend.openai_schema import render
+from modal_backend.http.schema import render
 
 DIMENSIONS = 3840
-MODEL = profiles.KALM.space.model
+MODEL = models.KALM.space.model
 
 
 @cache
@@ -47,7 +47,7 @@ def prepared(texts: int, dtype: VectorDtype = "float32") -> EmbedAnswer:
     """The vectors of so many texts."""
     return EmbedAnswer(
         vectors=np.resize(rows(), (texts, DIMENSIONS)).astype(dtype),
-        identity=profiles.KALM.space,
+        identity=models.KALM.space,
         usage=Usage(tokens=texts, requests=1),
     )
 
@@ -85,7 +85,7 @@ def whole(media_type: bytes, body: bytes) -> bytes:
 @cache
 def description() -> bytes:
     """The answer to GET /v1/models."""
-    space = profiles.KALM.space
+    space = models.KALM.space
     model = {"id": MODEL, "object": "model", "identity": space.to_dict()}
     return whole(b"application/json", orjson.dumps({"object": "list", "data": [model]}))
 

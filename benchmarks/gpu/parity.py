@@ -55,7 +55,7 @@ def texts(tiny: bool) -> list[str]:
 
 def model_folder(out: Path, tiny: bool) -> Path:
     """Where a download leaves KaLM's weights; elsewhere for what has another shape."""
-    from kalm_integrations.profiles import KALM
+    from kalm_integrations.models import KALM
 
     if tiny:
         return out / "tiny-gemma"

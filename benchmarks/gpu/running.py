@@ -145,8 +145,8 @@ class Running:
         import uvicorn
         from pydantic import SecretStr
 
-        from modal_backend.http_api import create_app
-        from modal_backend.http_guard import BearerKeys
+        from modal_backend.http.app import create_app
+        from modal_backend.http.middleware import BearerKeys
         from modal_backend.service import EmbeddingService
 
         keys = BearerKeys([SecretStr("benchmark")])

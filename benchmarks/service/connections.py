@@ -32,7 +32,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from kalm_integrations.wire import MEDIA_TYPE
+from kalm_integrations.codec import MEDIA_TYPE
 
 KEY = "benchmark"
 SECONDS = 15
@@ -200,9 +200,9 @@ def serve_instant(server: str, port: int) -> None:
     import uvicorn
     from instant import InstantEngine
 
-    from modal_backend.http_api import create_app
-    from modal_backend.http_guard import BearerKeys
-    from modal_backend.http_server import HttpServer, bind
+    from modal_backend.http.app import create_app
+    from modal_backend.http.middleware import BearerKeys
+    from modal_backend.http.server import HttpServer, bind
     from modal_backend.service import EmbeddingService
 
     app = create_app(EmbeddingService(InstantEngine()), keys=BearerKeys([SecretStr(KEY)]))

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from kalm_integrations.bulk.job import embed_corpus as embed_corpus
     from kalm_integrations.bulk.job import estimate as estimate
+    from kalm_integrations.bulk.job_spec import Options as Options
     from kalm_integrations.bulk.reading import Rows as Rows
     from kalm_integrations.bulk.reading import read as read
-    from kalm_integrations.bulk.terms import Options as Options
 
 _HOMES: Final = {
-    "Options": "terms",
+    "Options": "job_spec",
     "Rows": "reading",
     "embed_corpus": "job",
     "estimate": "job",
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ImportError as error:
-        from kalm_integrations.extras import install_command
+        from kalm_integrations.install_hints import install_command
 
         raise ImportError(
             f"kalm_integrations.bulk needs pyarrow: {install_command('bulk')}."

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.job_spec import Options, Terms, check
 from kalm_integrations.bulk.lock import locked
 from kalm_integrations.bulk.manifest import Manifest, check_same
 from kalm_integrations.bulk.pipeline import Pipeline, Watcher, Work
 from kalm_integrations.bulk.scan import Scan, scan
 from kalm_integrations.bulk.sources import Source, find
-from kalm_integrations.bulk.terms import Options, Terms, check
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError
 

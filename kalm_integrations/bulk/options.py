@@ -10,17 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kalm_integrations.argparsing import add_json, number
 from kalm_integrations.bulk.on_modal import options as on_modal
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.lines import TEXT_COLUMN
-from kalm_integrations.usage import add_json, number
 
 if TYPE_CHECKING:
+    from kalm_integrations.argparsing import Parser, Verbs
+    from kalm_integrations.bulk.job_spec import Options
     from kalm_integrations.bulk.manifest import Manifest
     from kalm_integrations.bulk.scan import Scan
-    from kalm_integrations.bulk.terms import Options
     from kalm_integrations.client import KalmClient
-    from kalm_integrations.usage import Parser, Verbs
     from modal_backend.costs import Choice
 
 
@@ -101,8 +101,8 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
         ConfigurationError: An argument cannot be.
     """
     from kalm_integrations.bulk.job import embed_corpus, estimate
-    from kalm_integrations.bulk.screen import Progress
-    from kalm_integrations.bulk.terms import SHARD_ROWS, Options
+    from kalm_integrations.bulk.job_spec import SHARD_ROWS, Options
+    from kalm_integrations.bulk.progress import Progress
     from kalm_integrations.client import KalmClient
     from kalm_integrations.terminal import write
 
@@ -204,13 +204,13 @@ def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
     if found.bad and on_error == "fail":
         lines.append(f"--on-error fail would refuse them: {'; '.join(found.examples)}")
     if said["vector_bytes"]:
-        from kalm_integrations.bulk.screen import counted
+        from kalm_integrations.bulk.progress import counted
 
         gib = said["vector_bytes"] / 2**30
         lines.append(f"{gib:,.2f} GiB of vectors, in {counted(said['shards'], 'shard')}")
     if "on_modal" in said:
         from kalm_integrations.bulk.on_modal.forecast import as_text
-        from kalm_integrations.bulk.on_modal.pool import SCALEDOWN_WINDOW
+        from kalm_integrations.bulk.on_modal.worker_pool import SCALEDOWN_WINDOW
 
         how = "measured" if said["measured"] else "calculated"
         lines.append(
@@ -220,7 +220,7 @@ def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
         )
         lines += as_text(said["on_modal"])
     elif "gpu" in said:
-        from kalm_integrations.bulk.screen import duration
+        from kalm_integrations.bulk.progress import duration
 
         how = "measured" if said["measured"] else "calculated"
         lines.append(
@@ -245,7 +245,7 @@ def outcome(
         more: Further fields of that.
     """
     from kalm_integrations.bulk import shards
-    from kalm_integrations.bulk.screen import counted, duration
+    from kalm_integrations.bulk.progress import counted, duration
 
     rows, rejected = (sum(getattr(s, n) for s in done.shards) for n in ("rows", "rejected"))
     if as_json:

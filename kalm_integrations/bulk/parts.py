@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.blocks import Block, blocks
+from kalm_integrations.bulk.chunks import Block, blocks
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.sources import Source

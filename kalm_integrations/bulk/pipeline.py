@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from kalm_integrations.batching import Batch, plan
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.blocks import Block, blocks
+from kalm_integrations.bulk.chunks import Block, blocks
+from kalm_integrations.bulk.duplicates import Recurring
 from kalm_integrations.bulk.manifest import Manifest, Shard
-from kalm_integrations.bulk.recurring import Recurring
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.shards import Filling
 from kalm_integrations.bulk.sources import Row, Source

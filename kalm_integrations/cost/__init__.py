@@ -6,13 +6,13 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Final
 
+from kalm_integrations.argparsing import add_json, number, path, share
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.lines import TEXT_COLUMN, check_column
-from kalm_integrations.usage import add_json, number, path, share
 
 if TYPE_CHECKING:
+    from kalm_integrations.argparsing import Verbs
     from kalm_integrations.cost.corpus import Corpus
-    from kalm_integrations.usage import Verbs
 
 _FACTORS: Final = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 _MOST: Final = 10**15  # of anything: above, it is a slip

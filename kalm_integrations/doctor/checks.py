@@ -21,9 +21,9 @@ from kalm_integrations.errors import (
 
 if TYPE_CHECKING:
     from kalm_integrations.client import KalmClient
+    from kalm_integrations.codec import ServiceWarning
     from kalm_integrations.identity import SpaceIdentity
-    from kalm_integrations.settings import ClientSettings
-    from kalm_integrations.wire import ServiceWarning
+    from kalm_integrations.options import ClientConfig
 
 Status = Literal["ok", "warn", "fail", "skipped"]
 
@@ -115,7 +115,7 @@ class Patient:
 
     wake: bool
     reference: bool = False
-    configured: ClientSettings | None = None
+    configured: ClientConfig | None = None
     on_modal: bool = False
     tags: Mapping[str, str] | None = None
     url: str = ""
@@ -126,7 +126,7 @@ class Patient:
     warnings: tuple[ServiceWarning, ...] = ()
 
     @property
-    def settings(self) -> ClientSettings:
+    def settings(self) -> ClientConfig:
         """For checks that come after theirs."""
         assert self.configured is not None
         return self.configured
@@ -140,7 +140,7 @@ class Patient:
     @property
     def limit(self) -> float:
         """Seconds that a check may wait for the service."""
-        from kalm_integrations.settings import FIRST_START
+        from kalm_integrations.options import FIRST_START
 
         timeout = self.settings.timeout
         if not self.wake:

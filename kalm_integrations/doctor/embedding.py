@@ -16,11 +16,11 @@ from kalm_integrations.errors import (
     IdentityMismatchError,
     InvalidResponseError,
 )
-from kalm_integrations.extras import install_command
-from kalm_integrations.io_thread import io_thread
-from kalm_integrations.profiles import KALM
-from kalm_integrations.settings import FIRST_START
-from kalm_integrations.transports import reported
+from kalm_integrations.event_loop import io_thread
+from kalm_integrations.install_hints import install_command
+from kalm_integrations.models import KALM
+from kalm_integrations.options import FIRST_START
+from kalm_integrations.transports.base import reported
 
 QUESTION: Final = "How tall is K2?"
 RELATED: Final = "K2 is 8,611 metres high."

@@ -17,10 +17,10 @@ from pydantic import SecretStr
 from kalm_integrations import version as ours
 from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.extras import NAME
+from kalm_integrations.install_hints import NAME
 
 if TYPE_CHECKING:
-    from kalm_integrations.settings import ClientSettings
+    from kalm_integrations.options import ClientConfig
 
 _EXTRAS: Final = ("langchain", "llama-index", "modal")
 """Whose packages are looked at where they are installed; the core's must be."""
@@ -80,10 +80,10 @@ def packages(_: Patient) -> Finding:
 
 def variables(_: Patient) -> Finding:
     """Names that nobody reads."""
-    from kalm_integrations.settings import ClientSettings
+    from kalm_integrations.options import ClientConfig
     from modal_backend.settings import DeploySettings
 
-    known = [*ClientSettings.variables().values(), *DeploySettings.variables().values()]
+    known = [*ClientConfig.variables().values(), *DeploySettings.variables().values()]
     given = sorted(
         name for name, value in os.environ.items() if value and name.upper().startswith("KALM_")
     )
@@ -100,10 +100,10 @@ def variables(_: Patient) -> Finding:
 
 def settings(patient: Patient) -> Finding:
     """What `KalmClient()` makes of them."""
-    from kalm_integrations.settings import NO_BACKEND, ClientSettings
+    from kalm_integrations.options import NO_BACKEND, ClientConfig
 
     try:
-        patient.configured = made = ClientSettings()
+        patient.configured = made = ClientConfig()
     except ConfigurationError as error:
         return Finding.fail(error.message, _CHOOSE if NO_BACKEND in str(error) else _CORRECT)
     return Finding.ok("\n".join([_backend(made), *_shown(made)]))
@@ -117,7 +117,7 @@ HERE: Final = (
 )
 
 
-def _backend(made: ClientSettings) -> str:
+def _backend(made: ClientConfig) -> str:
     if made.backend != "auto":
         why = "KALM_BACKEND says so"
     elif made.base_url is not None:
@@ -127,7 +127,7 @@ def _backend(made: ClientSettings) -> str:
     return f'backend="{made.resolved_backend}", since {why}; model {made.served_model}'
 
 
-def _shown(made: ClientSettings) -> Iterator[str]:
+def _shown(made: ClientConfig) -> Iterator[str]:
     """The variables that are set; of secrets, that they are."""
     names = made.variables()
     secret = [

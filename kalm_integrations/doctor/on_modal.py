@@ -10,9 +10,9 @@ from typing import Any, Final, TypeVar
 from kalm_integrations.doctor import embedding
 from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import NotDeployedError
-from kalm_integrations.extras import install_command
-from kalm_integrations.profiles import NAMED_SPACES
-from kalm_integrations.transports.modal_rpc import deployed, http_url, translated
+from kalm_integrations.install_hints import install_command
+from kalm_integrations.models import NAMED_SPACES
+from kalm_integrations.transports.modal import deployed, http_url, translated
 from kalm_integrations.version import __version__
 from modal_backend.tags import DEPLOYABLE, IDENTITY_TAG, VERSION_TAG
 

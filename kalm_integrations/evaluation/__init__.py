@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from kalm_integrations.usage import add_json, number, path
+from kalm_integrations.argparsing import add_json, number, path
 
 if TYPE_CHECKING:
-    from kalm_integrations.usage import Verbs
+    from kalm_integrations.argparsing import Verbs
 
 
 def add(verbs: Verbs) -> None:

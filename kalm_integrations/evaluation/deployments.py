@@ -21,10 +21,10 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.evaluation.agreement import Vectors
 from kalm_integrations.evaluation.texts import Texts
+from kalm_integrations.event_loop import io_thread
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.io_thread import io_thread
 from kalm_integrations.prompts import Role
-from kalm_integrations.transports import reported
+from kalm_integrations.transports.base import reported
 
 Name = Literal["baseline", "candidate"]
 

@@ -19,7 +19,7 @@ from kalm_integrations.evaluation.deployments import Deployment, connect, may_sl
 from kalm_integrations.evaluation.report import Comparison
 from kalm_integrations.evaluation.texts import Texts
 from kalm_integrations.lines import check_column
-from kalm_integrations.settings import ClientSettings
+from kalm_integrations.options import ClientConfig
 from kalm_integrations.terminal import wrapped, write
 
 USUAL_KS: Final = (1, 10, 100)
@@ -95,7 +95,7 @@ def _read(asked: Asked) -> tuple[Texts, Texts, NDArray[np.int64] | None]:
     files = [asked.corpus] if asked.queries is None else [asked.corpus, asked.queries]
     check_column(asked.text_column, *files)
     # Only what the variables say of texts; where the services are, the arguments say.
-    truncate = ClientSettings(backend="local", model=None, dimensions=None).truncate
+    truncate = ClientConfig(backend="local", model=None, dimensions=None).truncate
     corpus, *asking = (texts.read(path, asked.text_column, truncate) for path in files)
     documents = corpus.sampled(asked.sample)
     if asking:

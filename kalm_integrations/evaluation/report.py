@@ -12,7 +12,7 @@ import numpy as np
 from kalm_integrations.evaluation.agreement import Figures, Rankings, Spread
 from kalm_integrations.evaluation.deployments import Deployment
 from kalm_integrations.evaluation.texts import Texts
-from kalm_integrations.profiles import NAMED_SPACES
+from kalm_integrations.models import NAMED_SPACES
 from kalm_integrations.terminal import printable, wrapped
 from kalm_integrations.version import __version__
 

@@ -20,19 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from kalm_integrations.errors import (
-    ConfigurationError,
-    ConnectionFailedError,
-    CorruptedAnswerError,
-    DeadlineExceededError,
-    IdentityMismatchError,
-    InvalidResponseError,
-    KalmError,
-    NotFoundError,
-)
-from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.transports import openai_answers
-from kalm_integrations.wire import (
+from kalm_integrations.codec import (
     ECHO_HEADER,
     IDENTITY_HEADER,
     MEDIA_TYPE,
@@ -44,9 +32,21 @@ from kalm_integrations.wire import (
     read_warnings,
     unpack,
 )
+from kalm_integrations.errors import (
+    ConfigurationError,
+    ConnectionFailedError,
+    CorruptedAnswerError,
+    DeadlineExceededError,
+    IdentityMismatchError,
+    InvalidResponseError,
+    KalmError,
+    NotFoundError,
+)
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.transports import openai_compat
 
 if TYPE_CHECKING:
-    from kalm_integrations.settings import ClientSettings
+    from kalm_integrations.options import ClientConfig
 
 _MAX_REDIRECTS = 50  # Modal answers 303 every 150 s while a container starts
 _MAX_NUMBER = 32  # bytes of one number, written out in JSON with its comma
@@ -69,7 +69,7 @@ class HttpTransport:
     may_be_cold = True
     may_rest = True
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientConfig) -> None:
         assert settings.base_url is not None
         prefix = uuid.uuid4().hex[:16]
         self._settings = settings
@@ -114,7 +114,7 @@ class HttpTransport:
                 raise DeadlineExceededError("the deadline passed before the request was sent.")
             headers[TIMEOUT_HEADER] = f"{left:.3f}"
         reply = await self._post(fields, headers, len(request.texts))
-        kind = openai_answers.media_type(reply.headers)
+        kind = openai_compat.media_type(reply.headers)
         if kind == MEDIA_TYPE:
             return unpack(reply.body)
         if kind == "application/json":
@@ -122,7 +122,7 @@ class HttpTransport:
             raise IdentityMismatchError(
                 "the service answered as ours before, with its identity, and does no longer."
             )
-        raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets)
+        raise openai_compat.wrong_type(reply.headers, reply.body, self._secrets)
 
     @property
     def reports_no_identity(self) -> bool:
@@ -154,7 +154,7 @@ class HttpTransport:
             # `/v1/models` failed; these vectors came without their identity and are not used.
             self._is_ours = True
             return None
-        return openai_answers.decode(
+        return openai_compat.decode(
             reply.headers,
             reply.body,
             model=fields["model"],
@@ -184,8 +184,8 @@ class HttpTransport:
             (model, *_) = json.loads(reply.body)["data"]
             described = model.get("identity")
             identity = None if described is None else SpaceIdentity.from_dict(described)
-        except openai_answers.ODD as error:
-            raise openai_answers.wrong_type(reply.headers, reply.body, self._secrets) from error
+        except openai_compat.ODD as error:
+            raise openai_compat.wrong_type(reply.headers, reply.body, self._secrets) from error
         self._is_ours = identity is not None
         self.service_warnings = read_warnings(model)
         return identity
@@ -224,7 +224,7 @@ class HttpTransport:
                     reply = _Reply(response.status, response.headers, await _read(response, limit))
                 self._check_echo(reply.headers, request_id)
                 if reply.status != 200 and not (absent and reply.status == 404):
-                    raise openai_answers.error(
+                    raise openai_compat.error(
                         reply.status, reply.headers, reply.body, self._secrets, request_id
                     )
                 return reply
@@ -243,8 +243,8 @@ class HttpTransport:
         except UnicodeError as error:
             raise ConfigurationError(f"{url.host} is no name of a host.") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            cause = openai_answers.blot(str(error), self._secrets) or type(error).__name__
-            cause = openai_answers.short(cause)  # aiohttp shows what it cannot parse
+            cause = openai_compat.blot(str(error), self._secrets) or type(error).__name__
+            cause = openai_compat.short(cause)  # aiohttp shows what it cannot parse
             # aiohttp's own error would show the request's headers in its repr.
             raise ConnectionFailedError(f"{method} {url}: {cause}.") from ConnectionError(cause)
         raise ConnectionFailedError(f"{_MAX_REDIRECTS} redirects from {url} lead nowhere.")
@@ -261,7 +261,7 @@ class HttpTransport:
         if self._mixed_up is None:
             self._mixed_up, self._http = self._http, None
         raise CorruptedAnswerError(
-            f"request {request_id} got the answer to request {openai_answers.short(echoed)}."
+            f"request {request_id} got the answer to request {openai_compat.short(echoed)}."
         )
 
     def _redirected(
@@ -274,7 +274,7 @@ class HttpTransport:
         except ValueError:
             same = False
         if not same:  # credentials and texts stay with the server they were meant for
-            shown = openai_answers.blot(location, self._secrets)
+            shown = openai_compat.blot(location, self._secrets)
             raise ConfigurationError(
                 f"{url} redirects to another server, {shown}: if that is right, make it base_url."
             )
@@ -282,7 +282,7 @@ class HttpTransport:
             return method, body, target
         if response.status == 303 or method == "GET":
             return "GET", None, target
-        shown = openai_answers.blot(str(target), self._secrets)
+        shown = openai_compat.blot(str(target), self._secrets)
         raise ConfigurationError(f"{url} has moved to {shown}: correct base_url.")
 
     def _pool(self) -> aiohttp.ClientSession:
@@ -337,7 +337,7 @@ def _proxy(url: URL) -> str | None:
     return getproxies().get(url.scheme)
 
 
-def _credentials(settings: ClientSettings) -> dict[str, str]:
+def _credentials(settings: ClientConfig) -> dict[str, str]:
     headers = {}
     if settings.api_key is not None:
         headers["Authorization"] = f"Bearer {settings.api_key.get_secret_value()}"

@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
+from kalm_integrations.event_loop import io_thread
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.io_thread import io_thread
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 if TYPE_CHECKING:
     from modal_backend.service import EmbeddingService
@@ -47,7 +47,7 @@ async def _service() -> EmbeddingService:
 
 async def _load() -> EmbeddingService:
     from modal_backend.engines.embedded import EmbeddedEngine
-    from modal_backend.engines.worker import Worker
+    from modal_backend.engines.thread import Worker
     from modal_backend.service import EmbeddingService
 
     loader = Worker("kalm-loader")

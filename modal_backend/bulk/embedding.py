@@ -15,12 +15,12 @@ from kalm_integrations.batching import plan
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import Filling
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import BadRowsError, InvalidInputError, InvalidText
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
+from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import Call, Session
-from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 from modal_backend.service import EmbeddingService
 
 _FOREVER: Final = 86_400.0
@@ -99,7 +99,7 @@ def _take(filling: Filling, batch: EmbeddedBatch) -> None:
     filling.requests += batch.usage.requests
 
 
-def _settings(job: Job, identity: VectorIdentity) -> ClientSettings:
+def _settings(job: Job, identity: VectorIdentity) -> ClientConfig:
     asked: dict[str, Any] = {
         "model": identity.space.model,
         "expected_identity": identity.space,
@@ -107,4 +107,4 @@ def _settings(job: Job, identity: VectorIdentity) -> ClientSettings:
         "truncate": job.truncate,
         "vector_dtype": job.vector_dtype,
     }
-    return ClientSettings(backend="modal", timeout=_FOREVER, max_retries=2, **asked)
+    return ClientConfig(backend="modal", timeout=_FOREVER, max_retries=2, **asked)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from kalm_integrations.bulk import parts, scan, sources, terms
-from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk import job_spec, parts, scan, sources
+from kalm_integrations.bulk.job_spec import Options, Terms
+from kalm_integrations.bulk.on_modal import job_state
 from kalm_integrations.bulk.on_modal.queue import Queue
 from kalm_integrations.bulk.on_modal.state import Reader
 from kalm_integrations.bulk.on_modal.store import FolderStore
-from kalm_integrations.bulk.terms import Options, Terms
+from kalm_integrations.codec import error_fields
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
-from kalm_integrations.wire import error_fields
 
 log = logging.getLogger(__name__)
 _COMMIT_EVERY: Final = 64  # parts
@@ -26,7 +26,7 @@ def prepare(
     """Split the input, unless that is done, and send what is not finished.
 
     Args:
-        asked: What `Remote.prepare` of `kalm_integrations.bulk.on_modal.remote` sends.
+        asked: What `Remote.prepare` of `kalm_integrations.bulk.on_modal.remote_input` sends.
         volume: Where the jobs' Volume is mounted.
         mounted: Where the input is.
         commit: Of the jobs' Volume.
@@ -36,7 +36,7 @@ def prepare(
         again.
     """
     try:
-        store = _Committed(volume / records.JOBS / asked["job"], commit)
+        store = _Committed(volume / job_state.JOBS / asked["job"], commit)
         _split(asked, store, mounted)
         state = Reader(store).read()
         if state is not None and state.missing:
@@ -63,30 +63,30 @@ def _split(asked: Mapping[str, Any], store: _Committed, mounted: Path) -> None:
     options, decided = Options(**asked["options"]), Terms(**asked["terms"])
     source = sources.find(str(mounted / asked["path"]), options.text_column)
     try:
-        before = records.Description.from_bytes(store.read(records.JOB))
+        before = job_state.Description.from_bytes(store.read(job_state.JOB))
     except FileNotFoundError:
         pass
     else:
         _check_unchanged(before, source, asked["job"])
         return
     found = scan.scan(source, decided.truncate, lambda _: None)
-    terms.check(found, options)
+    job_spec.check(found, options)
     parts.check_columns(found)
     job = decided.job(source, found, options)
-    folder = store.folder / records.INPUT
+    folder = store.folder / job_state.INPUT
     folder.mkdir(parents=True, exist_ok=True)
     tokens = []
     for _, count in parts.split(source, found, job, folder):
         tokens.append(count)
         if len(tokens) % _COMMIT_EVERY == 0:
             store.commit()
-    description = records.Description(job=job, tokens=tokens, source=asked["source"])
-    store.write({records.JOB: description.to_bytes()})
+    description = job_state.Description(job=job, tokens=tokens, source=asked["source"])
+    store.write({job_state.JOB: description.to_bytes()})
 
 
-def _check_unchanged(before: records.Description, source: sources.Source, job: str) -> None:
+def _check_unchanged(before: job_state.Description, source: sources.Source, job: str) -> None:
     if before.job.files != {source.name(file): scan.digest(file) for file in source.files}:
         raise ConfigurationError(
             f"{before.source} changed since {job} was begun, which goes on only as what it was: "
-            f"put the input under another path, or remove {records.JOBS}/{job} from the Volume."
+            f"put the input under another path, or remove {job_state.JOBS}/{job} from the Volume."
         )

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from kalm_integrations.bulk import parts, shards
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import pool, records
-from kalm_integrations.bulk.on_modal.records import Attempt, Description, Record, Stop
+from kalm_integrations.bulk.on_modal import job_state, worker_pool
+from kalm_integrations.bulk.on_modal.job_state import Attempt, Description, Record, Stop
 from kalm_integrations.bulk.on_modal.state import Reader
 from kalm_integrations.bulk.on_modal.store import FolderStore
 from kalm_integrations.bulk.shards import Filling
@@ -91,7 +91,7 @@ class Worker:
         give_way: Callable[[], Awaitable[None]],
     ) -> None:
         self._volume = volume
-        self._root = root / records.JOBS
+        self._root = root / job_state.JOBS
         self._service = service
         self._container = container
         self._give_way = give_way
@@ -117,7 +117,7 @@ class Worker:
         if claimed is None:
             await self._give_way()
             raise _for_modal(self._container.failure or TransportError("not trusted."))
-        limit = asyncio.timeout(pool.seconds_for(claimed.tokens[number]))
+        limit = asyncio.timeout(worker_pool.seconds_for(claimed.tokens[number]))
         try:
             async with limit:
                 await self._embed_claimed(folder, run, claimed.job, number)
@@ -136,7 +136,7 @@ class Worker:
         return "finished"
 
     async def _embed_claimed(self, folder: Path, run: str, job: Job, number: int) -> None:
-        path = folder / records.INPUT / shards.name_of(number)
+        path = folder / job_state.INPUT / shards.name_of(number)
         part = await self._with_files(lambda: parts.read(path, job.text_column), commit=False)
         filling = await embed(self._service, job, number, part)
         await self._with_files(lambda: self._finish(folder, run, job, filling, part.columns))
@@ -166,20 +166,20 @@ class Worker:
     def _claim(self, folder: Path, run: str, number: int) -> Description | str | None:
         """What the job is, an attempt at the shard being noted; or why it is not wanted; None
         where this container cannot."""
-        store, here = FolderStore(folder), f"{records.RUNS}/{run}"
+        store, here = FolderStore(folder), f"{job_state.RUNS}/{run}"
         if unwanted := self._unwanted(store, run, number):
             return unwanted
         if self._container.failure is not None:
             stopped = self._note_canary(store, here, self._container.failure)
             # It is this container that sees the run's other inputs off: another would be paid.
             return self._ended(run, "the run was stopped") if stopped else None
-        description = Description.from_bytes(store.read(records.JOB))
+        description = Description.from_bytes(store.read(job_state.JOB))
         if self._service.failure is None and (differs := self._differs(description.job.identity)):
             stop = Stop(reason="identity", message=differs)
-            store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
+            store.write({f"{here}/{job_state.STOPPED}": job_state.to_bytes(stop)})
             return self._ended(run, differs)
         attempts = self._attempts(folder, run, number)
-        if len(attempts) >= records.MOST_ATTEMPTS:
+        if len(attempts) >= job_state.MOST_ATTEMPTS:
             lost = TransportError(
                 f"{len(attempts)} containers died, or were taken away, while they embedded it."
             )
@@ -193,21 +193,21 @@ class Worker:
                 dollars_per_second=self._container.dollars_per_second,
             )
         )
-        store.write({f"{here}/{records.attempts_name(number)}": records.to_bytes(attempts)})
+        store.write({f"{here}/{job_state.attempts_name(number)}": job_state.to_bytes(attempts)})
         (folder / shards.FOLDER).mkdir(exist_ok=True)
         return description
 
     def _unwanted(self, store: FolderStore, run: str, number: int) -> str:
         """Why nothing is to be done; empty if something is."""
-        here = f"{records.RUNS}/{run}"
-        runs = sorted(store.names(records.RUNS))
+        here = f"{job_state.RUNS}/{run}"
+        runs = sorted(store.names(job_state.RUNS))
         if not runs or runs[-1] != run:
             return self._ended(run, "a newer run has taken over")
-        if (store.folder / here / records.STOPPED).exists():
+        if (store.folder / here / job_state.STOPPED).exists():
             return self._ended(run, "the run was stopped")
-        if (store.folder / records.RECORDS / records.record_name(number)).exists():
+        if (store.folder / job_state.RECORDS / job_state.record_name(number)).exists():
             return "finished before"
-        given_up = (store.folder / here / records.failed_name(number)).exists()
+        given_up = (store.folder / here / job_state.failed_name(number)).exists()
         return "given up" if given_up else ""
 
     def _finish(
@@ -220,42 +220,44 @@ class Worker:
             finished=time.time(),
             gpu=self._container.gpu,
         )
-        name = f"{records.RECORDS}/{records.record_name(filling.number)}"
-        FolderStore(folder).write({name: records.to_bytes(record)})
+        name = f"{job_state.RECORDS}/{job_state.record_name(filling.number)}"
+        FolderStore(folder).write({name: job_state.to_bytes(record)})
 
     def _failed(self, folder: Path, run: str, number: int, failure: KalmError) -> bool:
         """Record it; whether the shard is given up."""
-        store, here = FolderStore(folder), f"{records.RUNS}/{run}"
+        store, here = FolderStore(folder), f"{job_state.RUNS}/{run}"
         attempts = self._attempts(folder, run, number)
         attempts[-1] = replace(attempts[-1], error=str(failure))
         hopeless = isinstance(failure, InvalidInputError)
-        if hopeless or len(attempts) >= records.MOST_ATTEMPTS:
+        if hopeless or len(attempts) >= job_state.MOST_ATTEMPTS:
             self._give_up(store, here, number, failure, attempts)
             return True
-        store.write({f"{here}/{records.attempts_name(number)}": records.to_bytes(attempts)})
+        store.write({f"{here}/{job_state.attempts_name(number)}": job_state.to_bytes(attempts)})
         return False
 
     def _attempts(self, folder: Path, run: str, number: int) -> list[Attempt]:
-        path = folder / records.RUNS / run / records.attempts_name(number)
-        return records.read_attempts(path.read_bytes()) if path.exists() else []
+        path = folder / job_state.RUNS / run / job_state.attempts_name(number)
+        return job_state.read_attempts(path.read_bytes()) if path.exists() else []
 
     def _give_up(
         self, store: FolderStore, here: str, number: int, why: KalmError, attempts: list[Attempt]
     ) -> None:
         said = why.message
-        failure = records.Failure(code=why.code, message=said, attempts=attempts)
-        store.write({f"{here}/{records.failed_name(number)}": records.to_bytes(failure)})
+        failure = job_state.Failure(code=why.code, message=said, attempts=attempts)
+        store.write({f"{here}/{job_state.failed_name(number)}": job_state.to_bytes(failure)})
 
     def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> bool:
         """Record it; whether it was one too many."""
         said = failure.message
-        store.write({f"{here}/canary-{self._container.id}.json": records.to_bytes({"said": said})})
+        store.write(
+            {f"{here}/canary-{self._container.id}.json": job_state.to_bytes({"said": said})}
+        )
         found = [name for name in store.names(here) if name.startswith("canary-")]
-        if len(found) < records.MOST_CANARIES:
+        if len(found) < job_state.MOST_CANARIES:
             return False
         message = f"{len(found)} containers could not be trusted, the last one said: {said}"
         stop = Stop(reason="canary", message=message)
-        store.write({f"{here}/{records.STOPPED}": records.to_bytes(stop)})
+        store.write({f"{here}/{job_state.STOPPED}": job_state.to_bytes(stop)})
         return True
 
     def _differs(self, identity: dict[str, object]) -> str:
@@ -269,8 +271,10 @@ class Worker:
 
 
 def _all_there(folder: Path) -> bool:
-    finished = [n for n in FolderStore(folder).names(records.RECORDS) if records.number_in(n) >= 0]
-    return len(finished) == len(list((folder / records.INPUT).glob("part-*")))
+    finished = [
+        n for n in FolderStore(folder).names(job_state.RECORDS) if job_state.number_in(n) >= 0
+    ]
+    return len(finished) == len(list((folder / job_state.INPUT).glob("part-*")))
 
 
 def _write_manifest(folder: Path) -> None:

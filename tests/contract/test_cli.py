@@ -24,7 +24,7 @@ import pytest
 
 from kalm_integrations import cli, cost
 from kalm_integrations.errors import NotDeployedError, ServiceUnavailableError
-from kalm_integrations.extras import install_command
+from kalm_integrations.install_hints import install_command
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/cli.md").read_text()

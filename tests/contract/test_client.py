@@ -30,6 +30,7 @@ from scripted import (
 )
 
 from kalm_integrations import KalmClient, KalmError
+from kalm_integrations.codec import EmbedRequest, ServiceWarning
 from kalm_integrations.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -43,9 +44,8 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.result import EmbeddedBatch, Usage
-from kalm_integrations.wire import EmbedRequest, ServiceWarning
 
 Over = Callable[..., KalmClient]
 Way = Callable[..., np.ndarray[Any, Any]]

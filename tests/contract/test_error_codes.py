@@ -13,10 +13,10 @@ from serving import FaultyServer, serving
 
 from kalm_integrations import KalmClient, errors
 from kalm_integrations.errors import CLIENT_ONLY, InvalidText, KalmError, subclasses
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from modal_backend import rpc
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -20,6 +20,7 @@ from serving import FaultyServer, packed, serving
 
 from kalm_integrations import prompts
 from kalm_integrations.cli import main
+from kalm_integrations.codec import EmbedAnswer
 from kalm_integrations.errors import (
     InputTooLongError,
     InvalidText,
@@ -27,12 +28,11 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.evaluation import agreement
 from kalm_integrations.evaluation.agreement import Spread, Vectored
-from kalm_integrations.extras import install_command
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED, KALM, KALM_FP8
-from kalm_integrations.wire import EmbedAnswer
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from kalm_integrations.install_hints import install_command
+from kalm_integrations.models import EMBEDDED, KALM, KALM_FP8
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY = "hunter2"

@@ -23,12 +23,12 @@ from scripted_engine import ScriptedEngine
 from serving import serving
 
 from kalm_integrations import KalmClient
-from modal_backend import http_connection_table, http_connections, http_server
-from modal_backend.engines import EngineOutput
+from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
-from modal_backend.http_server import ServerOptions
+from modal_backend.http import connection_table, connections, server
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.server import ServerOptions
 from modal_backend.service import EmbeddingService
 
 KEY = "correct-horse"
@@ -64,7 +64,7 @@ def post(fields: str = "", body: str = BODY, key: str = AUTHORIZATION) -> bytes:
 
 
 @contextmanager
-def server(slow: SlowEngine | None = None, **options: Any) -> Iterator[int]:
+def running_server(slow: SlowEngine | None = None, **options: Any) -> Iterator[int]:
     """A server of ours; its port."""
     service = EmbeddingService(slow or engine())
     app = create_app(service, keys=BearerKeys([SecretStr(KEY)]))
@@ -110,15 +110,15 @@ def drip(connection: socket.socket, data: bytes) -> None:
 
 @pytest.fixture
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connections, "HEADER_SECONDS", 0.3)
-    monkeypatch.setattr(http_connections, "BODY_SECONDS", 0.3)
-    monkeypatch.setattr(http_connections, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "STALLED_SECONDS", 0.3)
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """The server may have only so many connections."""
-    monkeypatch.setattr(http_server, "connection_limit", lambda: 6)
+    monkeypatch.setattr(server, "connection_limit", lambda: 6)
     return 6
 
 
@@ -126,7 +126,10 @@ class TestDeadlines:
     @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
     @pytest.mark.parametrize("before", [b"", HEALTH])
     def test_no_complete_header(self, short_times: None, sent: bytes, before: bytes) -> None:
-        with server(server_options=ServerOptions(keep_alive=1)) as port, connect(port) as slow:
+        with (
+            running_server(server_options=ServerOptions(keep_alive=1)) as port,
+            connect(port) as slow,
+        ):
             if before:
                 slow.sendall(before)
                 assert answer(slow)[0] == 200
@@ -134,14 +137,14 @@ class TestDeadlines:
             assert slow.recv(1) == b""
 
     def test_a_header_that_drips(self, short_times: None) -> None:
-        with server() as port, connect(port) as slow:
+        with running_server() as port, connect(port) as slow:
             drip(slow, b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 400)
             with pytest.raises(ConnectionError):
                 for _ in range(100):
                     slow.sendall(b"x" * 10_000)
 
     def test_a_body_that_drips(self, short_times: None) -> None:
-        with server() as port, connect(port) as slow:
+        with running_server() as port, connect(port) as slow:
             slow.sendall(post(body=" " * 9_000)[:-9_000])
             sending = threading.Thread(target=drip, args=(slow, b" " * 200))
             sending.start()
@@ -150,7 +153,7 @@ class TestDeadlines:
             sending.join()
 
     def test_a_body_that_drips_after_its_refusal(self, short_times: None) -> None:
-        with server() as port, connect(port) as slow:
+        with running_server() as port, connect(port) as slow:
             slow.sendall(post(key="", body=" " * 9_000)[:-9_000])
             assert answer(slow)[0] == 401
             drip(slow, b" " * 200)
@@ -161,7 +164,7 @@ class TestDeadlines:
 
     def test_answers_that_nobody_reads(self, short_times: None) -> None:
         large_answer = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}\r\n".encode()
-        with server() as port, connect(port) as deaf:
+        with running_server() as port, connect(port) as deaf:
             deaf.settimeout(0.2)
             with pytest.raises(ConnectionError):
                 for _ in range(1_000):
@@ -170,7 +173,10 @@ class TestDeadlines:
 
     def test_idle_connections_are_kept_as_long_as_the_option_says(self) -> None:
         assert ServerOptions().keep_alive == 75
-        with server(server_options=ServerOptions(keep_alive=1)) as port, connect(port) as idle:
+        with (
+            running_server(server_options=ServerOptions(keep_alive=1)) as port,
+            connect(port) as idle,
+        ):
             idle.sendall(HEALTH)
             assert answer(idle)[0] == 200
             start = time.monotonic()
@@ -181,21 +187,21 @@ class TestDeadlines:
 class TestTooMany:
     @pytest.mark.parametrize("sent", [b"", b"POST /v1/embeddings HTTP/1.1\r\nX: ", HEALTH])
     def test_connections_without_a_key_make_room(self, few: int, sent: bytes) -> None:
-        with server() as port, ExitStack() as stack:
+        with running_server() as port, ExitStack() as stack:
             for _ in range(10 * few):
                 stranger = stack.enter_context(connect(port))
                 stranger.sendall(sent)
             assert [query(port) for _ in range(3)] == [200] * 3
 
     def test_those_that_were_refused_make_room_too(self, few: int) -> None:
-        with server() as port, ExitStack() as stack:
+        with running_server() as port, ExitStack() as stack:
             for _ in range(3 * few):
                 stranger = stack.enter_context(connect(port))
                 stranger.sendall(b"\0\1\2\r\n\r\n")
             assert [query(port) for _ in range(3)] == [200] * 3
 
     def test_whoever_makes_room_is_told_when_to_come_back(self, few: int) -> None:
-        with server() as port, ExitStack() as stack:
+        with running_server() as port, ExitStack() as stack:
             first = stack.enter_context(connect(port))
             for _ in range(3 * few):
                 stack.enter_context(connect(port))
@@ -208,12 +214,12 @@ class TestTooMany:
         self, few: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # On a busy machine callers take their time between connecting and sending.
-        monkeypatch.setattr(http_connection_table, "_STRANGERS_A_SECOND", 0.1)
-        with server(SlowEngine()) as port, ThreadPoolExecutor(5 * few) as pool:
+        monkeypatch.setattr(connection_table, "_STRANGERS_A_SECOND", 0.1)
+        with running_server(SlowEngine()) as port, ThreadPoolExecutor(5 * few) as pool:
             assert set(pool.map(lambda _: query(port), range(5 * few))) == {200}
 
     def test_connections_that_are_kept_give_way_in_order(self, few: int) -> None:
-        with server(SlowEngine()) as port, ExitStack() as stack:
+        with running_server(SlowEngine()) as port, ExitStack() as stack:
             kept = [stack.enter_context(connect(port)) for _ in range(few)]
             for connection in kept:
                 connection.sendall(post())
@@ -231,8 +237,8 @@ class TestTooMany:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
         try:
-            assert 0 < http_server.connection_limit() <= 512 - 64
-            http_server.raise_file_limit()
+            assert 0 < server.connection_limit() <= 512 - 64
+            server.raise_file_limit()
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 2**20)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -248,7 +254,7 @@ UPGRADES = {
 class TestUpgrade:
     @pytest.mark.parametrize("name", UPGRADES)
     def test_it_is_ignored(self, name: str) -> None:
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             for _ in range(3):  # on one connection, as Java's client does
                 connection.sendall(post(UPGRADES[name]))
                 status, _, body = answer(connection)
@@ -256,7 +262,7 @@ class TestUpgrade:
 
     def test_in_pieces(self) -> None:
         request = post(UPGRADES["h2c"])
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             for start in range(0, len(request), 40):
                 connection.sendall(request[start : start + 40])
                 time.sleep(0.01)
@@ -265,12 +271,12 @@ class TestUpgrade:
     def test_in_a_chunked_request(self) -> None:
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}{UPGRADES['h2c']}"
         chunked = f"Transfer-Encoding: chunked\r\n\r\n{len(BODY):x}\r\n{BODY}\r\n0\r\n\r\n"
-        with server() as port:
+        with running_server() as port:
             assert query(port, (head + chunked).encode()) == 200
 
     def test_a_crowd_of_them_is_refused_at_once(self) -> None:
         many = HEALTH.replace(b"\r\n\r\n", f"\r\n{UPGRADES['h2c']}\r\n".encode()) * 1_000
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             connection.sendall(many)
             while connection.recv(65_536):
                 pass
@@ -286,14 +292,14 @@ def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
     request_: bytes, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowds = []
-    completed = http_connections.Connection.on_response_complete
+    completed = connections.Connection.on_response_complete
 
-    def counting(connection: http_connections.Connection) -> None:
+    def counting(connection: connections.Connection) -> None:
         completed(connection)
         crowds.append(len(connection.pipeline))
 
-    monkeypatch.setattr(http_connections.Connection, "on_response_complete", counting)
-    with server() as port, connect(port) as connection, ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr(connections.Connection, "on_response_complete", counting)
+    with running_server() as port, connect(port) as connection, ThreadPoolExecutor(1) as pool:
         sent = pool.submit(connection.sendall, request_ * many)
         with connection.makefile("rb") as answers:
             starts = (line for line in answers if b"HTTP/1.1 " in line)
@@ -304,7 +310,7 @@ def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
 
 class TestHeaders:
     def test_a_header_without_end(self) -> None:
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\n")
             for _ in range(40):
                 connection.sendall(b"X-Large: " + b"x" * 2_000 + b"\r\n")
@@ -312,7 +318,7 @@ class TestHeaders:
 
     @pytest.mark.parametrize("size", [90_000, 200_000])
     def test_a_large_header_in_one_piece(self, size: int) -> None:
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             large = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * size + b"\r\n\r\n"
             connection.sendall(large)
             assert answer(connection)[0] == 431
@@ -321,14 +327,14 @@ class TestHeaders:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        with server() as port:
+        with running_server() as port:
             for _ in range(5):
                 assert query(port, head + b"zz\r\n") in (400, 401)
         assert caplog.records == []
 
     @pytest.mark.parametrize("request_", [b"\0\1\2\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"])
     def test_what_is_no_request(self, request_: bytes, caplog: pytest.LogCaptureFixture) -> None:
-        with server() as port:
+        with running_server() as port:
             assert query(port, request_) == 400
         assert caplog.records == []
 
@@ -360,13 +366,13 @@ def test_no_call_is_lost_when_idle_connections_end(keepalive_timeout: float) -> 
 class TestWhatIsNoHeader:
     def test_a_trailer_is_no_header(self) -> None:
         head = b"GET /ready HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             connection.sendall(head + f"0\r\n{AUTHORIZATION}\r\n".encode())
             assert answer(connection)[0] == 401
 
     def test_endless_trailers_end_the_connection(self) -> None:
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             connection.sendall(head)
             with pytest.raises(ConnectionError):
                 for _ in range(200):
@@ -377,12 +383,12 @@ class TestWhatIsNoHeader:
         chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY.encode())
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}"
         head += "Transfer-Encoding: chunked\r\n\r\n"
-        with server() as port:
+        with running_server() as port:
             assert query(port, head.encode() + chunks + b"0\r\n\r\n") == 200
 
     def test_a_request_behind_a_large_one_is_not_taken_for_a_large_header(self) -> None:
         large = json.dumps({"input": ["a" * 100_000], "truncate": "end"})
-        with server() as port, connect(port) as connection:
+        with running_server() as port, connect(port) as connection:
             connection.sendall(post(body=large) + b"GET /hea")
             assert answer(connection)[0] == 200
             connection.sendall(b"lth HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -391,6 +397,6 @@ class TestWhatIsNoHeader:
     def test_an_error_is_not_written_as_the_answer_to_the_request_before(self) -> None:
         bad = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}"
         bad += "Transfer-Encoding: chunked\r\n\r\nzz\r\n"
-        with server(SlowEngine()) as port, connect(port) as connection:
+        with running_server(SlowEngine()) as port, connect(port) as connection:
             connection.sendall(post() + bad.encode())
             assert answer(connection)[0] in (0, 200)

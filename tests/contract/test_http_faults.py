@@ -35,8 +35,8 @@ from serving import (
 )
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, errors
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.transports import openai_answers
+from kalm_integrations.models import EMBEDDED
+from kalm_integrations.transports import openai_compat
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 TEXTS = [f"text {i}" for i in range(10)]
@@ -229,7 +229,7 @@ def test_what_passes_costs_nothing(name: str, way: str) -> None:
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
-    assert openai_answers.retry_after(headers) == seconds
+    assert openai_compat.retry_after(headers) == seconds
 
 
 def test_retry_after_as_a_date() -> None:

@@ -13,12 +13,12 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import serving
 from test_http_server import KEY, ask
 
-from kalm_integrations.wire import TIMEOUT_HEADER
+from kalm_integrations.codec import TIMEOUT_HEADER
 from modal_backend.engines.embedded import EmbeddedEngine
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
-from modal_backend.http_openapi import document
-from modal_backend.openai_schema import EmbeddingsBody
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.openapi import document
+from modal_backend.http.schema import EmbeddingsBody
 from modal_backend.service import EmbeddingService
 
 

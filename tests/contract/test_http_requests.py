@@ -14,11 +14,11 @@ from serving import serving
 from test_http_server import KEY, Answer, ask
 
 from kalm_integrations import cli
-from kalm_integrations.wire import ECHO_HEADER, IDENTITY_HEADER
+from kalm_integrations.codec import ECHO_HEADER, IDENTITY_HEADER
 from modal_backend.engines.embedded import EmbeddedEngine
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
-from modal_backend.openai_schema import MAX_INSTRUCTION, EmbeddingsBody
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.schema import MAX_INSTRUCTION, EmbeddingsBody
 from modal_backend.service import EmbeddingService
 
 ORIGIN = "https://app.example.com"

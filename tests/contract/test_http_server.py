@@ -22,9 +22,7 @@ from pydantic import SecretStr
 from serving import serving
 
 from kalm_integrations import KalmClient
-from kalm_integrations.errors import ContainerFailedError, KalmError, ServiceUnavailableError
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.wire import (
+from kalm_integrations.codec import (
     IDENTITY_HEADER,
     MEDIA_TYPE,
     TIMEOUT_HEADER,
@@ -32,11 +30,13 @@ from kalm_integrations.wire import (
     ServiceWarning,
     unpack,
 )
+from kalm_integrations.errors import ContainerFailedError, KalmError, ServiceUnavailableError
+from kalm_integrations.models import EMBEDDED
 from modal_backend.admission import Admission
-from modal_backend.engines import EngineOutput
+from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY, OTHER_KEY = "correct-horse", "battery-staple"
@@ -414,7 +414,7 @@ class TestLoad:
         engine = SlowEngine(0, ContainerFailedError("the core died."))
         with (
             serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url,
-            caplog.at_level(logging.WARNING, "modal_backend.http_api"),
+            caplog.at_level(logging.WARNING, "modal_backend.http.app"),
         ):
 
             def fail(times: int) -> list[str]:
@@ -428,7 +428,7 @@ class TestLoad:
             engine._error = ServiceUnavailableError("too much waits.", retry_after=1)
             (line,) = fail(100)  # another kind is a line of its own
             assert "too much waits." in line
-            monkeypatch.setattr("modal_backend.http_api._LOG_EVERY", 0)
+            monkeypatch.setattr("modal_backend.http.app._LOG_EVERY", 0)
             (line,) = fail(1)
             assert line.endswith(" (99 more like it since the last of these lines)")
             (line,) = fail(1)

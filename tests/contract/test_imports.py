@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations.extras import install_command
+from kalm_integrations.install_hints import install_command
 from kalm_integrations.version import __version__
 
 HEAVY = [

@@ -21,7 +21,7 @@ from scripted import ScriptedTransport, vectors_of
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, errors, langchain_errors
 from kalm_integrations.errors import IdentityMismatchError, InvalidInputError, InvalidText
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.prompts import RETRIEVAL
 
 FACTS = [

@@ -22,11 +22,11 @@ from scripted import ScriptedTransport, vector_of, vectors_of
 from serving import FaultyServer
 
 from kalm_integrations import KalmModalEmbeddings
+from kalm_integrations.codec import EmbedAnswer
 from kalm_integrations.errors import AuthenticationError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.prompts import RETRIEVAL
-from kalm_integrations.wire import EmbedAnswer
 
 TEXT = "How tall is K2?"
 AS_DOCUMENT = vectors_of([TEXT])[0].tolist()

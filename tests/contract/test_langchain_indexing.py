@@ -31,7 +31,7 @@ from serving import FaultyServer
 
 from kalm_integrations import KalmModalEmbeddings
 from kalm_integrations.errors import AuthenticationError
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 
 pytestmark = quiet_chroma
 

@@ -38,8 +38,8 @@ from scripted import ScriptedTransport, vectors_of
 from serving import serving
 
 from kalm_integrations import KalmModalEmbeddings
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
+from kalm_integrations.models import EMBEDDED
 
 pytestmark = quiet_chroma
 
@@ -200,8 +200,8 @@ class TestParallel:
     @pytest.mark.parametrize("kind", ["in memory", "qdrant"])
     def test_50_queries_over_http_to_the_real_engine(self, kind: str, tmp_path: Path) -> None:
         from modal_backend.engines.embedded import EmbeddedEngine
-        from modal_backend.http_api import create_app
-        from modal_backend.http_guard import BearerKeys
+        from modal_backend.http.app import create_app
+        from modal_backend.http.middleware import BearerKeys
         from modal_backend.service import EmbeddingService
 
         app = create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys(None))

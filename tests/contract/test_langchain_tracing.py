@@ -42,7 +42,7 @@ from serving import FaultyServer, reply
 
 from kalm_integrations import KalmModalEmbeddings
 from kalm_integrations.errors import AuthenticationError, KalmError
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.result import Usage
 
 pytestmark = quiet_chroma

@@ -22,7 +22,8 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.core.vector_stores import SimpleVectorStore
 from scripted import ScriptedTransport, vector_of
 
-from kalm_integrations import llama_index, profiles
+from kalm_integrations import llama_index, models
+from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     IdentityMismatchError,
     InputTooLongError,
@@ -31,9 +32,8 @@ from kalm_integrations.errors import (
     NotFoundError,
 )
 from kalm_integrations.llama_index import KalmModalEmbeddings
-from kalm_integrations.llama_index_cache import RoleCache
-from kalm_integrations.settings import ClientSettings
-from kalm_integrations.wire import EmbedRequest
+from kalm_integrations.llama_index.cache import RoleCache
+from kalm_integrations.options import ClientConfig
 
 FACTS = ["K2 is 8,611 metres high.", "The Nile is long.", "Bread rises because of yeast."]
 KALM = {"backend": "http", "base_url": "http://nowhere"}
@@ -67,7 +67,7 @@ class TestPipelineCache:
         # What the default says, said aloud.
         {"model": "universal-sentence-encoder-multilingual-3"},
         {"dimensions": 512},
-        {"expected_identity": profiles.EMBEDDED.space},
+        {"expected_identity": models.EMBEDDED.space},
         {"base_url": "http://not-used"},
     )
 
@@ -97,7 +97,7 @@ class TestPipelineCache:
             (KALM, {**KALM, "query_instruction": "question"}),
             (KALM, {**KALM, "document_instruction": "passage: {text}"}),
             (KALM, {**KALM, "truncate": "end"}),
-            (KALM, {**KALM, "expected_identity": profiles.EMBEDDED.space}),
+            (KALM, {**KALM, "expected_identity": models.EMBEDDED.space}),
         ],
         ids=lambda arguments: ",".join(map(str, list(arguments.values())[-1:]))[:20],
     )
@@ -114,7 +114,7 @@ class TestPipelineCache:
     def test_every_argument_is_known_to_decide_vectors_or_not(self) -> None:
         # A new one must be put into TUNING above, or into a dump.
         tuning = {name for arguments in self.TUNING for name in arguments}
-        assert tuning | llama_index._DUMPED >= ClientSettings.model_fields.keys()
+        assert tuning | llama_index._DUMPED >= ClientConfig.model_fields.keys()
 
     def test_it_survives_the_process(self, over: Any, tmp_path: Path) -> None:
         path, transport = str(tmp_path / "cache.json"), ScriptedTransport()
@@ -236,7 +236,7 @@ class TestDumps:
         "arguments",
         [
             {**LOCAL, "truncate": "end", "query_instruction": "question"},
-            {**KALM, "dimensions": 256, "expected_identity": profiles.EMBEDDED.space},
+            {**KALM, "dimensions": 256, "expected_identity": models.EMBEDDED.space},
             {**KALM, "model": "another/model", "document_instruction": "passage: {text}"},
         ],
         ids=["local", "KaLM", "another"],
@@ -390,6 +390,6 @@ def _keys(model: KalmModalEmbeddings) -> str:
 def _release_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    space = replace(profiles.EMBEDDED.space, revision="another")
-    released = replace(profiles.EMBEDDED, space=space)
-    monkeypatch.setitem(profiles._KNOWN, space.model, released)
+    space = replace(models.EMBEDDED.space, revision="another")
+    released = replace(models.EMBEDDED, space=space)
+    monkeypatch.setitem(models._KNOWN, space.model, released)

@@ -31,9 +31,9 @@ from kalm_integrations.errors import (
     CorruptedAnswerError,
     IdentityMismatchError,
 )
-from kalm_integrations.profiles import EMBEDDED
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from kalm_integrations.models import EMBEDDED
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

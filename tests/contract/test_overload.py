@@ -14,14 +14,14 @@ import pytest
 from scripted_engine import ScriptedEngine
 from serving import serving
 
+from kalm_integrations.codec import TIMEOUT_HEADER, EmbedRequest
 from kalm_integrations.errors import ContainerFailedError, ServiceUnavailableError
-from kalm_integrations.wire import TIMEOUT_HEADER, EmbedRequest
-from modal_backend.engines import EngineOutput, Progress, no_progress
+from modal_backend.engines.base import EngineOutput, Progress, no_progress
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.engines.embedded_process import ProcessEngine
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 SECONDS = 0.02

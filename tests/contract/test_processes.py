@@ -64,7 +64,7 @@ def test_forks_by_threads_and_when_the_end_has_begun(http: Service) -> None:
     """These children end at once: what they are in the midst of is their parent's."""
     out = http.run("""
         from concurrent.futures import ThreadPoolExecutor
-        from kalm_integrations import io_thread
+        from kalm_integrations import event_loop
         def child(i):
             def work():
                 thread = threading.Thread(target=lambda: os._exit(not right(i)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kalm_integrations.cli import main
-from kalm_integrations.extras import install_command
+from kalm_integrations.install_hints import install_command
 from kalm_integrations.quickstart import corpus, docstrings, folder, report
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import sys
 import pytest
 
 from kalm_integrations import cli
-from kalm_integrations.extras import install_command
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.install_hints import install_command
+from kalm_integrations.models import EMBEDDED
 
 WITHOUT_VLLM = """
 import sys
@@ -114,7 +114,7 @@ def test_without_vllm_it_says_what_to_install() -> None:
 WRONG_VECTORS = """
 import sys
 from kalm_integrations import cli
-from modal_backend.engines import EngineOutput
+from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.embedded_process import ProcessEngine
 embed = ProcessEngine.embed
 async def reversed_rows(self, *args, **options):

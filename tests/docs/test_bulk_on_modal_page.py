@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations.bulk.on_modal import follow, pool, records
+from kalm_integrations.bulk.on_modal import job_state, monitor, worker_pool
 from kalm_integrations.bulk.on_modal.forecast import large_table
 from modal_backend.settings import DeploySettings
 
@@ -31,12 +31,18 @@ def test_figures_of_the_limits() -> None:
 
 
 def test_numbers_and_names() -> None:
-    assert f"`--max-containers` (default {pool.MAX_CONTAINERS})" in PAGE
-    assert f"up to {records.MOST_ATTEMPTS} times" in PAGE
-    assert records.MOST_CANARIES == 3
+    assert f"`--max-containers` (default {worker_pool.MAX_CONTAINERS})" in PAGE
+    assert f"up to {job_state.MOST_ATTEMPTS} times" in PAGE
+    assert job_state.MOST_CANARIES == 3
     assert "after three of them the job stops" in PAGE
-    assert f"the {pool.SCALEDOWN_WINDOW} seconds for which it waits" in PAGE
+    assert f"the {worker_pool.SCALEDOWN_WINDOW} seconds for which it waits" in PAGE
     assert f"`{DeploySettings.model_fields['bulk_volume'].default}`" in PAGE
     layout = PAGE.split("## In the Volume")[1]
-    for name in (records.JOB, records.INPUT, records.RECORDS, records.RUNS, follow.shards.FOLDER):
+    for name in (
+        job_state.JOB,
+        job_state.INPUT,
+        job_state.RECORDS,
+        job_state.RUNS,
+        monitor.shards.FOLDER,
+    ):
         assert name in layout

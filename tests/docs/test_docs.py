@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations import evaluation, inputs, langchain_errors, prompts
+from kalm_integrations import evaluation, langchain_errors, prompts, validation
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.evaluation import report
 from kalm_integrations.evaluation.quantization import USUAL_KS
 from kalm_integrations.evaluation.texts import MOST_DERIVED
 from kalm_integrations.lines import TEXT_COLUMN
-from kalm_integrations.settings import ClientSettings
-from modal_backend import admission, http_api, openai_schema, service
+from kalm_integrations.options import ClientConfig
+from modal_backend import admission, service
+from modal_backend.http import app as http_app
+from modal_backend.http import schema
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -129,7 +131,7 @@ def test_the_forms_of_an_instruction() -> None:
 
 
 def test_every_argument_is_in_the_readme_with_its_default() -> None:
-    fields = ClientSettings.model_fields
+    fields = ClientConfig.model_fields
     documented = {name.strip("`"): default for name, default, _ in rows("README.md", "Arguments")}
     named = {field.alias or name: field for name, field in fields.items()}
     assert documented.keys() == named.keys()
@@ -190,12 +192,12 @@ def test_the_report_of_eval_is_explained_as_it_explains_itself() -> None:
 def test_the_limits_of_the_http_door() -> None:
     documented = rows("docs/http.md", "A request")
     shown = {row[0]: row[1] for row in documented if len(row) == 3}
-    assert shown["body"] == f"{http_api.MAX_BODY_BYTES // 2**20} MiB"
+    assert shown["body"] == f"{http_app.MAX_BODY_BYTES // 2**20} MiB"
     assert shown["texts in a request"] == f"{service.MAX_TEXTS:,}"
-    assert shown["characters in a text"] == f"{inputs.MAX_CHARACTERS:,}"
-    assert shown["characters in an instruction"] == f"{openai_schema.MAX_INSTRUCTION:,}"
+    assert shown["characters in a text"] == f"{validation.MAX_CHARACTERS:,}"
+    assert shown["characters in an instruction"] == f"{schema.MAX_INSTRUCTION:,}"
     prompted = "characters in all texts, with the instruction in each"
-    assert shown[prompted] == f"{openai_schema.MAX_PROMPTED:,}"
+    assert shown[prompted] == f"{schema.MAX_PROMPTED:,}"
     priority = next(row for row in documented if row[0] == "`priority`")
     assert f"{service.MAX_QUERY_CHARACTERS:,}" in priority[2]
     for role, name in (("document", "documents"), ("query", "queries")):

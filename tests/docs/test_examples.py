@@ -15,7 +15,7 @@ import pytest
 from serving import serving
 
 from kalm_integrations import prompts
-from kalm_integrations.profiles import EMBEDDED, KALM
+from kalm_integrations.models import EMBEDDED, KALM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIMENSIONS = EMBEDDED.dimensions[0]
@@ -163,8 +163,8 @@ def test_the_openai_client_goes_to_a_service_of_yours(run: Callable[..., str]) -
     from pydantic import SecretStr
 
     from modal_backend.engines.embedded import EmbeddedEngine
-    from modal_backend.http_api import create_app
-    from modal_backend.http_guard import BearerKeys
+    from modal_backend.http.app import create_app
+    from modal_backend.http.middleware import BearerKeys
     from modal_backend.service import EmbeddingService
 
     service = EmbeddingService(EmbeddedEngine.load())

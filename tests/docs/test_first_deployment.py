@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from modal_emulator import Emulator
 
-from kalm_integrations.bulk.on_modal import pool
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.models import EMBEDDED
 from modal_backend import gpus
 from modal_backend.settings import DeploySettings
 
@@ -107,7 +107,11 @@ def test_the_prices() -> None:
     assert [row[2] for row in rows] == [f"{dollars:.2f}" for dollars in paid]
     assert f"| all | | {sum(billed):,} | {sum(paid):.2f} |" in PAGE
     window = DeploySettings().scaledown_window
-    assert billed[2:] == [5 * (600 + window), 2 * (70 + window), 600 + 300 + pool.SCALEDOWN_WINDOW]
+    assert billed[2:] == [
+        5 * (600 + window),
+        2 * (70 + window),
+        600 + 300 + worker_pool.SCALEDOWN_WINDOW,
+    ]
     assert f"It costs about ${sum(paid):.0f} " in PAGE
     kept = DeploySettings(min_containers=1)
     assert f"costs ${24 * kept.dollars_per_hour:.2f} a day" in PAGE

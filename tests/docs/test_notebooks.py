@@ -14,9 +14,9 @@ from pydantic import SecretStr
 from scripted_engine import ScriptedEngine
 from serving import serving
 
-from kalm_integrations.profiles import EMBEDDED, KALM
-from modal_backend.http_api import create_app
-from modal_backend.http_guard import BearerKeys
+from kalm_integrations.models import EMBEDDED, KALM
+from modal_backend.http.app import create_app
+from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
 
 SWITCH = "## Switch to Modal or HTTP"

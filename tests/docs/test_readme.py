@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from modal_emulator import Emulator
 
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

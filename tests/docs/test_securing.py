@@ -82,4 +82,4 @@ def test_vllm_is_told_to_run_no_code_of_a_model() -> None:
     assert (
         '"trust_remote_code": False' in (ROOT / "modal_backend/engines/vllm/config.py").read_text()
     )
-    assert "trust" not in (ROOT / "modal_backend/stock.py").read_text()
+    assert "trust" not in (ROOT / "modal_backend/vllm_serve.py").read_text()

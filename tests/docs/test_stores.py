@@ -17,7 +17,7 @@ from qdrant_client.models import Datatype, Distance, PointStruct, VectorParams
 
 from kalm_integrations import KalmClient
 from kalm_integrations.errors import IdentityMismatchError
-from kalm_integrations.profiles import EMBEDDED, KALM
+from kalm_integrations.models import EMBEDDED, KALM
 
 with warnings.catch_warnings():
     # faiss says, from Python 3.12 on, that its generated types name no module.

@@ -26,8 +26,8 @@ from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import Options, embed_corpus, read
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.bulk.on_modal import submit
-from kalm_integrations.bulk.on_modal.place import VolumeStore
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.bulk.on_modal.deployment import VolumeStore
+from kalm_integrations.models import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 FAULTY_APP = Path(__file__).parent / "apps" / "faulty_app.py"

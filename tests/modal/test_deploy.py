@@ -16,7 +16,7 @@ import modal
 import pytest
 from modal_emulator import Emulator, gpu_choices
 
-from kalm_integrations import profiles
+from kalm_integrations import models
 
 ROOT = Path(__file__).parents[2]
 CLASS = "VLLMEmbeddingSnapshot"
@@ -111,7 +111,7 @@ class TestKalmDeploy:
         refused = run(*KALM, "deploy", "--engine", "embedded", status=2).stderr
         assert "pass --accept-new-identity" in refused
         assert "kalm deploy --help" not in refused
-        for space in (profiles.KALM.space, profiles.EMBEDDED.space):  # by name, not only by a hash
+        for space in (models.KALM.space, models.EMBEDDED.space):  # by name, not only by a hash
             assert space.model in refused
             assert space.fingerprint in refused
         assert len(emulator.created) == deployed

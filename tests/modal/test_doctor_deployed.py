@@ -19,7 +19,7 @@ from grpclib import GRPCError, Status
 from modal.exception import AuthError
 from modal_emulator import Emulator
 
-from kalm_integrations.profiles import EMBEDDED, KALM
+from kalm_integrations.models import EMBEDDED, KALM
 from modal_backend.tags import IDENTITY_TAG, VERSION_TAG
 
 ROOT = Path(__file__).parents[2]

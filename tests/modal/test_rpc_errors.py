@@ -40,7 +40,7 @@ from kalm_integrations.errors import (
     RateLimitError,
     TransportError,
 )
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 MISFITS = Path(__file__).parent / "apps" / "misfits.py"

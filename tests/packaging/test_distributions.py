@@ -28,7 +28,7 @@ import pytest
 from modal_emulator import Emulator
 from programs import KEY, TEXTS, local, over_http
 
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.version import __version__
 from modal_backend import image
 
@@ -346,8 +346,8 @@ class TestEachExtraAlone:
         """`serving.py` and `scripted_engine.py` of the tests need no more than the extra."""
         code = """
             from kalm_integrations import KalmClient
-            from modal_backend.http_api import create_app
-            from modal_backend.http_guard import BearerKeys
+            from modal_backend.http.app import create_app
+            from modal_backend.http.middleware import BearerKeys
             from modal_backend.service import EmbeddingService
             from pydantic import SecretStr
             from scripted_engine import ScriptedEngine

@@ -58,7 +58,7 @@ def test_what_needs_no_gpu_is_imported_with_the_image_s_packages(
     python = tmp_path / "venv" / "bin" / "python"
     venv.create(tmp_path / "venv", symlinks=True)
     packages = [*image.DOORS, *image.BULK, "modal>=1.6.4,<1.7"]  # Modal mounts its client
-    modules = ["modal_backend.app", "modal_backend.http_api", "modal_backend.bulk.worker"]
+    modules = ["modal_backend.app", "modal_backend.http.app", "modal_backend.bulk.worker"]
     modules += ["modal_backend.bulk.prepare", "modal_backend.weights"]
     if engine == "vllm":
         names = ("transformers", "tokenizers")

@@ -22,7 +22,7 @@ from modal_backend.admission import (
     EngineSpeed,
     work_of,
 )
-from modal_backend.engines import Progress
+from modal_backend.engines.base import Progress
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
 
 QUERY = ["how high is the mountain"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kalm_integrations.assembly import ArrayAssembly, ListAssembly
 from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.result import EmbeddedBatch, Usage
 
 IDENTITY = VectorIdentity(space=EMBEDDED.space, dimensions=4, document_template="{text}")

@@ -16,16 +16,16 @@ from scripted import DIMENSIONS, vector_of
 from scripted_engine import ScriptedEngine
 
 from kalm_integrations.bulk import parts, shards
+from kalm_integrations.bulk.job_spec import Options, Terms
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import pool, records
-from kalm_integrations.bulk.on_modal.records import Description, Run, Stop
+from kalm_integrations.bulk.on_modal import job_state, worker_pool
+from kalm_integrations.bulk.on_modal.job_state import Description, Run, Stop
 from kalm_integrations.bulk.on_modal.state import Reader, State
 from kalm_integrations.bulk.on_modal.store import FolderStore
 from kalm_integrations.bulk.on_modal.submit import scanned
-from kalm_integrations.bulk.terms import Options, Terms
 from kalm_integrations.errors import CanaryFailedError, KalmError
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from modal_backend.bulk.worker import Container, Worker
 from modal_backend.service import EmbeddingService
 
@@ -58,19 +58,19 @@ def job(tmp_path: Path) -> FolderStore:
     )
     terms = Terms(identity=identity.to_dict(), vector_dtype="float16", truncate="error")
     local = scanned(str(source), Options(shard_rows=4, on_error="null"), terms, lambda _: None)
-    store = FolderStore(tmp_path / "volume" / records.JOBS / JOB)
-    (store.folder / records.INPUT).mkdir(parents=True)
-    split = parts.split(local.source, local.found, local.job, store.folder / records.INPUT)
+    store = FolderStore(tmp_path / "volume" / job_state.JOBS / JOB)
+    (store.folder / job_state.INPUT).mkdir(parents=True)
+    split = parts.split(local.source, local.found, local.job, store.folder / job_state.INPUT)
     tokens = [count for _, count in split]
     description = Description(job=local.job, tokens=tokens, source=str(source))
-    store.write({records.JOB: description.to_bytes()})
+    store.write({job_state.JOB: description.to_bytes()})
     send(store, RUN, [0, 1, 2])
     return store
 
 
 def send(store: FolderStore, run: str, numbers: list[int]) -> None:
     made = Run(id=run, shards=numbers, max_containers=1)
-    store.write({f"{records.RUNS}/{run}/{records.RUN}": records.to_bytes(made)})
+    store.write({f"{job_state.RUNS}/{run}/{job_state.RUN}": job_state.to_bytes(made)})
 
 
 class Made:
@@ -159,7 +159,7 @@ def test_inputs_of_an_older_run_end_at_once(job: FolderStore, new: Any) -> None:
 
 def test_a_stopped_run_embeds_nothing(job: FolderStore, new: Any) -> None:
     stop = Stop(reason="cancelled", message="It was cancelled.")
-    job.write({f"{records.RUNS}/{RUN}/{records.STOPPED}": records.to_bytes(stop)})
+    job.write({f"{job_state.RUNS}/{RUN}/{job_state.STOPPED}": job_state.to_bytes(stop)})
     assert new().embed(0, 1) == ["the run was stopped"] * 2
     assert state(job).over
 
@@ -182,7 +182,7 @@ def test_a_shard_that_always_fails_is_given_up_after_four_attempts(
 
 
 def test_a_shard_that_kills_its_containers_is_given_up_too(job: FolderStore, new: Any) -> None:
-    for number in range(records.MOST_ATTEMPTS):
+    for number in range(job_state.MOST_ATTEMPTS):
         made = new(name=f"ta-{number}")
         claimed = made.worker._claim(job.folder, RUN, 0)  # and then it dies
         assert claimed.job.shard_rows == 4
@@ -205,7 +205,7 @@ def test_a_shard_over_its_time_limit_is_tried_again_in_another_container(
         return 0.05
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "seconds_for", seconds_for)
+        patch.setattr(worker_pool, "seconds_for", seconds_for)
         hung = new(Hanging())
         (outcome,) = hung.embed(1)
     assert isinstance(outcome, RuntimeError)
@@ -218,14 +218,14 @@ def test_a_shard_over_its_time_limit_is_tried_again_in_another_container(
 
 
 def test_the_time_limit_grows_with_the_shard_up_to_modals_own() -> None:
-    assert pool.seconds_for(0) == 900
-    assert pool.seconds_for(1_000_000) == 2000
-    assert pool.seconds_for(10**9) == pool.TIMEOUT == 86_400
+    assert worker_pool.seconds_for(0) == 900
+    assert worker_pool.seconds_for(1_000_000) == 2000
+    assert worker_pool.seconds_for(10**9) == worker_pool.TIMEOUT == 86_400
 
 
 def test_a_part_that_cannot_be_read_is_recorded_as_any_failure(job: FolderStore, new: Any) -> None:
-    (job.folder / records.INPUT / shards.name_of(2)).write_bytes(b"PAR1 no more PAR1")
-    outcomes = [new().embed(2)[0] for _ in range(records.MOST_ATTEMPTS)]
+    (job.folder / job_state.INPUT / shards.name_of(2)).write_bytes(b"PAR1 no more PAR1")
+    outcomes = [new().embed(2)[0] for _ in range(job_state.MOST_ATTEMPTS)]
     assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 3 + [str]
     assert state(job).failed[2].code == "invalid_request"
     assert "part-000002.parquet is no input part" in state(job).failed[2].message

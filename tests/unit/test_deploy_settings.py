@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.settings import FIRST_START
+from kalm_integrations.options import FIRST_START
 from modal_backend import deploy, settings
 from modal_backend.gpus import GPUS, rate
 from modal_backend.settings import DeploySettings

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from kalm_integrations import profiles
+from kalm_integrations import models
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import ModelProfile
+from kalm_integrations.models import ModelProfile
 from modal_backend.engines.vllm.config import (
     VLLMOptions,
     check,
@@ -81,7 +81,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = ModelProfile(
         space=SPACE, dimensions=(3840, 1024, 64), max_tokens=8192, query_template="{text}"
     )
-    monkeypatch.setitem(profiles._KNOWN, SPACE.model, profile)
+    monkeypatch.setitem(models._KNOWN, SPACE.model, profile)
 
 
 def refusal(

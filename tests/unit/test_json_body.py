@@ -15,7 +15,7 @@ from kalm_integrations.errors import (
     KalmError,
     RequestTooLargeError,
 )
-from modal_backend.json_body import parse
+from modal_backend.http.json_body import parse
 
 texts = st.text(st.characters(exclude_categories=()))  # lone surrogates, too
 values = st.recursive(
@@ -63,7 +63,7 @@ def test_what_is_no_json_is_refused(body: str) -> None:
 def test_too_many_values_are_refused_before_one_is_built(
     body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("modal_backend.json_body.orjson.loads")
+    monkeypatch.delattr("modal_backend.http.json_body.orjson.loads")
     with pytest.raises(RequestTooLargeError):
         parse(body)
 

@@ -16,9 +16,9 @@ import pytest
 from scripted import ScriptedTransport, vector_of
 
 from kalm_integrations import KalmClient, KalmError
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import IdentityMismatchError, TransportError
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
+from kalm_integrations.models import EMBEDDED
 
 IO = "kalm-io"
 

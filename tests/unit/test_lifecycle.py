@@ -12,6 +12,7 @@ import pytest
 from scripted import vectors_of
 from scripted_engine import ScriptedEngine
 
+from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     CanaryFailedError,
     ContainerFailedError,
@@ -19,7 +20,6 @@ from kalm_integrations.errors import (
     InvalidResponseError,
     KalmError,
 )
-from kalm_integrations.wire import EmbedRequest
 from modal_backend import canary, lifecycle
 from modal_backend.lifecycle import Lifecycle
 

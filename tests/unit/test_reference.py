@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kalm import BF16, FP8, KalmTransport, similar, turned, vectors_of
 
 from kalm_integrations import KalmClient, reference
-from kalm_integrations.profiles import EMBEDDED, KALM
+from kalm_integrations.models import EMBEDDED, KALM
 from modal_backend.engines.embedded import EmbeddedEngine
 
 RIGHT = vectors_of(reference.TEXTS)

@@ -17,6 +17,18 @@ from scripted import vectors_of
 from scripted_engine import ScriptedEngine
 
 from kalm_integrations.batching import plan
+from kalm_integrations.codec import (
+    EmbedAnswer,
+    EmbedRequest,
+    ServiceWarning,
+    error_fields,
+    pack,
+    read_error,
+    read_request,
+    read_warnings,
+    request_fields,
+    unpack,
+)
 from kalm_integrations.errors import (
     CLIENT_ONLY,
     CanaryFailedError,
@@ -38,24 +50,12 @@ from kalm_integrations.errors import (
     TransportError,
     subclasses,
 )
-from kalm_integrations.profiles import EMBEDDED, KALM
+from kalm_integrations.models import EMBEDDED, KALM
+from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import Usage
-from kalm_integrations.settings import ClientSettings
-from kalm_integrations.transports.modal_rpc import translated
-from kalm_integrations.wire import (
-    EmbedAnswer,
-    EmbedRequest,
-    ServiceWarning,
-    error_fields,
-    pack,
-    read_error,
-    read_request,
-    read_warnings,
-    request_fields,
-    unpack,
-)
+from kalm_integrations.transports.modal import translated
 from modal_backend import rpc
-from modal_backend.engines.out_of_order import OutOfOrderEngine
+from modal_backend.engines.failed import OutOfOrderEngine
 from modal_backend.service import EmbeddingService
 
 BUILT_IN = (bool, int, float, str, bytes, type(None))
@@ -341,7 +341,7 @@ LETTERS = ("a", "ü", "语", "😀")
     short=st.integers(0, 5000),
 )
 def test_no_request_and_no_answer_takes_a_blob(role, dimensions, dtype, batch_size, lengths, short):
-    client = ClientSettings(
+    client = ClientConfig(
         backend="modal", dimensions=dimensions, vector_dtype=dtype, batch_size=batch_size
     )
     long = [
@@ -364,7 +364,7 @@ def test_no_request_and_no_answer_takes_a_blob(role, dimensions, dtype, batch_si
 
 
 # -- Modal's exceptions ------------------------------------------------------------------------
-SETTINGS = ClientSettings(backend="modal", app_name="the-app", class_name="TheClass")
+SETTINGS = ClientConfig(backend="modal", app_name="the-app", class_name="TheClass")
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ async def test_the_environment_is_named_where_one_is_asked_for():
     async def fails():
         raise theirs.NotFoundError("no")
 
-    dev = ClientSettings(backend="modal", app_name="a", class_name="C", environment_name="dev")
+    dev = ClientConfig(backend="modal", app_name="a", class_name="C", environment_name="dev")
     with pytest.raises(NotDeployedError, match="Modal app 'a' in environment 'dev', class 'C'"):
         await translated(fails(), dev)
 

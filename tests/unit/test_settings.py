@@ -15,8 +15,8 @@ from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.profiles import EMBEDDED
-from kalm_integrations.settings import ClientSettings
+from kalm_integrations.models import EMBEDDED
+from kalm_integrations.options import ClientConfig
 
 SPACE = EMBEDDED.space
 OTHER = replace(SPACE, revision="another")
@@ -49,13 +49,13 @@ FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
 BY_FIELD = pytest.mark.parametrize("name", FIELDS)
 
 
-def local(**arguments: Any) -> ClientSettings:
-    return ClientSettings(**({"backend": "local"} | arguments))
+def local(**arguments: Any) -> ClientConfig:
+    return ClientConfig(**({"backend": "local"} | arguments))
 
 
 def test_every_argument_is_in_the_table_above_except_the_callback_and_a_pair():
     others = {"on_usage", "modal_key", "modal_secret"}
-    assert FIELDS.keys() | others == ClientSettings.model_fields.keys()
+    assert FIELDS.keys() | others == ClientConfig.model_fields.keys()
 
 
 def test_a_proxy_token_is_a_pair(monkeypatch):
@@ -106,15 +106,15 @@ def test_auto_takes_modal_where_its_package_and_a_token_are(variables, monkeypat
     monkeypatch.delenv("MODAL_TOKEN_ID", raising=False)
     monkeypatch.setenv("MODAL_CONFIG_PATH", os.devnull)
     with pytest.raises(ConfigurationError, match="run `modal setup`"):
-        ClientSettings()
+        ClientConfig()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert ClientSettings().resolved_backend == "modal"
-    assert ClientSettings(backend="http").resolved_backend == "http"  # its address is looked up
-    assert ClientSettings(base_url="http://there").resolved_backend == "http"
-    monkeypatch.setattr("kalm_integrations.settings.find_spec", lambda _: None)
+    assert ClientConfig().resolved_backend == "modal"
+    assert ClientConfig(backend="http").resolved_backend == "http"  # its address is looked up
+    assert ClientConfig(base_url="http://there").resolved_backend == "http"
+    monkeypatch.setattr("kalm_integrations.options.find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match="install modal"):
-        ClientSettings()
+        ClientConfig()
 
 
 def test_what_warm_up_returned_can_be_expected():
@@ -123,9 +123,9 @@ def test_what_warm_up_returned_can_be_expected():
 
 
 def test_auto_takes_the_service_that_is_configured(monkeypatch):
-    assert ClientSettings(base_url="http://there").resolved_backend == "http"
+    assert ClientConfig(base_url="http://there").resolved_backend == "http"
     monkeypatch.setenv("KALM_BASE_URL", "http://there")
-    assert ClientSettings().resolved_backend == "http"
+    assert ClientConfig().resolved_backend == "http"
     assert local().resolved_backend == "local"
 
 
@@ -142,18 +142,18 @@ def test_auto_takes_the_service_that_is_configured(monkeypatch):
 )
 def test_a_base_url_that_cannot_work_is_refused(url, complaint):
     with pytest.raises(ConfigurationError, match=complaint) as caught:
-        ClientSettings(backend="http", base_url=url)
+        ClientConfig(backend="http", base_url=url)
     assert "hunter2" not in str(caught.value)
 
 
 def test_over_http_the_model_chooses_what_is_expected():
-    kalm = ClientSettings(base_url="http://there")
+    kalm = ClientConfig(base_url="http://there")
     assert kalm.served_model == "tencent/KaLM-Embedding-Gemma3-12B-2511"
     assert (kalm.query_template, kalm.vector_dimensions) == (prompts.RETRIEVAL, 3840)
-    assert ClientSettings(base_url="http://there", dimensions=256).vector_dimensions == 256
-    embedded = ClientSettings(base_url="http://there", model=SPACE.model)
+    assert ClientConfig(base_url="http://there", dimensions=256).vector_dimensions == 256
+    embedded = ClientConfig(base_url="http://there", model=SPACE.model)
     assert (embedded.expected_space, embedded.vector_dimensions) == (SPACE, 512)
-    unknown = ClientSettings(base_url="http://there", model="some/model", dimensions=77)
+    unknown = ClientConfig(base_url="http://there", model="some/model", dimensions=77)
     assert not unknown.expected_space.declared
     assert (unknown.query_template, unknown.vector_dimensions) == ("{text}", 77)
     namespaces = {made.cache_namespace for made in (kalm, embedded, unknown)}
@@ -161,14 +161,14 @@ def test_over_http_the_model_chooses_what_is_expected():
 
 
 def test_the_same_vectors_have_the_same_namespace_through_any_door():
-    door = ClientSettings(base_url="http://there", model=SPACE.model)
+    door = ClientConfig(base_url="http://there", model=SPACE.model)
     assert door.cache_namespace == local().cache_namespace
 
 
 @BY_FIELD
 def test_without_argument_and_variable_the_default_holds(name):
     default, *_ = FIELDS[name]
-    assert ClientSettings.model_fields[name].default == default
+    assert ClientConfig.model_fields[name].default == default
     assert name == "backend" or getattr(local(), name) == default
 
 
@@ -176,21 +176,21 @@ def test_without_argument_and_variable_the_default_holds(name):
 def test_a_variable_goes_before_the_default(name, monkeypatch):
     monkeypatch.setenv("KALM_BACKEND", "local")
     _, variable, value, _ = FIELDS[name]
-    monkeypatch.setenv(ClientSettings.variables()[name], variable)
-    assert getattr(ClientSettings(), name) == value
+    monkeypatch.setenv(ClientConfig.variables()[name], variable)
+    assert getattr(ClientConfig(), name) == value
 
 
 @BY_FIELD
 def test_an_argument_goes_before_a_variable_even_one_that_is_wrong(name, monkeypatch):
     _, variable, _, argument = FIELDS[name]
     for content in (variable, "not a {valid} value"):
-        monkeypatch.setenv(ClientSettings.variables()[name], content)
+        monkeypatch.setenv(ClientConfig.variables()[name], content)
         assert getattr(local(**{name: argument}), name) == argument
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"backend"}))
 def test_an_empty_variable_is_an_unset_one(name, monkeypatch):
-    monkeypatch.setenv(ClientSettings.variables()[name], "")
+    monkeypatch.setenv(ClientConfig.variables()[name], "")
     assert getattr(local(), name) == FIELDS[name][0]
 
 
@@ -199,7 +199,7 @@ def test_settings_are_fixed_once_they_were_checked(name):
     made = local(api_key="k0")
     with pytest.raises(AttributeError) as caught:
         setattr(made, name, "hunter2")
-    assert str(caught.value) == f"{name} is fixed: construct another ClientSettings"
+    assert str(caught.value) == f"{name} is fixed: construct another ClientConfig"
     assert made == local(api_key="k0")
 
 
@@ -254,7 +254,7 @@ def test_auto_never_falls_back_to_the_embedded_engine_but_says_how_to_choose_it(
 ):
     monkeypatch.setenv("KALM_BACKEND", variable)
     with pytest.raises(ValueError, match='backend="local" or set KALM_BACKEND=local'):
-        ClientSettings()
+        ClientConfig()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_an_argument_that_cannot_work_is_refused_by_name_before_anything_is_open
 
 @pytest.mark.parametrize("name", ["batch_size", "timeout", "expected_identity", "show_progress"])
 def test_a_variable_that_cannot_work_is_refused_by_name(name, monkeypatch):
-    monkeypatch.setenv(ClientSettings.variables()[name], "many")
+    monkeypatch.setenv(ClientConfig.variables()[name], "many")
     with pytest.raises(ConfigurationError, match=name):
         local()
 
@@ -402,7 +402,7 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
 
 def test_every_argument_is_known_to_move_document_vectors_or_not():
     known = {name for arguments in MOVES_DOCUMENTS + KEEPS_DOCUMENTS for name in arguments}
-    assert known | {"backend"} == ClientSettings.model_fields.keys()
+    assert known | {"backend"} == ClientConfig.model_fields.keys()
 
 
 def test_the_cache_namespace_changes_with_whatever_may_move_document_vectors():

@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import (
     CorruptedAnswerError,
     IdentityMismatchError,
     InvalidResponseError,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
+from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import Usage
-from kalm_integrations.settings import ClientSettings
 from kalm_integrations.verify import Verifier
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest
 
 SPACE = EMBEDDED.space
 
 
 def verifier(**arguments):
     settings = {"backend": "local", "model": None, "expected_identity": None, "dimensions": None}
-    return Verifier(ClientSettings.model_construct(**(settings | arguments)))
+    return Verifier(ClientConfig.model_construct(**(settings | arguments)))
 
 
 def check(vectors, identity=SPACE, rows=3, dimensions=4, dtype="float32"):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from kalm_integrations import profiles
+from kalm_integrations import models
 from kalm_integrations.errors import EngineLoadError
-from kalm_integrations.profiles import KALM
+from kalm_integrations.models import KALM
 from modal_backend.weights import Weights, locate, pinned
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -162,7 +162,7 @@ def test_of_a_model_that_we_know_the_tested_commit_is_taken(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = replace(KALM.space, revision=COMMIT, pooling="last")
-    monkeypatch.setitem(profiles._KNOWN, KALM_NAME, replace(KALM, space=space))
+    monkeypatch.setitem(models._KNOWN, KALM_NAME, replace(KALM, space=space))
     cached(cache, KALM_NAME, commit="f" * 40)
     cached(cache, KALM_NAME, revision="CausalLM")
     assert pinned(KALM_NAME) == COMMIT

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+from kalm_integrations.codec import EmbedAnswer, EmbedRequest, pack, unpack
 from kalm_integrations.errors import CorruptedAnswerError
-from kalm_integrations.profiles import EMBEDDED
+from kalm_integrations.models import EMBEDDED
 from kalm_integrations.result import Usage
-from kalm_integrations.wire import EmbedAnswer, EmbedRequest, pack, unpack
 
 IDENTITY = json.dumps(EMBEDDED.space.to_dict())
 METADATA = {"checksum": "0" * 16, "digest": "d" * 32, "usage.tokens": "7", "identity": IDENTITY}

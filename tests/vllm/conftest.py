@@ -28,9 +28,9 @@ from huggingface_hub import constants
 from running import LENGTHS, Texts, running
 from tiny_models import in_hub_cache, sentence_transformers_files, tiny_gemma3
 
-from kalm_integrations import profiles
+from kalm_integrations import models
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import ModelProfile
+from kalm_integrations.models import ModelProfile
 from modal_backend.engines.vllm.engine import VLLMEngine
 
 
@@ -102,7 +102,7 @@ async def known(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VLLME
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(made / "cache"))
-        patch.setitem(profiles._KNOWN, KNOWN, profile)
+        patch.setitem(models._KNOWN, KNOWN, profile)
         async with running(KNOWN, max_model_len=2048, prefix_caching=True) as engine:
             yield engine
 

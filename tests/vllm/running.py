@@ -14,9 +14,9 @@ import psutil
 from numpy.typing import NDArray
 from reference import reference_vectors, token_ids
 
+from kalm_integrations.codec import Truncate
 from kalm_integrations.prompts import Role
-from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput
+from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.weights import locate

@@ -15,10 +15,10 @@ import pytest
 from running import SMALL, children, left_behind
 from tiny_models import tiny_gemma3
 
-from kalm_integrations import profiles
+from kalm_integrations import models
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import profile_of
+from kalm_integrations.models import profile_of
 from modal_backend.engines.vllm.config import VLLMOptions, arguments, check, graph_sizes
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.weights import Weights, locate
@@ -26,7 +26,7 @@ from modal_backend.weights import Weights, locate
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 FP32 = VLLMOptions(**SMALL)
-KALM = Weights(profiles.KALM.space.model, "0" * 40, Path("/models/kalm"))
+KALM = Weights(models.KALM.space.model, "0" * 40, Path("/models/kalm"))
 
 
 # --- what is asked for
@@ -37,8 +37,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> Weights:
     """A model whose space we know, with mean pooling."""
     undeclared = SpaceIdentity.undeclared("someone/mean")
     space = replace(undeclared, revision="1" * 40, pooling="mean", attention="bidirectional")
-    profile = replace(profiles.KALM, space=space)
-    monkeypatch.setitem(profiles._KNOWN, space.model, profile)
+    profile = replace(models.KALM, space=space)
+    monkeypatch.setitem(models._KNOWN, space.model, profile)
     return Weights(space.model, space.revision, Path("/models/mean"))
 
 
@@ -201,7 +201,7 @@ async def test_other_dimensions_than_the_profile_s_are_refused(
     known: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = known.identity.model
-    monkeypatch.setitem(profiles._KNOWN, name, replace(profile_of(name), dimensions=(3840, 128)))
+    monkeypatch.setitem(models._KNOWN, name, replace(profile_of(name), dimensions=(3840, 128)))
     assert "dimensions: 3840 != 128" in differing(known)
 
 

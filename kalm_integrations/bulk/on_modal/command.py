@@ -7,16 +7,23 @@ import json
 import time
 from pathlib import Path
 
+from kalm_integrations.bulk.job_spec import Options, Terms
 from kalm_integrations.bulk.lock import locked
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import follow, output, place, pool, shown, submit
-from kalm_integrations.bulk.on_modal import remote as remotes
-from kalm_integrations.bulk.on_modal.place import Place, VolumeStore
-from kalm_integrations.bulk.on_modal.remote import Remote
-from kalm_integrations.bulk.on_modal.shown import Screen
+from kalm_integrations.bulk.on_modal import (
+    deployment,
+    monitor,
+    output,
+    status_view,
+    submit,
+    worker_pool,
+)
+from kalm_integrations.bulk.on_modal import remote_input as remotes
+from kalm_integrations.bulk.on_modal.deployment import Place, VolumeStore
+from kalm_integrations.bulk.on_modal.remote_input import Remote
 from kalm_integrations.bulk.on_modal.state import Reader, State
+from kalm_integrations.bulk.on_modal.status_view import Screen
 from kalm_integrations.bulk.on_modal.submit import Local
-from kalm_integrations.bulk.terms import Options, Terms
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import JobFailedError, KalmError
 
@@ -39,13 +46,13 @@ def embed(
         JobFailedError: Shards failed, or the job was stopped.
         KalmError: Modal failed, or the input cannot be embedded; nothing that is finished is lost.
     """
-    there = place.find(client)
+    there = deployment.find(client)
     decided = Terms(
         identity=_identity(client), vector_dtype=client.vector_dtype, truncate=client.truncate
     )
     folder = None if arguments.output is None else Path(arguments.output)
     remote = Remote.read(arguments.input, arguments.bucket_secret)
-    containers = arguments.max_containers or pool.MAX_CONTAINERS
+    containers = arguments.max_containers or worker_pool.MAX_CONTAINERS
     if remote is None:
         local = submit.scanned(arguments.input, options, decided, screen.scanned)
         name = local.name
@@ -68,14 +75,14 @@ def embed(
     try:
         while remote is not None and not remotes.prepared(there, store):
             time.sleep(1.0)
-        state = follow.watch(there, name, screen.watched)
+        state = monitor.watch(there, name, screen.watched)
     except KeyboardInterrupt:
         screen.close()
         screen.say(f"{name} goes on without you. {_ways(name)}")
         raise
     finally:
         screen.close()
-    follow.check(name, state)
+    monitor.check(name, state)
     _fetch(store, name, state, folder, screen)
     return name, state
 
@@ -87,12 +94,12 @@ def _send(there: Place, local: Local, containers: int, screen: Screen) -> bool:
     if state is None:
         description = submit.upload(store, local, screen.uploaded)
         state = State(description=description, finished={})
-    elif follow.alive(there, store, state):
+    elif monitor.alive(there, store, state):
         screen.say(f"{local.name} runs already")
         return False
     if state.missing:
         queue = there.queue(containers)
-        with place.translated(there.settings):
+        with deployment.translated(there.settings):
             queue.send(store, local.name, state.missing)
     return state.complete
 
@@ -100,7 +107,7 @@ def _send(there: Place, local: Local, containers: int, screen: Screen) -> bool:
 def _at_work(there: Place, store: VolumeStore) -> bool:
     """Whether the input is being read, or the job's shards are waiting or running."""
     state = Reader(store).read()
-    if state is not None and follow.alive(there, store, state):
+    if state is not None and monitor.alive(there, store, state):
         return True
     try:
         return not remotes.prepared(there, store)
@@ -111,14 +118,14 @@ def _at_work(there: Place, store: VolumeStore) -> bool:
 def status(word: str, client: KalmClient) -> tuple[str, State | None, bool]:
     """A job's name, its state (None while its input is read), and whether Modal works at it."""
     name = output.named(word)
-    there = place.find(client)
+    there = deployment.find(client)
     store = there.store(name)
     state = Reader(store).read()
     if state is None:
         if remotes.prepared(there, store):
             state = Reader(store).read()
         return name, state, True
-    return name, state, follow.alive(there, store, state)
+    return name, state, monitor.alive(there, store, state)
 
 
 def fetch(word: str, folder: Path, client: KalmClient, screen: Screen) -> tuple[str, State]:
@@ -128,7 +135,7 @@ def fetch(word: str, folder: Path, client: KalmClient, screen: Screen) -> tuple[
         JobFailedError: There is no such job, or nothing of it yet.
     """
     name = output.named(word)
-    there = place.find(client)
+    there = deployment.find(client)
     store = there.store(name)
     state = Reader(store).read()
     if state is None:
@@ -148,11 +155,11 @@ def cancel(word: str, client: KalmClient) -> tuple[str, State | None]:
         JobFailedError: There is no such job.
     """
     name = output.named(word)
-    there = place.find(client)
+    there = deployment.find(client)
     store = there.store(name)
     if remotes.cancel(there, store):
         return name, Reader(store).read()
-    return name, follow.cancel(there, name)
+    return name, monitor.cancel(there, name)
 
 
 def said(name: str, state: State | None, *, alive: bool, as_json: bool) -> str:
@@ -167,15 +174,15 @@ def said(name: str, state: State | None, *, alive: bool, as_json: bool) -> str:
         waiting = {"job": name, "state": "preparing"}
         return json.dumps(waiting, indent=2) if as_json else f"{name}: its input is being read"
     if as_json:
-        return json.dumps(shown.as_data(name, state, alive=alive), indent=2)
-    return shown.as_text(name, state, alive=alive)
+        return json.dumps(status_view.as_data(name, state, alive=alive), indent=2)
+    return status_view.as_text(name, state, alive=alive)
 
 
 def _fetch(store: VolumeStore, name: str, state: State, folder: Path, screen: Screen) -> None:
     job: Job = state.description.job
     output.claim(folder, name, job)
     with locked(folder):
-        follow.fetch(store, state, folder, screen.fetched)
+        monitor.fetch(store, state, folder, screen.fetched)
 
 
 def _identity(client: KalmClient) -> dict[str, object]:

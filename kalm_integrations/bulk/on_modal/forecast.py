@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from kalm_integrations.bulk.on_modal import pool
-from kalm_integrations.bulk.screen import duration
-from kalm_integrations.bulk.terms import SHARD_ROWS
+from kalm_integrations.bulk.job_spec import SHARD_ROWS
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.progress import duration
 from modal_backend import gpus
 from modal_backend.costs import Choice, choices
 
@@ -44,7 +44,7 @@ def forecast(gpu: Choice, tokens: float, shards: int, containers: int) -> Foreca
     working, start = min(containers, shards), gpus.FIRST_START
     rounds = -(-shards // working)
     hours = (start + rounds * tokens / shards / gpu.rate.tokens) / 3600
-    paid = tokens / gpu.rate.tokens + working * (start + pool.SCALEDOWN_WINDOW)
+    paid = tokens / gpu.rate.tokens + working * (start + worker_pool.SCALEDOWN_WINDOW)
     return Forecast(containers=working, hours=hours, dollars=paid * gpu.dollars)
 
 

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kalm_integrations.argparsing import number
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.usage import number
 
 if TYPE_CHECKING:
+    from kalm_integrations.argparsing import Parser
+    from kalm_integrations.bulk.job_spec import Options
     from kalm_integrations.bulk.on_modal.state import State
-    from kalm_integrations.bulk.terms import Options
     from kalm_integrations.client import KalmClient
-    from kalm_integrations.usage import Parser
 
 ABOUT_A_JOB: Final = ("status", "fetch", "cancel")
 _FOR_MODAL: Final = ("max_containers", "detach", "bucket_secret")
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, client: KalmClient, options: Options) -> 
         KalmError: See `kalm_integrations.bulk.on_modal.command`.
     """
     from kalm_integrations.bulk.on_modal import command
-    from kalm_integrations.bulk.on_modal.shown import Screen
+    from kalm_integrations.bulk.on_modal.status_view import Screen
 
     screen = Screen()
     try:

@@ -8,7 +8,7 @@ from typing import Final
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Job, Manifest, check_same, replace_file
-from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal import job_state
 from kalm_integrations.errors import ConfigurationError
 
 NOTE: Final = "modal-job.json"
@@ -49,7 +49,7 @@ def named(word: str) -> str:
             f"{word!r} is the output of a local job: its manifest.json says how far that is, and "
             "the same command goes on with it."
         )
-    if noted is None and not records.is_job_name(word):
+    if noted is None and not job_state.is_job_name(word):
         raise ConfigurationError(
             f"{word!r} is neither a job's name, like embed-0123456789abcdef, nor an --output of "
             "`kalm embed --on modal`."
@@ -62,4 +62,4 @@ def _noted(folder: Path) -> str | None:
         found = json.loads((folder / NOTE).read_bytes())["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, str) and records.is_job_name(found) else None
+    return found if isinstance(found, str) and job_state.is_job_name(found) else None

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kalm_integrations.bulk.on_modal import pool, records
-from kalm_integrations.bulk.on_modal.records import Run
+from kalm_integrations.bulk.on_modal import job_state, worker_pool
+from kalm_integrations.bulk.on_modal.job_state import Run
 from kalm_integrations.bulk.on_modal.store import Store
 
 
@@ -35,13 +35,13 @@ class Queue:
         """Send a new run of `shards`; its id. The run counts before the first of them starts."""
         import modal
 
-        run = Run(id=records.new_run(), shards=list(shards), max_containers=self.max_containers)
-        folder = f"{records.RUNS}/{run.id}"
-        store.write({f"{folder}/{records.RUN}": records.to_bytes(run)})
+        run = Run(id=job_state.new_run(), shards=list(shards), max_containers=self.max_containers)
+        folder = f"{job_state.RUNS}/{run.id}"
+        store.write({f"{folder}/{job_state.RUN}": job_state.to_bytes(run)})
         if not shards:
             return run.id
         found = modal.Cls.from_name(
-            self.app_name, pool.CLASS, environment_name=self.environment_name
+            self.app_name, worker_pool.CLASS, environment_name=self.environment_name
         )
         workers = found()
         _limit(workers, self.max_containers)
@@ -49,7 +49,7 @@ class Queue:
         call = workers.embed_shard.experimental_spawn_map(
             [job] * count, [run.id] * count, list(shards)
         )
-        store.write({f"{folder}/{records.CALL}": records.to_bytes({"call": call.object_id})})
+        store.write({f"{folder}/{job_state.CALL}": job_state.to_bytes({"call": call.object_id})})
         return run.id
 
 
@@ -70,7 +70,7 @@ def call_of(store: Store, run: str) -> Any:
     import modal
 
     try:
-        noted = json.loads(store.read(f"{records.RUNS}/{run}/{records.CALL}"))
+        noted = json.loads(store.read(f"{job_state.RUNS}/{run}/{job_state.CALL}"))
     except FileNotFoundError:
         return None
     return modal.FunctionCall.from_id(noted["call"])

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Final, TypeVar
 
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import pool, records
-from kalm_integrations.bulk.on_modal.records import (
+from kalm_integrations.bulk.on_modal import job_state, worker_pool
+from kalm_integrations.bulk.on_modal.job_state import (
     Attempt,
     Description,
     Failure,
@@ -120,7 +120,8 @@ class State:
         seen = list(self._seen())
         rate = max(attempt.dollars_per_second for attempt, _ in seen)
         return (
-            self.dollars * self._share_left() + len(self.containers) * pool.SCALEDOWN_WINDOW * rate
+            self.dollars * self._share_left()
+            + len(self.containers) * worker_pool.SCALEDOWN_WINDOW * rate
         )
 
     @property
@@ -190,28 +191,28 @@ class Reader:
         """The state; None while the whole input is not there."""
         if self._description is None:
             try:
-                self._description = Description.from_bytes(self._store.read(records.JOB))
+                self._description = Description.from_bytes(self._store.read(job_state.JOB))
             except FileNotFoundError:
                 return None
-        runs = sorted(self._store.names(records.RUNS))
+        runs = sorted(self._store.names(job_state.RUNS))
         newest = runs[-1] if runs else None
-        found = self._store.names(f"{records.RUNS}/{newest}") if newest else {}
+        found = self._store.names(f"{job_state.RUNS}/{newest}") if newest else {}
         # Records last: what was given up meanwhile is no loss, what was finished is.
-        done = self._store.names(records.RECORDS)
-        finished = self._all(records.RECORDS, done, "", Record.from_bytes)
-        if newest is None or records.RUN not in found:
+        done = self._store.names(job_state.RECORDS)
+        finished = self._all(job_state.RECORDS, done, "", Record.from_bytes)
+        if newest is None or job_state.RUN not in found:
             return State(description=self._description, finished=finished, runs=len(runs))
-        folder = f"{records.RUNS}/{newest}"
+        folder = f"{job_state.RUNS}/{newest}"
         failed = self._all(folder, found, "failed-", Failure.from_bytes)
-        trying = self._all(folder, found, "attempts-", records.read_attempts)
+        trying = self._all(folder, found, "attempts-", job_state.read_attempts)
         stop = None
-        if records.STOPPED in found:
-            stop = Stop(**json.loads(self._store.read(f"{folder}/{records.STOPPED}")))
+        if job_state.STOPPED in found:
+            stop = Stop(**json.loads(self._store.read(f"{folder}/{job_state.STOPPED}")))
         return State(
             description=self._description,
             finished=finished,
             runs=len(runs),
-            run=Run(**json.loads(self._store.read(f"{folder}/{records.RUN}"))),
+            run=Run(**json.loads(self._store.read(f"{folder}/{job_state.RUN}"))),
             failed={n: failure for n, failure in failed.items() if n not in finished},
             trying={n: a for n, a in trying.items() if n not in finished and n not in failed},
             stop=stop,
@@ -227,7 +228,7 @@ class Reader:
         names = [
             name
             for name in sorted(there)
-            if name.startswith(prefix) and records.number_in(name) >= 0
+            if name.startswith(prefix) and job_state.number_in(name) >= 0
         ]
         fresh = [n for n in names if self._known.get(f"{folder}/{n}", (None,))[0] != there[n]]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="kalm-records") as threads:
@@ -236,7 +237,7 @@ class Reader:
                 if content is not None:
                     self._known[f"{folder}/{name}"] = there[name], parse(content)
         known = {name: self._known.get(f"{folder}/{name}") for name in names}
-        return {records.number_in(name): found[1] for name, found in known.items() if found}  # type: ignore[misc]
+        return {job_state.number_in(name): found[1] for name, found in known.items() if found}  # type: ignore[misc]
 
     def _read(self, folder: str, name: str) -> bytes | None:
         try:

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from kalm_integrations.bulk import parts, scan, sources, terms
+from kalm_integrations.bulk import job_spec, parts, scan, sources
+from kalm_integrations.bulk.job_spec import Options, Terms
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import records
-from kalm_integrations.bulk.on_modal.records import Description
+from kalm_integrations.bulk.on_modal import job_state
+from kalm_integrations.bulk.on_modal.job_state import Description
 from kalm_integrations.bulk.on_modal.store import Store
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.sources import Source
-from kalm_integrations.bulk.terms import Options, Terms
 
 _AT_ONCE: Final = 16
 _BYTES_AT_ONCE: Final = 64 * 2**20
@@ -41,7 +41,7 @@ class Local:
     @property
     def name(self) -> str:
         """Of the job on Modal."""
-        return records.job_name(asdict(self.job))
+        return job_state.job_name(asdict(self.job))
 
 
 def scanned(typed: str, options: Options, decided: Terms, seen: Callable[[int], object]) -> Local:
@@ -53,7 +53,7 @@ def scanned(typed: str, options: Options, decided: Terms, seen: Callable[[int], 
     """
     source = sources.find(typed, options.text_column)
     found = scan.scan(source, decided.truncate, seen)
-    terms.check(found, options)
+    job_spec.check(found, options)
     parts.check_columns(found)
     return Local(typed, source, found, decided.job(source, found, options))
 
@@ -72,7 +72,7 @@ def upload(store: Store, local: Local, said: Callable[[int, int], None]) -> Desc
     """
     job = local.job
     total = -(-job.rows // job.shard_rows)
-    there = store.names(records.INPUT)
+    there = store.names(job_state.INPUT)
     tokens: list[int] = []
     waiting: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(prefix="kalm-embed-") as folder:
@@ -83,7 +83,7 @@ def upload(store: Store, local: Local, said: Callable[[int, int], None]) -> Desc
             if there.get(path.name, (-1, 0))[0] == part:
                 path.unlink()
                 continue
-            waiting[f"{records.INPUT}/{path.name}"] = path
+            waiting[f"{job_state.INPUT}/{path.name}"] = path
             size += part
             if len(waiting) == _AT_ONCE or size >= _BYTES_AT_ONCE:
                 _send(store, waiting)
@@ -91,7 +91,7 @@ def upload(store: Store, local: Local, said: Callable[[int, int], None]) -> Desc
                 said(len(tokens), total)
         _send(store, waiting)
     description = Description(job=job, tokens=tokens, source=local.typed)
-    store.write({records.JOB: description.to_bytes()})
+    store.write({job_state.JOB: description.to_bytes()})
     said(total, total)
     return description
 

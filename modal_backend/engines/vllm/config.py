@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import KALM_FP8, ModelProfile, profile_of
+from kalm_integrations.models import KALM_FP8, ModelProfile, profile_of
 from modal_backend.weights import Weights, memory_bytes
 
 PROFILE: Final = 1

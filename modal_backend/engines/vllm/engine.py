@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import (
     ContainerFailedError,
     DeadlineExceededError,
@@ -31,15 +32,14 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.profiles import profile_of
+from kalm_integrations.models import profile_of
 from kalm_integrations.prompts import Role
-from kalm_integrations.wire import Truncate
-from modal_backend.engines import EngineOutput, Progress, check_shape, no_progress
+from modal_backend.engines.base import EngineOutput, Progress, check_shape, no_progress
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
+from modal_backend.engines.thread import Worker
 from modal_backend.engines.vllm import process
 from modal_backend.engines.vllm.config import VLLMOptions, check, dimensions_of, identity_of
 from modal_backend.engines.vllm.tokenizer import Tokenizer
-from modal_backend.engines.worker import Worker
 from modal_backend.weights import Weights, locate
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Final, Self
 
 from kalm_integrations.errors import EngineLoadError
-from kalm_integrations.profiles import profile_of
+from kalm_integrations.models import profile_of
 from modal_backend.engines.vllm.config import VLLMOptions, arguments, kv_cache_bytes
 from modal_backend.weights import Weights
 

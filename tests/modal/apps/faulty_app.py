@@ -29,10 +29,10 @@ from typing import Any
 import modal
 
 import modal_backend.app as product
-from kalm_integrations.bulk.on_modal import pool
+from kalm_integrations.bulk.on_modal import worker_pool
 from kalm_integrations.errors import EngineLoadError, InvalidInputError, InvalidText
 from modal_backend import lifecycle
-from modal_backend.engines import Engine, EngineOutput
+from modal_backend.engines.base import Engine, EngineOutput
 from modal_backend.settings import DeploySettings
 
 lifecycle.REPLACED_AFTER = 5.0
@@ -128,7 +128,7 @@ class VLLMEmbeddingSnapshot(product.VLLMEmbeddingSnapshot._get_user_cls()):
 
 @app.cls(
     image=product.image,
-    volumes={pool.VOLUME: product.bulk_volume},
+    volumes={worker_pool.VOLUME: product.bulk_volume},
     scaledown_window=60,
     startup_timeout=60,
     retries=modal.Retries(max_retries=10, initial_delay=1.0),

@@ -1,0 +1,36 @@
+"""The command line of a stock `vllm serve`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from kalm_integrations.models import profile_of
+from modal_backend.engines.vllm.config import FP8, KERNELS
+from modal_backend.settings import DeploySettings
+from modal_backend.weights import pinned
+
+STOCK_PORT: Final = 8000
+
+
+def stock_command(settings: DeploySettings) -> list[str]:
+    """Pooling and normalization stated, since a repository's files may say otherwise."""
+    profile = profile_of(settings.model)
+    command = ["vllm", "serve", settings.model, "--host", "0.0.0.0", "--port", str(STOCK_PORT)]  # noqa: S104
+    command += ["--revision", settings.revision or pinned(settings.model)]
+    command += ["--runner", "pooling", "--convert", "embed"]
+    pooler: dict[str, Any] = {"use_activation": True}
+    length = settings.max_model_len
+    if profile.space.declared:
+        pooler["seq_pooling_type"] = profile.space.pooling.upper()
+        length = length or profile.max_tokens
+        overrides = {"matryoshka_dimensions": list(profile.dimensions)}
+        command += ["--hf-overrides", json.dumps(overrides)]
+    command += ["--pooler-config", json.dumps(pooler)]
+    command += ["--kernel-config", json.dumps(KERNELS)]
+    command += ["--safetensors-load-strategy", "prefetch"]  # the container's memory holds them
+    command += ["--max-model-len", str(length)] if length else []
+    command += ["--enforce-eager"] if settings.enforce_eager else []
+    if settings.gpu_memory_utilization is not None:
+        command += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
+    return command + (["--quantization", FP8] if settings.quantization == "fp8" else [])

@@ -1,0 +1,264 @@
+"""Both doors of one deployment: who may enter, what happens on the way, what must not be lost.
+
+The Modal client, the container's runtime and the app are real; the cloud between them is emulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from modal_emulator import Emulator
+
+from kalm_integrations import KalmClient, KalmModalEmbeddings
+from kalm_integrations.cli import main
+from kalm_integrations.errors import AuthenticationError, KalmError
+from kalm_integrations.llama_index import KalmModalEmbeddings as LlamaIndexEmbeddings
+from kalm_integrations.models import EMBEDDED
+
+ROOT = Path(__file__).parents[2]
+CLASS = "VLLMEmbeddingSnapshot"
+MODEL = EMBEDDED.space.model
+PROXY = {"modal_key": "wk-emulated", "modal_secret": "ws-emulated"}
+TEXTS = [f"Fact number {i} is about K{i}." for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def deploy(emulator: Emulator) -> Callable[..., None]:
+    def deploy(**settings: str) -> None:
+        variables = {f"KALM_DEPLOY_{name.upper()}": value for name, value in settings.items()}
+        variables["KALM_DEPLOY_ENGINE"] = "embedded"
+        emulator.deploy("modal_backend.app", cwd=ROOT, env=variables)
+
+    deploy()
+    return deploy
+
+
+@pytest.fixture
+def service(deploy: Any, modal_env: Emulator) -> Iterator[Emulator]:
+    """The deployed app, with this process's variables pointing at it."""
+    return modal_env
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    return KalmClient(backend="local").embed(TEXTS).vectors
+
+
+def client(backend: str = "modal", **settings: Any) -> KalmClient:
+    return KalmClient(**{"backend": backend, "model": MODEL, **PROXY, **settings})
+
+
+class TestBothDoors:
+    @pytest.mark.parametrize("backend", ["modal", "http"])
+    def test_every_vector_arrives_through_either_door(
+        self, service: Emulator, backend: str, expected: np.ndarray
+    ) -> None:
+        with client(backend, batch_size=64) as made:
+            assert np.allclose(made.embed(TEXTS).vectors, expected, atol=1e-3)
+            assert made.warm_up().space == EMBEDDED.space
+            asynchronous = asyncio.run(made.aembed(TEXTS[:3]))
+            assert np.allclose(asynchronous.vectors, expected[:3], atol=1e-3)
+            again = asyncio.run(made.aembed(TEXTS[3:6]))  # in a second loop
+            assert np.allclose(again.vectors, expected[3:6], atol=1e-3)
+        assert not service.unimplemented
+
+    @pytest.mark.parametrize("backend", ["modal", "http"])
+    def test_both_adapters(self, service: Emulator, backend: str, expected: np.ndarray) -> None:
+        arguments = {"backend": backend, "model": MODEL, "class_name": CLASS, **PROXY}
+        for made in (KalmModalEmbeddings(**arguments).embed_documents, _llama_index(arguments)):
+            assert np.allclose(made(TEXTS[:2]), expected[:2], atol=1e-3)
+
+    @pytest.mark.parametrize("backend", ["modal", "http"])
+    def test_from_another_process_by_variables_alone(
+        self, service: Emulator, backend: str, expected: np.ndarray
+    ) -> None:
+        code = (
+            "import json\n"
+            "from kalm_integrations import KalmModalEmbeddings\n"
+            f"print(json.dumps(KalmModalEmbeddings().embed_documents({TEXTS[:2]})))\n"
+        )
+        url = service.web_url(CLASS, "http") if backend == "http" else ""
+        variables = {
+            "KALM_MODEL": MODEL,
+            "KALM_BASE_URL": url,  # empty: "auto" finds the Modal token
+            **{f"KALM_{name.upper()}": value for name, value in PROXY.items()},
+        }
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **service.client_env, **variables},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert np.allclose(json.loads(done.stdout), expected[:2], atol=1e-3)
+
+    def test_callers_of_both_doors_share_one_container(self, service: Emulator) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            made = [client(backend) for backend in ("modal", "http") for _ in range(4)]
+            answers = list(pool.map(lambda one: one.embed(TEXTS[:64]).vectors, made))
+        assert all(np.array_equal(answer, answers[0]) for answer in answers)
+        assert len(service.running(CLASS)) == 1
+
+
+class TestHttp:
+    def test_a_stranger_is_refused_before_a_container_starts(
+        self, deploy: Any, modal_env: Emulator
+    ) -> None:
+        deploy(app_name="unvisited")
+        for wrong in (
+            {"modal_key": None, "modal_secret": None},
+            {"modal_key": "wk-emulated", "modal_secret": "ws-wrong"},
+        ):
+            with pytest.raises(AuthenticationError, match="modal_key= and modal_secret="):
+                client("http", app_name="unvisited", **wrong).embed(["x"])
+        assert modal_env.starts(f"unvisited/{CLASS}") == 0
+
+    def test_the_openai_client(self, service: Emulator, expected: np.ndarray) -> None:
+        made = openai.OpenAI(
+            base_url=service.web_url(CLASS, "http") + "/v1",
+            api_key="not asked for",
+            default_headers={"Modal-Key": "wk-emulated", "Modal-Secret": "ws-emulated"},
+        )
+        with made:
+            answer = made.embeddings.create(model=MODEL, input=TEXTS[:5])
+        assert np.allclose([row.embedding for row in answer.data], expected[:5], atol=1e-3)
+
+    def test_a_bearer_key_in_addition(self, deploy: Any, modal_env: Emulator) -> None:
+        modal_env.set_secret("kalm-api-key", {"KALM_API_KEY": "old-key new-key"})
+        deploy(app_name="guarded", auth="proxy+bearer")
+        for key in ("old-key", "new-key"):
+            made = client("http", app_name="guarded", api_key=key)
+            assert made.embed(["x"]).vectors.shape == (1, 512)
+        with pytest.raises(AuthenticationError, match="bearer key is missing or wrong"):
+            client("http", app_name="guarded").embed(["x"])
+        modal_env.stop_app("guarded")
+
+    def test_bearer_alone_is_open_to_strangers_until_the_key_is_asked_for(
+        self, deploy: Any, modal_env: Emulator
+    ) -> None:
+        modal_env.set_secret("kalm-api-key", {"KALM_API_KEY": "the-key"})
+        deploy(app_name="public", auth="bearer-public")
+        alone = {"modal_key": None, "modal_secret": None, "app_name": "public"}
+        assert len(client("http", api_key="the-key", **alone).embed(["x"])) == 1
+        with pytest.raises(AuthenticationError):
+            client("http", api_key="another", **alone).embed(["x"])
+        modal_env.stop_app("public")
+
+    def test_redirects_of_a_slow_answer_are_followed(
+        self, service: Emulator, expected: np.ndarray
+    ) -> None:
+        slow = [f"{text} {'again and ' * 300}" for text in TEXTS[:40]]
+        with service.changed(web_redirect_after=0.1):
+            got = client("http", batch_size=40).embed([*slow, TEXTS[0]]).vectors
+        assert np.allclose(got[-1], expected[0], atol=1e-3)
+
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_refusals_while_it_is_cold_are_retried_within_the_deadline(
+        self, service: Emulator, status: int
+    ) -> None:
+        service.refuse_web(status, times=2, headers={"Retry-After": "0"})
+        assert len(client("http").embed(["x"])) == 1
+        service.refuse_web(status, times=1, headers={"Retry-After": "60"})
+        with pytest.raises(KalmError, match=str(status)):
+            client("http", timeout=2).embed(["x"])
+
+    def test_it_leaves_rpc_its_share(self, deploy: Any, modal_env: Emulator) -> None:
+        """HTTP callers that hold all of their half do not keep an RPC caller waiting for long."""
+        deploy(app_name="busy", concurrency="8")
+        rpc = client(app_name="busy")
+        rpc.warm_up()
+        stop = threading.Event()
+        slow = [f"{i} {'word ' * 2000}" for i in range(16)]
+
+        def hammer() -> None:
+            made = client("http", app_name="busy", batch_size=1, max_retries=100)
+            while not stop.is_set():
+                made.embed(slow)
+
+        threads = [threading.Thread(target=hammer) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            time.sleep(1)
+            took = []
+            for i in range(10):
+                start = time.monotonic()
+                rpc.embed([f"query {i}"], role="query")
+                took.append(time.monotonic() - start)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        # Alone, an HTTP call of this load takes seconds; a queue of them would take minutes.
+        assert max(took) < 60
+        modal_env.stop_app("busy")
+
+
+class TestNothingIsLost:
+    @pytest.mark.parametrize("backend", ["modal", "http"])
+    def test_a_killed_container(
+        self, deploy: Any, modal_env: Emulator, backend: str, expected: np.ndarray
+    ) -> None:
+        deploy(app_name="killed")
+        made = client(backend, app_name="killed", batch_size=4, max_concurrency=8)
+        made.warm_up()
+        killer = threading.Timer(0.3, modal_env.kill, [f"killed/{CLASS}"])
+        killer.start()
+        got = made.embed([*TEXTS, *(f"{text} {'x' * 2000}" for text in TEXTS)]).vectors
+        killer.join()
+        assert np.allclose(got[:300], expected, atol=1e-3)
+        assert modal_env.starts(f"killed/{CLASS}") == 2
+        modal_env.stop_app("killed")
+
+    @pytest.mark.parametrize("backend", ["modal", "http"])
+    def test_a_deployment_during_a_call(
+        self, deploy: Any, modal_env: Emulator, backend: str, expected: np.ndarray
+    ) -> None:
+        deploy(app_name="rolled")
+        made = client(backend, app_name="rolled", batch_size=8)
+        made.warm_up()
+        going = ThreadPoolExecutor(1).submit(lambda: [made.embed(TEXTS).vectors for _ in range(8)])
+        deploy(app_name="rolled", max_containers="2")
+        for got in going.result(timeout=60):
+            assert np.allclose(got, expected, atol=1e-3)
+        modal_env.stop_app("rolled")
+
+
+def _llama_index(arguments: dict[str, Any]) -> Callable[[list[str]], list[list[float]]]:
+    return LlamaIndexEmbeddings(**arguments).get_text_embedding_batch
+
+
+def test_two_apps_are_compared_by_their_names(
+    deploy: Any,
+    service: Emulator,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    deploy(app_name="another")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS[:40]))
+    where = ["--baseline", "vllm-embedding-snapshot", "--candidate", "another"]
+    arguments = [*where, "--corpus", str(corpus), "--json"]
+    assert main(["eval", "quantization", *arguments]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert [found[side]["where"] for side in ("baseline", "candidate")] == where[1::2]
+    assert found["baseline"]["identity"] == EMBEDDED.space.to_dict()
+    assert found["overlap"][0]["least"] == 1
+    where[3] = "missing"
+    assert main(["eval", "quantization", *where, "--corpus", str(corpus)]) == 1
+    assert "kalm eval quantization: the candidate, missing: " in capfd.readouterr().err
