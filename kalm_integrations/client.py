@@ -19,16 +19,20 @@ from typing import Literal, Self, get_args
 from pydantic import PrivateAttr
 
 from kalm_integrations import validation
-from kalm_integrations.assembly import ArrayAssembly, Assembly, ListAssembly
 from kalm_integrations.batching import Batch, plan
+from kalm_integrations.dispatch import Dispatcher
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.event_loop import io_thread, is_ending
-from kalm_integrations.flight import Launch, afly, fly
-from kalm_integrations.identity import VectorIdentity
+from kalm_integrations.identity import SpaceIdentity, VectorIdentity
 from kalm_integrations.options import ClientConfig
 from kalm_integrations.prompts import Role
-from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
-from kalm_integrations.session import Call, Session, SessionHolder
+from kalm_integrations.result import (
+    ArrayBuilder,
+    EmbeddedBatch,
+    EmbeddingResult,
+    ListBuilder,
+    ResultBuilder,
+)
+from kalm_integrations.session import Call
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
@@ -51,7 +55,7 @@ class KalmClient(ClientConfig):
         (1, 512)
     """
 
-    _sessions: SessionHolder = PrivateAttr(default_factory=SessionHolder)
+    _dispatcher: Dispatcher | None = PrivateAttr(default=None)
 
     def embed(
         self,
@@ -80,11 +84,11 @@ class KalmClient(ClientConfig):
             IdentityMismatchError: The vectors are of another space than expected.
             KalmError: Base class of all of them; `partial` has what was finished.
         """
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
-        with assembly.kept_on_error():
-            self._fill(assembly, checked, role, on_progress)
-            return assembly.result(self.vector_identity)
+        checked = validation.check_texts(texts, self.truncate)
+        builder = ArrayBuilder(len(checked), self.vector_dimensions)
+        with builder.partial_on_error():
+            self._fill(builder, checked, role, on_progress)
+            return builder.result(self.vector_dtype, self.vector_identity)
 
     async def aembed(
         self,
@@ -94,11 +98,11 @@ class KalmClient(ClientConfig):
         on_progress: Progress | None = None,
     ) -> EmbeddingResult:
         """`embed`, without blocking the running event loop."""
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
-        with assembly.kept_on_error():
-            await self._afill(assembly, checked, role, on_progress)
-            return assembly.result(self.vector_identity)
+        checked = validation.check_texts(texts, self.truncate)
+        builder = ArrayBuilder(len(checked), self.vector_dimensions)
+        with builder.partial_on_error():
+            await self._afill(builder, checked, role, on_progress)
+            return builder.result(self.vector_dtype, self.vector_identity)
 
     def iter_embed(
         self,
@@ -126,7 +130,7 @@ class KalmClient(ClientConfig):
             KalmError: As `embed`; what was yielded before stays good.
         """
         batches = self._plan_stream(texts, role, on_error)
-        return self._run(batches, self._call(role, on_error, each_request=True))
+        return self.dispatcher.run(batches, self._call(role, on_error, each_request=True))
 
     def aiter_embed(
         self,
@@ -137,7 +141,7 @@ class KalmClient(ClientConfig):
     ) -> AsyncGenerator[EmbeddedBatch]:
         """`iter_embed`, without blocking the running event loop."""
         batches = self._plan_stream(texts, role, on_error)
-        return self._arun(batches, self._call(role, on_error, each_request=True))
+        return self.dispatcher.arun(batches, self._call(role, on_error, each_request=True))
 
     def warm_up(self, timeout: float | None = None) -> VectorIdentity:
         """Have the service ready before it is needed; a cold start can take minutes.
@@ -154,21 +158,21 @@ class KalmClient(ClientConfig):
             DeadlineExceededError: `timeout` ran out; the message says where to look.
             KalmError: The service cannot be reached, or serves other vectors.
         """
-        return io_thread().submit(self._wake(timeout)).result()
+        ready = self.dispatcher.ensure_ready(self._ready_timeout(timeout))
+        return self._identity_of(ready.result())
 
     async def awarm_up(self, timeout: float | None = None) -> VectorIdentity:
         """`warm_up`, without blocking the running event loop."""
-        return await asyncio.wrap_future(io_thread().submit(self._wake(timeout)))
+        ready = self.dispatcher.ensure_ready(self._ready_timeout(timeout))
+        return self._identity_of(await asyncio.wrap_future(ready))
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
-        if not is_ending():  # at exit all is closed already
-            io_thread().submit(self._sessions.close()).result()
+        self.dispatcher.close().result()
 
     async def aclose(self) -> None:
         """`close`, without blocking the running event loop."""
-        if not is_ending():
-            await asyncio.wrap_future(io_thread().submit(self._sessions.close()))
+        await asyncio.wrap_future(self.dispatcher.close())
 
     def __enter__(self) -> Self:
         return self
@@ -184,46 +188,46 @@ class KalmClient(ClientConfig):
 
     def __copy__(self) -> Self:
         copied = super().__copy__()
-        copied._sessions = SessionHolder()
+        copied._dispatcher = None
         return copied
 
     def _embed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
         """`embed`, to what frameworks take, in less time and memory than over an array."""
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ListAssembly(len(checked), self.vector_dimensions)
-        with assembly.kept_on_error():
-            self._fill(assembly, checked, role, on_progress)
-            return assembly.result()
+        checked = validation.check_texts(texts, self.truncate)
+        builder = ListBuilder(len(checked), self.vector_dimensions)
+        with builder.partial_on_error():
+            self._fill(builder, checked, role, on_progress)
+            return builder.result()
 
     async def _aembed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ListAssembly(len(checked), self.vector_dimensions)
-        with assembly.kept_on_error():
-            await self._afill(assembly, checked, role, on_progress)
-            return assembly.result()
+        checked = validation.check_texts(texts, self.truncate)
+        builder = ListBuilder(len(checked), self.vector_dimensions)
+        with builder.partial_on_error():
+            await self._afill(builder, checked, role, on_progress)
+            return builder.result()
 
     def _fill(
-        self, assembly: Assembly, texts: list[str], role: Role, on_progress: Progress | None
+        self, builder: ResultBuilder, texts: list[str], role: Role, on_progress: Progress | None
     ) -> None:
-        send = self._run if len(texts) > 1 else self._run_alone
         with self._progress(len(texts), role, on_progress) as advance:
-            for part in send(self._plan(enumerate(texts), role), self._call(role)):
-                assembly.add(part)
+            call = self._call(role)
+            for part in self.dispatcher.run(self._plan(enumerate(texts), role), call):
+                builder.add(part)
                 advance(len(part))
 
     async def _afill(
-        self, assembly: Assembly, texts: list[str], role: Role, on_progress: Progress | None
+        self, builder: ResultBuilder, texts: list[str], role: Role, on_progress: Progress | None
     ) -> None:
-        send = self._arun if len(texts) > 1 else self._arun_alone
         with self._progress(len(texts), role, on_progress) as advance:
-            parts = send(self._plan(enumerate(texts), role), self._call(role))
+            call = self._call(role)
+            parts = self.dispatcher.arun(self._plan(enumerate(texts), role), call)
             async with aclosing(parts):
                 async for part in parts:
-                    assembly.add(part)
+                    builder.add(part)
                     advance(len(part))
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
@@ -232,89 +236,44 @@ class KalmClient(ClientConfig):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}: it is one of {known}.")
         deadline = None if each_request else time.monotonic() + self.timeout
-        return Call(role=role, deadline=deadline, skip_invalid=on_error == "skip")
+        return Call(
+            role=role, timeout=self.timeout, deadline=deadline, skip_invalid=on_error == "skip"
+        )
 
     def _plan(self, texts: Iterable[tuple[int, str]], role: Role) -> Iterator[Batch]:
         return plan(texts, self.template(role), self.request_limits)
 
     def _plan_stream(self, texts: Iterable[str], role: Role, on_error: OnError) -> Iterator[Batch]:
-        read = validation.iterate(texts)
+        read = validation.check_collection(texts)
         if on_error == "raise" and isinstance(read, Sequence):
-            read = validation.check(read, self.truncate)
+            read = validation.check_texts(read, self.truncate)
 
         def batches() -> Iterator[Batch]:
             numbered = enumerate(read)
             while block := list(islice(numbered, _BLOCK)):
-                valid, invalid = validation.sort_out(block, self.truncate)
+                valid, invalid = validation.partition_valid(block, self.truncate)
                 if invalid and on_error == "raise":
-                    raise validation.refusal(invalid)
+                    raise validation.invalid_input(invalid)
                 if invalid:
                     yield Batch([], [], tuple(invalid))
                 yield from self._plan(valid, role)
 
         return batches()
 
-    def _run(
-        self,
-        batches: Iterator[Batch],
-        call: Call,
-        busy: Callable[[], bool] = lambda: False,
-    ) -> Generator[EmbeddedBatch]:
-        """Send `batches`; no further one is read while the caller is `busy` with what has come."""
-        launch = self._launcher(call)
-        return fly(batches, launch, self.max_concurrency, self._report, busy)
+    @property
+    def dispatcher(self) -> Dispatcher:
+        if self._dispatcher is None:
+            self._dispatcher = Dispatcher(self.without_client())
+        return self._dispatcher
 
-    def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
-        # Not a generator around another: a loop's end may close the inner one alone, and the
-        # outer would be short without a word.
-        return afly(batches, self._launcher(call), self.max_concurrency, self._report)
-
-    def _run_alone(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
-        """`_run` of one batch, a query's: nothing flies beside it, and each step counts."""
-        launch = self._launcher(call)
-        for batch in batches:
-            part = self._sessions.send_by_lane(batch, call)
-            if part is None:
-                answer = launch(batch)
-                try:
-                    part = answer.result()
-                finally:
-                    answer.cancel()
-            self._report(part)
-            yield part
-
-    async def _arun_alone(
-        self, batches: Iterator[Batch], call: Call
-    ) -> AsyncGenerator[EmbeddedBatch]:
-        launch = self._launcher(call)
-        for batch in batches:
-            part = await asyncio.wrap_future(launch(batch))
-            self._report(part)
-            yield part
-
-    def _launcher(self, call: Call) -> Launch:
-        return lambda batch: io_thread().submit(self._send(batch, call))
-
-    async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
-        return await self._session().send(batch, call)
-
-    async def _wake(self, timeout: float | None) -> VectorIdentity:
+    def _ready_timeout(self, timeout: float | None) -> float:
         limit = self.timeout if timeout is None else timeout
         if not limit > 0:
-            raise ConfigurationError(f"timeout={timeout!r}: it is a number of seconds over 0.")
-        call = Call(role="query", deadline=time.monotonic() + limit, timeout=limit)
-        served = await self._session().wake(call)
+            raise ConfigurationError(f"timeout={timeout!r}: must be a number of seconds over 0.")
+        return limit
+
+    def _identity_of(self, served: SpaceIdentity | None) -> VectorIdentity:
         return replace(self.vector_identity, space=served or self.expected_space)
-
-    def _session(self) -> Session:
-        return self._sessions.open(self)
-
-    def _report(self, part: EmbeddedBatch) -> None:
-        if self.on_usage is not None and part.usage.requests:
-            try:
-                self.on_usage(part.usage)
-            except Exception:  # the caller's accounting must not cost the caller's vectors
-                log.exception("on_usage failed")
 
     @contextmanager
     def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:

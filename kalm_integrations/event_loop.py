@@ -1,4 +1,4 @@
-"""The one background thread of a process that owns the event loop and all connections.
+"""The background thread of a process that owns the event loop and all connections.
 
 Sync callers, async callers of any loop, Jupyter, threads and worker processes all hand their
 coroutines to it, so that none of them needs a loop of its own, and a second `asyncio.run` finds
@@ -21,8 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
-_STOP_TIMEOUT = 5.0  # seconds that the interpreter's exit waits for calls to unwind
-_STAND_TIMEOUT = 5.0  # seconds that a fork and the thread wait for each other
+_STOP_TIMEOUT = 5.0  # seconds that the interpreter's exit waits for calls to end
+_FORK_TIMEOUT = 5.0  # seconds that a fork and the thread wait for each other
 
 
 class Closable(Protocol):
@@ -33,49 +33,49 @@ class Closable(Protocol):
         ...
 
 
-class ClientLoop(asyncio.SelectorEventLoop):
-    """An event loop that looks names up on daemon threads, and can be left behind by a fork.
+class _EventLoop(asyncio.SelectorEventLoop):
+    """An event loop that resolves host names on daemon threads, and that a fork can abandon.
 
-    asyncio's own lookups are waited for when the interpreter exits, however long the name server
-    takes, and are refused once the main thread has ended, though others may go on embedding.
+    asyncio's own lookups delay the interpreter's exit for as long as the name server takes, and
+    are refused once the main thread has ended, although other threads may go on embedding.
     """
 
     def __init__(self) -> None:
         self._watched = selectors.DefaultSelector()
         super().__init__(self._watched)
-        self.slow_callback_duration = math.inf  # under -X dev; a first import takes a while
+        self.slow_callback_duration = math.inf  # under -X dev: a first import takes a while
 
-    def let_go(self) -> None:
+    def detach_after_fork(self) -> None:
         """In a forked child: give up the parent's connections.
 
-        They would stay open for the child's life, whatever the parent does with its own. Closed
-        as sockets they might be told to the selector, which is shared with the parent; so their
-        numbers are left to them, with nothing behind.
+        They would stay open for the child's life, whatever the parent does with its own. Closing
+        them as sockets might change the selector, which is shared with the parent; so their file
+        descriptors are kept and point to nothing.
         """
         nothing = os.open(os.devnull, os.O_RDWR)
-        for key in (self._watched.get_map() or {}).values():  # None once the loop has ended
+        for key in (self._watched.get_map() or {}).values():  # None once the loop is closed
             os.dup2(nothing, key.fd, inheritable=False)
         os.close(nothing)
 
-    async def getaddrinfo(self, *args: Any, **hints: Any) -> list[Any]:
-        found: Future[list[Any]] = Future()
-        found.set_running_or_notify_cancel()
+    async def getaddrinfo(self, *args: Any, **kwargs: Any) -> list[Any]:
+        result: Future[list[Any]] = Future()
+        result.set_running_or_notify_cancel()
 
-        def look_up() -> None:
+        def resolve() -> None:
             try:
-                found.set_result(socket.getaddrinfo(*args, **hints))
+                result.set_result(socket.getaddrinfo(*args, **kwargs))
             except Exception as error:  # noqa: BLE001 (raised where it is awaited)
-                found.set_exception(error)
+                result.set_exception(error)
 
-        threading.Thread(target=look_up, name="kalm-dns", daemon=True).start()
-        return await asyncio.wrap_future(found)
+        threading.Thread(target=resolve, name="kalm-dns", daemon=True).start()
+        return await asyncio.wrap_future(result)
 
 
-class IOThread:
+class BackgroundLoop:
     """A daemon thread that runs an event loop until the process ends."""
 
     def __init__(self) -> None:
-        self.loop = ClientLoop()
+        self.loop = _EventLoop()
         self.resources: set[Closable] = set()
         """What is open on the loop, to be closed when it ends."""
         self._thread = threading.Thread(target=self._run, name="kalm-io", daemon=True)
@@ -84,18 +84,18 @@ class IOThread:
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `coroutine` on the thread, with the caller's context variables.
 
-        Cancelling the future cancels the coroutine. When the interpreter is ending, daemon
-        threads may still call; they get a future that is never done, and end with it.
+        Cancelling the future cancels the coroutine. While the interpreter exits, daemon threads
+        may still call; they get a future that never completes, and end with the process.
 
         Raises:
             RuntimeError: The caller is the thread itself, which would wait for itself, or the
-                interpreter is ending.
+                interpreter is exiting.
         """
         if threading.current_thread() is self._thread:
             coroutine.close()
-            raise RuntimeError("a blocking call on kalm's own I/O thread would never return")
+            raise RuntimeError("a blocking call on kalm's own background thread would never return")
         future: Future[T] = Future()
-        if _ending and threading.current_thread() is not threading.main_thread():
+        if _exiting and threading.current_thread() is not threading.main_thread():
             coroutine.close()
             return future
 
@@ -103,33 +103,34 @@ class IOThread:
             if future.cancelled():
                 coroutine.close()
                 return
-            task = self.loop.create_task(_deliver(coroutine, future))
+            task = self.loop.create_task(_run_into(future, coroutine))
             future.add_done_callback(lambda done: self._cancel(task, done))
 
         try:
             self.loop.call_soon_threadsafe(start)
         except RuntimeError:
             coroutine.close()
-            raise RuntimeError("the interpreter is ending: nothing can be embedded now") from None
+            raise RuntimeError("the interpreter is exiting: nothing can be embedded now") from None
         return future
 
     def _cancel(self, task: asyncio.Task[None], future: Future[Any]) -> None:
-        """End a task whose future its caller has cancelled, from whatever thread."""
+        """Cancel a task whose future was cancelled, from any thread."""
         if future.cancelled():
             with contextlib.suppress(RuntimeError):  # the loop has ended, and all tasks with it
                 self.loop.call_soon_threadsafe(task.cancel)
 
     def discard(self, resource: Closable) -> None:
-        """Close `resource` some time soon. May be called from anywhere, a finalizer included."""
+        """Close `resource` soon. May be called from anywhere, including finalizers."""
 
         async def close() -> None:
             self.resources.discard(resource)
             await resource.close()
 
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and closed it
-            asyncio.run_coroutine_threadsafe(closing := close(), self.loop)
-            return
-        closing.close()
+        closing = close()
+        try:
+            asyncio.run_coroutine_threadsafe(closing, self.loop)
+        except RuntimeError:  # the loop has ended, and closed it
+            closing.close()
 
     def stop(self) -> None:
         """Cancel what runs, close what is open, end the loop, join the thread."""
@@ -138,46 +139,45 @@ class IOThread:
                 self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(_STOP_TIMEOUT)
 
-    def stand_still(self, go_on: threading.Event) -> None:
-        """Have the thread wait for `go_on` between two callbacks, where it imports nothing and
-        holds no lock."""
-        standing = threading.Event()
+    def pause_until(self, resume: threading.Event) -> None:
+        """Stop the thread between two callbacks, where it imports nothing and holds no lock."""
+        paused = threading.Event()
 
-        def stand() -> None:
-            standing.set()
-            go_on.wait(_STAND_TIMEOUT)
+        def pause() -> None:
+            paused.set()
+            resume.wait(_FORK_TIMEOUT)
 
         if threading.current_thread() is not self._thread:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.loop.call_soon_threadsafe(stand)
-                standing.wait(_STAND_TIMEOUT)
+                self.loop.call_soon_threadsafe(pause)
+                paused.wait(_FORK_TIMEOUT)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        self.loop.run_until_complete(self._wind_up())
+        self.loop.run_until_complete(self._shutdown())
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 
-    async def _wind_up(self) -> None:
+    async def _shutdown(self) -> None:
         closing = [asyncio.ensure_future(resource.close()) for resource in self.resources]
         while tasks := asyncio.all_tasks() - {asyncio.current_task(), *closing}:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # and more may have come
+            await asyncio.gather(*tasks, return_exceptions=True)  # more may have started
         await asyncio.gather(*closing, return_exceptions=True)
 
 
-async def _deliver(coroutine: Coroutine[Any, Any, T], future: Future[T]) -> None:
-    """Wake the caller as soon as there is something; asyncio's own way takes two rounds more."""
+async def _run_into(future: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
+    """Set the result at once; `run_coroutine_threadsafe` takes two more rounds of the loop."""
     try:
         result = await coroutine
     except asyncio.CancelledError:
-        if not _ending:  # else a daemon thread waits: woken, it would only print a traceback
+        if not _exiting:  # else a daemon thread waits: woken, it would only print a traceback
             future.cancel()
         raise
     except BaseException as error:
-        with contextlib.suppress(InvalidStateError):  # cancelled by now
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             future.set_exception(error)
         if not isinstance(error, Exception):
             raise
@@ -189,65 +189,65 @@ async def _deliver(coroutine: Coroutine[Any, Any, T], future: Future[T]) -> None
 
 
 _lock = threading.Lock()
-_current: IOThread | None = None
-_abandoned: list[IOThread] = []
-_ending = False
+_current: BackgroundLoop | None = None
+_abandoned: list[BackgroundLoop] = []
+_exiting = False
 
 
-def io_thread() -> IOThread:
-    """This process's I/O thread, started if need be."""
+def background_loop() -> BackgroundLoop:
+    """This process's background loop, started if necessary."""
     global _current
     with _lock:
         if _current is None:
-            _current = IOThread()
+            _current = BackgroundLoop()
         return _current
+
+
+def is_current(loop: BackgroundLoop) -> bool:
+    """Whether `loop` is this process's. Takes no lock, because finalizers call it at any time."""
+    return loop is _current
+
+
+def is_exiting() -> bool:
+    """Whether the interpreter is exiting, and all calls end with it."""
+    return _exiting
 
 
 class _Fork(threading.local):
     """The fork that this thread is making."""
 
-    over = threading.Event()
+    done = threading.Event()
 
 
 _fork = _Fork()
 
 
 def _before_fork() -> None:
-    # What is half imported at the fork, or locked, would stay so in the child.
-    _fork.over = threading.Event()
+    # What is half imported or locked at the fork would stay so in the child.
+    _fork.done = threading.Event()
     if _current is not None:
-        _current.stand_still(_fork.over)
+        _current.pause_until(_fork.done)
 
 
 def _after_fork_in_parent() -> None:
-    _fork.over.set()
+    _fork.done.set()
 
 
 def _after_fork_in_child() -> None:
     # A forked child has the parent's objects but not its threads. The parent's loop must stay
     # untouched, even by the garbage collector: its selector is shared with the parent.
-    global _lock, _current, _ending
+    global _lock, _current, _exiting
     if _current is not None:
-        _current.loop.let_go()
+        _current.loop.detach_after_fork()
         _abandoned.append(_current)
     _lock = threading.Lock()
-    _current, _ending = None, False
-
-
-def is_running(thread: IOThread) -> bool:
-    """Whether `thread` is this process's. Takes no lock: finalizers ask, at any moment."""
-    return thread is _current
-
-
-def is_ending() -> bool:
-    """Whether the process is ending, and with it all calls: only daemon threads still wait."""
-    return _ending
+    _current, _exiting = None, False
 
 
 @atexit.register
 def _stop_at_exit() -> None:
-    global _ending
-    _ending = True
+    global _exiting
+    _exiting = True
     if _current is not None:
         _current.stop()
 

@@ -8,26 +8,26 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS_AT_ONCE: Final = 8  # what lies between the bits and the lists stays in the processor's cache
-_ROWS_WIDENED: Final = 64  # a MiB of them: all steps of one part, before it leaves the cache
+_LIST_ROWS: Final = 8  # rows per step, so that intermediate values stay in the processor's cache
+_WIDEN_ROWS: Final = 64
 _SIGN_EXPONENT_FRACTION: Final = np.int32(-0x70000001)  # 1000 1111 1111 ... 1111
 _BIAS: Final = np.float32(2.0**112)
 
 
 def widen(vectors: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Finite numbers as float32, exactly; of float16 seven times as fast as `astype`.
+    """Convert finite numbers to float32, exactly; for float16 seven times as fast as `astype`.
 
-    The bits of a float16 go to their places in a float32, whose exponent then counts from 127
-    where it counted from 15. (What is not finite comes out as 65,536 or more.)
+    The bits of a float16 move to their places in a float32, whose exponent then counts from 127
+    where it counted from 15. (Numbers that are not finite become 65,536 or more.)
     """
     if vectors.dtype != np.float16:
         return vectors.astype(np.float32, copy=False)
     wide = np.empty(vectors.shape, dtype=np.float32)
-    if vectors.ndim < 2 or len(vectors) <= _ROWS_WIDENED:
+    if vectors.ndim < 2 or len(vectors) <= _WIDEN_ROWS:
         _widen_into(wide, vectors)
         return wide
-    for start in range(0, len(vectors), _ROWS_WIDENED):
-        end = start + _ROWS_WIDENED
+    for start in range(0, len(vectors), _WIDEN_ROWS):
+        end = start + _WIDEN_ROWS
         _widen_into(wide[start:end], vectors[start:end])
     return wide
 
@@ -43,21 +43,21 @@ def _widen_into(wide: NDArray[np.float32], vectors: NDArray[np.floating[Any]]) -
 def to_lists(vectors: NDArray[np.floating[Any]]) -> list[list[float]]:
     """Rows as lists of Python floats.
 
-    float16 has 65,536 values, so that its lists share 65,536 Python floats: faster than `tolist`,
-    and 8 bytes a number instead of 32.
+    float16 has 65,536 values, so its lists share 65,536 Python floats: faster than `tolist`, and 8
+    bytes per number instead of 32.
     """
     if vectors.dtype != np.float16:
         rows: list[list[float]] = vectors.tolist()
         return rows
-    table, bits = _every_float16(), vectors.view(np.uint16)
+    table, bits = _float16_table(), vectors.view(np.uint16)
     return [
         row
-        for start in range(0, len(bits), _ROWS_AT_ONCE)
-        for row in table.take(bits[start : start + _ROWS_AT_ONCE]).tolist()
+        for start in range(0, len(bits), _LIST_ROWS)
+        for row in table.take(bits[start : start + _LIST_ROWS]).tolist()
     ]
 
 
 @cache
-def _every_float16() -> NDArray[np.object_]:
+def _float16_table() -> NDArray[np.object_]:
     values = np.arange(2**16, dtype=np.uint16).view(np.float16)
     return np.array(values.tolist(), dtype=np.object_)

@@ -19,10 +19,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
-from kalm_integrations.codec import Truncate, VectorDtype
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
 from kalm_integrations.models import EMBEDDED, KALM, NAMED_SPACES, ModelProfile, profile_of
+from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.validation import MAX_CHARACTERS
 

@@ -1,8 +1,10 @@
-"""What a caller gets: numpy arrays, and the lists of Python floats that frameworks demand."""
+"""What a caller gets: numpy arrays, or the lists of Python floats that frameworks demand."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations import floats
-from kalm_integrations.errors import InvalidResponseError, InvalidText
+from kalm_integrations.errors import InvalidResponseError, InvalidText, KalmError
 
 if TYPE_CHECKING:
-    from kalm_integrations.codec import VectorDtype
     from kalm_integrations.identity import VectorIdentity
+    from kalm_integrations.protocol import VectorDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class EmbeddingResult:
 
     Attributes:
         vectors: Shape (texts, dimensions), float32, each row of unit length.
-        dtype: The type that travelled.
+        dtype: The type in which the vectors were sent.
         identity: What these vectors may be compared with.
         usage: What the call cost.
     """
@@ -47,11 +49,11 @@ class EmbeddingResult:
 
     @property
     def packed(self) -> NDArray[np.floating[Any]]:
-        """`vectors` in the type that travelled, exactly: half the memory, if that is float16."""
+        """`vectors` in `dtype`, exactly: half the memory if that is float16."""
         return self.vectors.astype(self.dtype, copy=False)
 
     def to_lists(self) -> list[list[float]]:
-        """One list of Python floats a text, as LangChain and LlamaIndex take them."""
+        """One list of Python floats per text, as LangChain and LlamaIndex take them."""
         return floats.to_lists(self.packed)
 
     def __len__(self) -> int:
@@ -63,12 +65,12 @@ class EmbeddingResult:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedBatch:
-    """A part of a call's answer, as `iter_embed` yields it.
+    """A part of a call's result, as `iter_embed` yields it.
 
     Attributes:
-        indices: Where each row belongs in the caller's texts, shape (n,), int64. Identical
-            texts have identical rows.
-        packed: Shape (n, dimensions), in the type that travelled.
+        indices: Index in the caller's texts of each row, shape (n,), int64. Identical texts have
+            identical rows.
+        packed: Shape (n, dimensions), in the type in which the vectors were sent.
         usage: What this part cost.
         rejected: With on_error="skip", the texts that have no vector, and why.
     """
@@ -90,22 +92,33 @@ class EmbeddedBatch:
         vectors: NDArray[np.float32] = kept["_vectors"]
         return vectors
 
+    def joined(self, other: EmbeddedBatch) -> EmbeddedBatch:
+        """This part and another one, as one."""
+        # A part without rows may not know the dimensions.
+        rows = [part.packed for part in (self, other) if len(part)] or [self.packed]
+        return EmbeddedBatch(
+            np.concatenate([self.indices, other.indices]),
+            np.concatenate(rows),
+            self.usage + other.usage,
+            self.rejected + other.rejected,
+        )
+
     def write_into(self, vectors: NDArray[np.floating[Any]], start: int = 0) -> None:
-        """Write each row to its place, widened where that is float32.
+        """Write each row to its index, widened if `vectors` is float32.
 
         Args:
-            vectors: Where they belong, one a row.
-            start: Index of the text that the first row of `vectors` is of.
+            vectors: One row per text.
+            start: Index of the text of the first row of `vectors`.
 
         Raises:
-            InvalidResponseError: The rows are not of that many texts, or of other dimensions:
-                numpy would repeat a single row, or a single number, to fill the places.
+            InvalidResponseError: Wrong number of rows or dimensions: numpy would repeat a single
+                row, or a single number, to fill the array.
         """
         if not len(self):  # it may not know the dimensions
             return
-        places = (len(self), vectors.shape[1])
-        if self.packed.shape != places:
-            raise InvalidResponseError(f"vectors of shape {self.packed.shape}, not {places}.")
+        shape = (len(self), vectors.shape[1])
+        if self.packed.shape != shape:
+            raise InvalidResponseError(f"vectors of shape {self.packed.shape}, not {shape}.")
         wide = vectors.dtype == np.float32
         vectors[self.indices - start] = floats.widen(self.packed) if wide else self.packed
 
@@ -119,7 +132,7 @@ class EmbeddedBatch:
 
 @dataclass(frozen=True, eq=False)
 class PartialResult:
-    """What a failed call had finished: `vectors[k]` is of the caller's text `indices[k]`."""
+    """What a failed call had finished: `vectors[k]` belongs to the caller's text `indices[k]`."""
 
     total: int
     indices: NDArray[np.int64] = field(repr=False)
@@ -132,3 +145,95 @@ class PartialResult:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class ResultBuilder(ABC):
+    """Collects the parts of one call, which arrive in any order.
+
+    Args:
+        total: Number of texts.
+        dimensions: Of the vectors; 0 if the first part decides.
+    """
+
+    def __init__(self, total: int, dimensions: int) -> None:
+        self.usage = Usage()
+        self._filled = np.zeros(total, dtype=np.bool_)
+        self._dimensions = dimensions
+
+    def add(self, part: EmbeddedBatch) -> None:
+        """Put the rows of `part` at their indices."""
+        self._put(part)
+        self._filled[part.indices] = True
+        self.usage += part.usage
+
+    @contextmanager
+    def partial_on_error(self) -> Iterator[None]:
+        """A `KalmError` that leaves this block carries the finished rows, as `partial`."""
+        try:
+            yield
+        except KalmError as error:
+            indices = np.flatnonzero(self._filled)
+            error.partial = PartialResult(len(self._filled), indices, self._rows(indices))
+            raise
+
+    def _check_complete(self) -> None:
+        # Uninitialized memory is never handed out.
+        if not self._filled.all():
+            missing = int(np.flatnonzero(~self._filled)[0])
+            raise InvalidResponseError(f"texts[{missing}] got no vector.")
+
+    @abstractmethod
+    def _put(self, part: EmbeddedBatch) -> None: ...
+
+    @abstractmethod
+    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]: ...
+
+
+class ArrayBuilder(ResultBuilder):
+    """Builds one float32 array; parts are widened while later ones are on their way."""
+
+    def __init__(self, total: int, dimensions: int) -> None:
+        super().__init__(total, dimensions)
+        self._vectors = np.empty((total, dimensions), dtype=np.float32)
+
+    def result(self, dtype: VectorDtype, identity: VectorIdentity) -> EmbeddingResult:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled.
+        """
+        self._check_complete()
+        return EmbeddingResult(self._vectors, dtype, identity, self.usage)
+
+    def _put(self, part: EmbeddedBatch) -> None:
+        if not self._vectors.shape[1]:
+            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), np.float32)
+        part.write_into(self._vectors)
+
+    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._vectors[indices]
+
+
+class ListBuilder(ResultBuilder):
+    """Builds lists of Python floats; parts are converted while later ones are on their way."""
+
+    def __init__(self, total: int, dimensions: int) -> None:
+        super().__init__(total, dimensions)
+        self._lists: list[list[float]] = [[]] * total
+
+    def result(self) -> list[list[float]]:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled.
+        """
+        self._check_complete()
+        return self._lists
+
+    def _put(self, part: EmbeddedBatch) -> None:
+        for index, row in zip(part.indices.tolist(), floats.to_lists(part.packed), strict=True):
+            self._lists[index] = row
+
+    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = [self._lists[index] for index in indices.tolist()]
+        return np.array(rows, dtype=np.float32).reshape(len(rows), -1 if rows else self._dimensions)

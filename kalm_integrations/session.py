@@ -1,21 +1,22 @@
-"""One request's way: slot, deadline, retries, splits, checks. Lives on the I/O thread."""
+"""One request: concurrency slot, deadline, retries, splitting, validation.
+
+A session holds one client's connections. It lives on one event loop; `dispatch` hands it batches.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-import threading
 import time
-import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from kalm_integrations.batching import Batch
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import (
     DeadlineExceededError,
     InvalidInputError,
@@ -25,19 +26,18 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
     TransportError,
 )
-from kalm_integrations.event_loop import IOThread, io_thread, is_running
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.lane import Lane
 from kalm_integrations.options import FIRST_START, ClientConfig
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryBudget, delay_before
-from kalm_integrations.transports.base import Transport, open_transport
-from kalm_integrations.verify import Verifier
+from kalm_integrations.transports.base import Transport
+from kalm_integrations.validation import ResponseValidator
 
 log = logging.getLogger(__name__)
 
-COLD_AFTER = 5.0  # seconds without a first answer, after which a log line says why that may be
+COLD_START_HINT = 5.0  # seconds without a first response, after which the log names a cold start
 T = TypeVar("T")
 
 
@@ -47,189 +47,163 @@ class Call:
 
     Attributes:
         role: Side of the search.
-        deadline: On the clock of `time.monotonic`; None gives each request the whole timeout.
-        skip_invalid: Embed a request's other texts where some cannot be embedded.
-        timeout: Seconds until the deadline when the call began, if not the settings' own.
+        timeout: Seconds for the call; for each request if `deadline` is None.
+        deadline: On the clock of `time.monotonic`.
+        skip_invalid: Embed a request's other texts if some cannot be embedded.
     """
 
     role: Role
-    deadline: float | None
+    timeout: float
+    deadline: float | None = None
     skip_invalid: bool = False
-    timeout: float | None = None
 
 
 class Session:
-    """A client's connections on one loop, and the slots that bound its requests in flight."""
+    """A client's connections on one event loop, and the slots that bound its concurrency."""
 
-    def __init__(
-        self, settings: ClientConfig, transport: Transport, verifier: Verifier | None = None
-    ) -> None:
-        self._settings = settings
+    def __init__(self, config: ClientConfig, transport: Transport) -> None:
+        self._config = config
         self._transport = transport
-        self._verifier = verifier or Verifier(settings)
-        self._told = self._answered = False
-        self._failed: KalmError | None = None
-        self._budget = RetryBudget(settings.max_retries * settings.max_concurrency)
+        self._validator = ResponseValidator(config)
+        self._ready = False
+        """Whether the service has responded once: what takes long afterwards is no cold start."""
+        self._hinted = False
+        self._last_failure: KalmError | None = None
+        self._budget = RetryBudget(config.max_retries * config.max_concurrency)
         self._slots: dict[Role, asyncio.Semaphore] = {
-            "query": asyncio.Semaphore(settings.max_concurrency),
-            "document": asyncio.Semaphore(settings.max_concurrency),
+            "query": asyncio.Semaphore(config.max_concurrency),
+            "document": asyncio.Semaphore(config.max_concurrency),
         }
 
     async def send(self, batch: Batch, call: Call) -> EmbeddedBatch:
         """Embed one batch.
 
         Raises:
-            KalmError: Whatever went wrong, always one of these; indices are the caller's.
+            KalmError: Always one of these, whatever went wrong; indices are the caller's.
         """
         if not batch.texts:
-            return self._nothing(batch.rejected)
+            return self._without_vectors(batch.rejected)
+        async with self._deadline(call) as deadline, self._slots[call.role]:
+            return await self._embed(batch, call, deadline)
 
-        async def in_slot(deadline: float) -> EmbeddedBatch:
-            async with self._slots[call.role]:
-                return await self._embed(batch, call, deadline)
-
-        return await self._in_time(in_slot, call)
-
-    def lane(self, owner: object) -> Lane | None:
-        """A lane beside this session, whose answers are held against the same identity; None for
-        a transport that cannot be used so."""
-        if not self._transport.may_rest:
+    async def ensure_ready(self, call: Call) -> SpaceIdentity | None:
+        """Wait until the service can embed, and check its identity; None if it reports none."""
+        async with self._deadline(call) as deadline:
+            description = await self._retry(self._transport.ensure_ready, deadline)
+        if description is None:
             return None
-        beside = Session(self._settings, open_transport(self._settings), self._verifier)
-        return Lane(beside, owner)
-
-    async def wake(self, call: Call) -> SpaceIdentity | None:
-        """Have the service ready, and its identity checked; what it reports, if it does."""
-
-        async def wake(deadline: float) -> SpaceIdentity | None:
-            return await self._retrying(self._transport.wake, deadline)
-
-        served = await self._in_time(wake, call)
-        for warning in self._transport.service_warnings:
+        for warning in description.warnings:
             log.warning("the service reports %s: %s", warning.code, warning.message)
-        if served is not None or self._transport.reports_no_identity:
-            self._verifier.check_identity(served)
-        return served
+        self._validator.check_identity(description.identity)
+        return description.identity
 
     async def close(self) -> None:
         """Close the connections."""
         await self._transport.close()
 
-    async def _in_time(self, work: Callable[[float], Awaitable[T]], call: Call) -> T:
+    @asynccontextmanager
+    async def _deadline(self, call: Call) -> AsyncIterator[float]:
+        """Yield the deadline of a request; raise `DeadlineExceededError` when it has passed."""
         now = time.monotonic()
-        limit = call.timeout or self._settings.timeout
-        deadline = now + limit if call.deadline is None else call.deadline
-        telling = None
-        if self._transport.may_be_cold and not self._told:  # else it is only busy
+        deadline = now + call.timeout if call.deadline is None else call.deadline
+        hint = None
+        if self._transport.can_be_cold and not (self._ready or self._hinted):
             loop = asyncio.get_running_loop()
-            telling = loop.call_later(COLD_AFTER, self._tell_of_cold_start, limit)
+            hint = loop.call_later(COLD_START_HINT, self._log_cold_start, call.timeout)
         try:
             async with asyncio.timeout(deadline - now) as timer:
-                result = await work(deadline)
-                # It runs: what takes long from now on is no start.
-                self._told = self._answered = True
-                return result
+                yield deadline
+            self._ready = True
         except TimeoutError as error:
             if not timer.expired():
-                raise  # a deadline that the service kept
-            message = f"no answer within timeout={limit:g} s."
-            if self._failed:
-                message += f" The last attempt: {self._failed}"
-            elif self._transport.may_be_cold and not self._answered:
+                raise  # the service's own deadline
+            message = f"no response within timeout={call.timeout:g} s."
+            if self._last_failure:
+                message += f" The last attempt: {self._last_failure}"
+            elif self._transport.can_be_cold and not self._ready:
                 message += (
                     " The service may still be starting: a first start takes 5 to 10 minutes, and "
-                    f"at most {FIRST_START:g} s by default. {self._where_to_look()} tells the "
+                    f"at most {FIRST_START:g} s by default. {self._log_location()} shows the "
                     f"phase; warm_up(timeout={FIRST_START:g}) waits for it."
                 )
             raise DeadlineExceededError(message) from error
         finally:
-            if telling is not None:
-                telling.cancel()
+            if hint is not None:
+                hint.cancel()
 
-    def _tell_of_cold_start(self, limit: float) -> None:
-        if not self._told:
-            self._told = True
-            log.warning(
-                "no answer for %g s: the service may be starting, which can take minutes; waiting "
-                "for up to timeout=%g s; %s tells the phase",
-                COLD_AFTER,
-                limit,
-                self._where_to_look(),
-            )
+    def _log_cold_start(self, timeout: float) -> None:
+        if self._ready or self._hinted:
+            return
+        self._hinted = True
+        log.warning(
+            "no response for %g s: the service may be starting, which can take minutes; waiting "
+            "for up to timeout=%g s; %s shows the phase",
+            COLD_START_HINT,
+            timeout,
+            self._log_location(),
+        )
 
-    def _where_to_look(self) -> str:
-        """Only logs tell the phase: until it has started, a container answers nothing."""
-        if self._settings.base_url is None:
-            return f"`modal app logs {self._settings.app_name} -f`"
+    def _log_location(self) -> str:
+        """Where the phase of a start can be seen: a container that starts responds to nothing."""
+        if self._config.base_url is None:
+            return f"`modal app logs {self._config.app_name} -f`"
         return "its log (on Modal: `modal app logs APP -f`, with the app's name)"
 
     async def _embed(self, batch: Batch, call: Call, deadline: float) -> EmbeddedBatch:
-        skipped: list[InvalidText] = []
-        while batch.texts:
-            try:
-                part = await self._request(batch, call.role, deadline)
-                break
-            except RequestTooLargeError as error:
-                if len(batch) > 1:
-                    halves = [await self._embed(half, call, deadline) for half in batch.halves()]
-                    part = _joined(*halves)
-                    break
-                cause: KalmError = error
-                refused = [InvalidText(0, "is too large for the service even alone")]
-                rejection: InvalidInputError | InvalidResponseError
-                rejection = InvalidInputError.of(batch.locate(refused))
-            except (InvalidInputError, InvalidResponseError) as error:
-                refused = list(error.invalid)
-                if not refused:
-                    raise  # the request as a whole
-                if not all(0 <= bad.index < len(batch) for bad in refused):
-                    raise TransportError(
-                        f"the service refused texts it was not sent: {error}"
-                    ) from error
-                cause = error
-                rejection = type(error).of(batch.locate(refused))
-            # Of a service that is broken all vectors are wrong: no text is to blame, none is
-            # skipped.
-            broken = isinstance(cause, InvalidResponseError) and len(refused) == len(batch) > 1
-            if broken or not call.skip_invalid:
-                raise rejection from cause
-            skipped += rejection.invalid
-            batch = batch.without(bad.index for bad in refused)
-        else:
-            return self._nothing(tuple(skipped))
-        return _joined(part, self._nothing(tuple(skipped))) if skipped else part
+        """Embed `batch`: split if it is too large, without invalid texts if they may be skipped."""
 
-    async def _request(self, batch: Batch, role: Role, deadline: float) -> EmbeddedBatch:
-        settings = self._settings
-
-        async def attempt() -> EmbedAnswer:
+        async def attempt() -> EmbedResponse:
             request = EmbedRequest(
                 texts=batch.texts,
-                role=role,
-                dimensions=settings.dimensions,
-                truncate=settings.truncate,
-                dtype=settings.vector_dtype,
+                role=call.role,
+                dimensions=self._config.dimensions,
+                truncate=self._config.truncate,
+                dtype=self._config.vector_dtype,
                 timeout=deadline - time.monotonic(),
             )
-            answer = await self._transport.embed(request)
-            self._verifier.check_request(answer, request)
-            return answer
+            response = await self._transport.embed(request)
+            self._validator.check(response, request)
+            return response
 
-        answer = await self._retrying(attempt, deadline)
-        self._verifier.check(answer, len(batch))
-        indices, rows = batch.scatter(answer.vectors)
-        return EmbeddedBatch(indices, rows, answer.usage)
+        kind: type[InvalidInputError | InvalidResponseError]
+        invalid: Sequence[InvalidText]
+        cause: KalmError
+        try:
+            response = await self._retry(attempt, deadline)
+            indices, rows = batch.scatter(response.vectors)
+            return EmbeddedBatch(indices, rows, response.usage)
+        except RequestTooLargeError as error:
+            if len(batch) > 1:
+                first, second = batch.halves()
+                part = await self._embed(first, call, deadline)
+                return part.joined(await self._embed(second, call, deadline))
+            invalid = [InvalidText(0, "is too large for the service even alone")]
+            kind, cause = InvalidInputError, error
+        except (InvalidInputError, InvalidResponseError) as error:
+            if not error.invalid:
+                raise  # the request as a whole
+            if not all(0 <= each.index < len(batch) for each in error.invalid):
+                raise TransportError(
+                    f"the service rejected texts that were not in the request: {error}"
+                ) from error
+            invalid, kind, cause = error.invalid, type(error), error
+        rejection = kind.of(batch.locate(invalid))
+        # If all of several vectors are wrong, the service is broken, and no text is to blame.
+        broken = kind is InvalidResponseError and len(invalid) == len(batch) > 1
+        if broken or not call.skip_invalid:
+            raise rejection from cause
+        rejected = self._without_vectors(rejection.invalid)
+        rest = batch.without(each.index for each in invalid)
+        return (await self._embed(rest, call, deadline)).joined(rejected) if rest else rejected
 
-    async def _retrying(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+    async def _retry(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+        """The result of `attempt`, retried as `retry.delay_before` decides."""
         for retry in itertools.count():
             try:
                 result = await attempt()
-                self._budget.earn()
-                self._failed = None
-                return result
             except KalmError as error:
-                self._failed = error
-                delay = delay_before(retry, error, self._settings.max_retries)
+                self._last_failure = error
+                delay = delay_before(retry, error, self._config.max_retries)
                 if delay is None or time.monotonic() + delay >= deadline:
                     raise
                 if not self._budget.spend():
@@ -237,94 +211,14 @@ class Session:
                 log.warning("retry %d in %.1f s: %s", retry + 1, delay, error)
             except Exception as error:
                 raise TransportError(f"{type(error).__name__}: {error}.") from error
+            else:
+                self._budget.earn()
+                self._last_failure = None
+                return result
             await asyncio.sleep(delay)
         raise AssertionError("unreachable")
 
-    def _nothing(self, rejected: tuple[InvalidText, ...]) -> EmbeddedBatch:
-        shape = (0, self._settings.vector_dimensions)
-        vectors = np.empty(shape, dtype=self._settings.vector_dtype)
+    def _without_vectors(self, rejected: tuple[InvalidText, ...]) -> EmbeddedBatch:
+        shape = (0, self._config.vector_dimensions)
+        vectors = np.empty(shape, dtype=self._config.vector_dtype)
         return EmbeddedBatch(np.empty(0, dtype=np.int64), vectors, Usage(), rejected)
-
-
-class SessionHolder:
-    """Where a client keeps its session, and the lane beside it.
-
-    A session belongs to one loop and so to one process: after a fork there is a new loop, and a
-    new session with it. It is used on the I/O thread only, the lane by callers. Copies and pickles
-    of the holder are empty, and all holders are equal: clients compare by their settings.
-    """
-
-    def __init__(self) -> None:
-        self._thread: IOThread | None = None
-        self._session: Session | None = None
-        self._opening = threading.Lock()
-        self._lane: Lane | None = None
-
-    def open(self, client: ClientConfig) -> Session:
-        thread = io_thread()
-        if self._session is None or self._thread is not thread:
-            # The thread keeps the session until it is closed; so the session must not keep the
-            # client, and with it this holder, whose end closes the session.
-            settings = client.without_client()
-            self._thread, self._session = thread, Session(settings, open_transport(settings))
-            thread.resources.add(self._session)
-            self._end = weakref.finalize(self, _close_later, thread, self._session)
-            self._end.atexit = False
-        return self._session
-
-    def send_by_lane(self, batch: Batch, call: Call) -> EmbeddedBatch | None:
-        """`Session.send`, on the caller's thread; None where it has to be the I/O thread, which it
-        is before anything was sent."""
-        lane = self._lane
-        if lane is None or lane.closed:
-            lane = self._open_lane()
-        return None if lane is None else lane.send(batch, call)
-
-    async def close(self) -> None:
-        session, self._session = self._session, None
-        lane, self._lane = self._lane, None
-        if session is not None and self._thread is io_thread():
-            self._end.detach()  # or every closed session would be kept
-            self._thread.resources.discard(session)
-            await session.close()
-        if lane is not None:
-            await asyncio.wrap_future(lane.close())
-
-    def _open_lane(self) -> Lane | None:
-        session = self._session
-        # The lock may be a parent process's, and never be released.
-        if session is None or self._thread is None or not is_running(self._thread):
-            return None
-        if not self._opening.acquire(blocking=False):
-            return None
-        try:
-            self._lane = session.lane(self)
-            return self._lane
-        except OSError:  # too many open files: the I/O thread has its loop already
-            return None
-        finally:
-            self._opening.release()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SessionHolder)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
-
-
-def _close_later(thread: IOThread, session: Session) -> None:
-    if is_running(thread):
-        thread.discard(session)
-
-
-def _joined(first: EmbeddedBatch, second: EmbeddedBatch) -> EmbeddedBatch:
-    # What has no rows may not know the dimensions either.
-    rows = [part.packed for part in (first, second) if len(part)] or [first.packed]
-    return EmbeddedBatch(
-        np.concatenate([first.indices, second.indices]),
-        np.concatenate(rows),
-        first.usage + second.usage,
-        first.rejected + second.rejected,
-    )

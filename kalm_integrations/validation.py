@@ -1,40 +1,76 @@
-"""Which texts can be embedded. Client and service ask the same question here.
+"""Which texts can be embedded, and which vectors may be returned. Client and service share these
+rules.
 
 | text | decision |
 |---|---|
-| a string with something in it, control characters and `<bos>` included | embedded as it is |
+| a string with visible content, control characters and `<bos>` included | embedded as it is |
 | empty, or white space only | refused: all of them would share one meaningless vector |
 | not a string (None, bytes, numbers, token ids) | refused |
-| a lone surrogate | refused: not Unicode text, no tokenizer takes it |
+| a lone surrogate | refused: not Unicode text, no tokenizer accepts it |
 | over 262,144 characters, with truncate="error" | refused: longer than any model's length |
+
+A vector is accepted if its length is 1 within `NORM_TOLERANCE`; no other rule for length exists.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-from kalm_integrations.codec import Truncate
+import numpy as np
+from numpy.typing import NDArray
+
 from kalm_integrations.errors import (
+    CorruptedAnswerError,
+    IdentityMismatchError,
     InputTooLongError,
     InvalidArgumentError,
     InvalidInputError,
+    InvalidResponseError,
     InvalidText,
 )
+from kalm_integrations.floats import widen
+
+if TYPE_CHECKING:
+    from kalm_integrations.identity import SpaceIdentity
+    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.protocol import EmbedRequest, EmbedResponse, Truncate
+
+log = logging.getLogger(__name__)
 
 MAX_CHARACTERS: Final = 262_144
-"""Counting characters is free, tokenizing a huge text is not. Text has 1 to 5 characters a token;
-this is 8 for each of the 32,768 tokens that the largest deployment takes."""
-
+"""Counting characters is free, tokenizing a huge text is not. Text has 1 to 5 characters per token;
+this is 8 for each of the 32,768 tokens that the largest deployment reads."""
+NORM_TOLERANCE: Final = 2e-3
+"""How far a vector's length may be from 1: float16 rounds by up to 5e-4; an unnormalized vector is
+off by far more."""
 
 _TOO_LONG: Final = "is too long: "
+_MIN_SQUARE, _MAX_SQUARE = (1 - NORM_TOLERANCE) ** 2, (1 + NORM_TOLERANCE) ** 2
 
 
-def iterate(texts: object) -> Iterable[object]:
-    """`texts` itself, if it is an ordered collection or iterator of texts.
+# --- texts
+
+
+def check_texts(texts: object, truncate: Truncate) -> list[str]:
+    """All of `texts`, as plain strings.
 
     Raises:
-        InvalidArgumentError: It is a single string, has no order, or is no collection.
+        InvalidArgumentError: `texts` is not an ordered collection.
+        InvalidInputError: Some texts cannot be embedded; `invalid` names every one of them.
+    """
+    valid, invalid = partition_valid(enumerate(check_collection(texts)), truncate)
+    if invalid:
+        raise invalid_input(invalid)
+    return [text for _, text in valid]
+
+
+def check_collection(texts: object) -> Iterable[object]:
+    """Return `texts` if it is an ordered collection or iterator.
+
+    Raises:
+        InvalidArgumentError: It is a single string, has no order, or is not a collection.
     """
     if isinstance(texts, str | bytes | bytearray):
         raise InvalidArgumentError(f"texts is one {type(texts).__name__}, not a list of texts.")
@@ -42,18 +78,37 @@ def iterate(texts: object) -> Iterable[object]:
         raise InvalidArgumentError(
             f"texts is a {type(texts).__name__}, whose order is not that of the vectors."
         )
-    # A table iterates over its columns' names, a matrix over its rows.
+    # Iterating over a table gives its column names, over a matrix its rows.
     if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
         raise InvalidArgumentError(f"texts is {_describe(texts)}, not a list of texts.")
     return texts
+
+
+def partition_valid(
+    texts: Iterable[tuple[int, object]], truncate: Truncate
+) -> tuple[list[tuple[int, str]], list[InvalidText]]:
+    """Split (index, text) pairs into those that can be embedded, and the others with the reason."""
+    valid: list[tuple[int, str]] = []
+    invalid: list[InvalidText] = []
+    for index, text in texts:
+        reason = why_invalid(text, truncate)
+        if reason is not None:
+            invalid.append(InvalidText(index, reason))
+        elif type(text) is str:
+            valid.append((index, text))
+        else:  # a subclass may measure, compare or pickle itself in its own way
+            valid.append((index, str.__str__(text)))
+    return valid, invalid
 
 
 def why_invalid(text: object, truncate: Truncate) -> str | None:
     """Why `text` cannot be embedded, or None."""
     if not isinstance(text, str):
         return _why_not_text(text)
+    if type(text) is not str:
+        text = str.__str__(text)
     if not text or text.isspace():
-        return "is empty" if not text else "is white space only"
+        return "is white space only" if text else "is empty"
     if len(text) > MAX_CHARACTERS and truncate == "error":
         return f"{_TOO_LONG}{len(text):,} characters, over the limit of {MAX_CHARACTERS:,}"
     if not text.isascii():
@@ -64,40 +119,9 @@ def why_invalid(text: object, truncate: Truncate) -> str | None:
     return None
 
 
-def sort_out(
-    texts: Iterable[tuple[int, object]], truncate: Truncate
-) -> tuple[list[tuple[int, str]], list[InvalidText]]:
-    """(index, text) pairs that can be embedded, and the others with the reason."""
-    valid: list[tuple[int, str]] = []
-    invalid: list[InvalidText] = []
-    for index, text in texts:
-        if type(text) is not str and isinstance(text, str):
-            # A subclass may measure, compare or pickle itself in its own way.
-            text = str.__str__(text)  # noqa: PLW2901
-        reason = why_invalid(text, truncate)
-        if reason is None:
-            assert isinstance(text, str)
-            valid.append((index, text))
-        else:
-            invalid.append(InvalidText(index, reason))
-    return valid, invalid
-
-
-def check(texts: Iterable[object], truncate: Truncate) -> list[str]:
-    """All of `texts`, as plain strings.
-
-    Raises:
-        InvalidInputError: Some cannot be embedded; `invalid` names every one of them.
-    """
-    valid, invalid = sort_out(enumerate(texts), truncate)
-    if invalid:
-        raise refusal(invalid)
-    return [text for _, text in valid]
-
-
-def refusal(invalid: list[InvalidText]) -> InvalidInputError:
+def invalid_input(invalid: list[InvalidText]) -> InvalidInputError:
     """The error that names `invalid`."""
-    too_long = all(bad.reason.startswith(_TOO_LONG) for bad in invalid)
+    too_long = all(each.reason.startswith(_TOO_LONG) for each in invalid)
     return (InputTooLongError if too_long else InvalidInputError).of(invalid)
 
 
@@ -108,10 +132,127 @@ def _why_not_text(text: object) -> str:
         case bytes() | bytearray():
             return f"is {type(text).__name__}, not a string: decode it first"
         case list() | tuple():
-            return f"is a {type(text).__name__}, not a string (token ids are not taken)"
+            return f"is a {type(text).__name__}, not a string (token ids are not accepted)"
         case _:
             return f"is {_describe(text)}, not a string"
 
 
 def _describe(value: object) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
+
+
+# --- vectors
+
+
+def invalid_rows(vectors: NDArray[Any]) -> list[InvalidText]:
+    """The rows that are not finite vectors of unit length, and what is wrong with each.
+
+    Args:
+        vectors: One per row, of any floating-point type.
+    """
+    if not len(vectors):
+        return []
+    if len(vectors) == 1:  # a query: each numpy call costs more than its arithmetic
+        row = vectors[0].astype(np.float32)
+        if _MIN_SQUARE <= np.vdot(row, row) <= _MAX_SQUARE:
+            return []
+    wide = widen(vectors)
+    with np.errstate(all="ignore"):  # a row that overflows is invalid
+        # Each row times itself: three times as fast as einsum.
+        squares = np.matmul(wide[:, None, :], wide[:, :, None])
+        if squares.min() >= _MIN_SQUARE and squares.max() <= _MAX_SQUARE:  # False for NaN
+            return []
+        lengths = np.sqrt(squares[:, 0, 0])
+    invalid = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE)).tolist()
+    return [
+        InvalidText(
+            row,
+            f"got a vector of length {lengths[row]:.4f} instead of 1"
+            if np.isfinite(vectors[row]).all()
+            else "got values that are not finite",
+        )
+        for row in invalid
+    ]
+
+
+class ResponseValidator:
+    """Checks every response to one client. What the client does not know beforehand (dimensions,
+    identity) the first response decides for all others. Thread-safe."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._dimensions = config.vector_dimensions
+        self._identity: dict[None, SpaceIdentity] = {}  # one or none; setdefault is atomic
+        self._warned = False
+        self._unverified = False
+        """Whether vectors without an identity were accepted."""
+
+    def check(self, response: EmbedResponse, request: EmbedRequest) -> None:
+        """Check that `response` holds the vectors of `request`.
+
+        Raises:
+            CorruptedAnswerError: It was made from another request.
+            IdentityMismatchError: The vectors are of another space, or of an unknown one.
+            InvalidResponseError: Wrong count, dimensions or type; or, with their rows in
+                `invalid`, vectors that are not finite or not of unit length.
+        """
+        if response.digest is not None and response.digest != request.digest():
+            raise CorruptedAnswerError("the response belongs to another request.")
+        self.check_identity(response.identity)
+        if response.identity is not None and self._unverified:
+            raise IdentityMismatchError(
+                f"the service changed from no identity to {_name(response.identity)}."
+            )
+        vectors, count, dtype = response.vectors, len(request.texts), self._config.vector_dtype
+        dimensions = self._dimensions or vectors.shape[-1]
+        if vectors.shape != (count, dimensions) or vectors.dtype != dtype:
+            raise InvalidResponseError(
+                f"requested {count} {dtype} vectors of {dimensions} dimensions, got "
+                f"{vectors.dtype} of shape {vectors.shape}."
+            )
+        if invalid := invalid_rows(vectors):
+            raise InvalidResponseError.of(invalid)
+        self._dimensions = dimensions
+        self._unverified = response.identity is None
+
+    def check_identity(self, served: SpaceIdentity | None) -> None:
+        """Check the identity that the service reports; None if it reports none.
+
+        Raises:
+            IdentityMismatchError: It is not the expected one, or not the same as before.
+        """
+        if not self._identity:
+            self._check_first(served)
+        before = (
+            self._identity.get(None) if served is None else self._identity.setdefault(None, served)
+        )
+        if served is not before and served != before:
+            differences = before.differences(served) if before and served else ""
+            raise IdentityMismatchError(
+                f"the service changed from {_name(before)} to {_name(served)}: {differences}."
+            )
+
+    def _check_first(self, served: SpaceIdentity | None) -> None:
+        expected = self._config.expected_space
+        if served is None:
+            if self._config.expected_identity is not None:
+                raise IdentityMismatchError(
+                    f"expected {_name(expected)}, but the service reports no identity."
+                )
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "unverified: the service reports no identity; only the model's name, the "
+                    "dimensions and the vectors' length are checked"
+                )
+            return
+        same = served == expected if expected.declared else served.model == expected.model
+        if not same:
+            raise IdentityMismatchError(
+                f"expected {_name(expected)}, but the service has {_name(served)}: "
+                f"{expected.differences(served)}."
+            )
+
+
+def _name(space: SpaceIdentity | None) -> str:
+    return "no identity" if space is None else f"{space.model} ({space.fingerprint})"

@@ -20,8 +20,8 @@ from copy import copy
 
 import numpy as np
 
-from kalm_integrations.codec import ServiceWarning
 from kalm_integrations.errors import CanaryFailedError, EngineLoadError, KalmError
+from kalm_integrations.protocol import ServiceWarning
 from modal_backend import canary
 from modal_backend.engines.base import Engine
 from modal_backend.engines.failed import OutOfOrderEngine

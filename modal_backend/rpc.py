@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from kalm_integrations import validation
-from kalm_integrations.codec import EmbedAnswer, error_fields, pack, read_request
+from kalm_integrations.codec import pack
 from kalm_integrations.errors import KalmError, TransportError
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, error_fields
 from kalm_integrations.version import __version__
 from modal_backend.service import EmbeddingService
 
@@ -92,16 +93,16 @@ def describe(
         return described | {"error": error_fields(error)}
 
 
-async def _answer(service: EmbeddingService, asked: Mapping[str, Any]) -> EmbedAnswer:
+async def _answer(service: EmbeddingService, asked: Mapping[str, Any]) -> EmbedResponse:
     """What `asked` gets.
 
     Raises:
         KalmError: Always one of these, whatever a stranger sent and whatever broke.
     """
     try:
-        request = read_request(asked)
+        request = EmbedRequest.from_fields(asked)
         # A single string would pass for the list of its letters.
-        texts: list[Any] = list(validation.iterate(request.texts))
+        texts: list[Any] = list(validation.check_collection(request.texts))
         return await service.embed(replace(request, texts=texts))
     except KalmError:
         raise

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations import validation
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning, Vectors
 from kalm_integrations.errors import (
     ConfigurationError,
     InvalidResponseError,
@@ -22,8 +21,9 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning, Vectors
 from kalm_integrations.result import Usage
-from kalm_integrations.verify import wrong_rows
+from kalm_integrations.validation import invalid_rows
 from modal_backend.admission import Admission
 from modal_backend.engines.base import Engine
 from modal_backend.engines.failed import OutOfOrderEngine
@@ -87,7 +87,7 @@ class EmbeddingService:
             role = _scheduled_role(request)
             self.admission.check(role, request.texts, request.timeout)
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """Answer one request.
 
         Raises:
@@ -139,16 +139,16 @@ class EmbeddingService:
             if start:
                 await asyncio.sleep(0)  # of so many, others need not wait for all
             rows = output.vectors[start : start + _ROWS_AT_ONCE]
-            bad = wrong_rows(rows)  # most callers over HTTP check nothing
+            bad = invalid_rows(rows)  # most callers over HTTP check nothing
             if not bad and rows.shape[1] != dimensions:
                 rows = _cut(rows, dimensions)
-                bad = wrong_rows(rows)
+                bad = invalid_rows(rows)
             wrong += [replace(text, index=start + text.index) for text in bad]
             if not as_they_are:
                 vectors[start : start + len(rows)] = rows[:, :dimensions]
         if wrong:
             raise InvalidResponseError.of(wrong)
-        return EmbedAnswer(
+        return EmbedResponse(
             vectors=vectors,
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
@@ -178,7 +178,7 @@ def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
     texts = request.texts
     if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
         texts = [t[: validation.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
-    return validation.check(texts, request.truncate), request.digest()
+    return validation.check_texts(texts, request.truncate), request.digest()
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

@@ -18,9 +18,9 @@ from scripted import ScriptedTransport
 from scripted_engine import ScriptedEngine, Vectors
 
 from kalm_integrations import reference
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import KALM, KALM_FP8
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 
 BF16 = SpaceIdentity(
     model=KALM.space.model,
@@ -82,7 +82,7 @@ class KalmTransport(ScriptedTransport):
         super().__init__(space=identity)
         self.spoil = spoil
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         answer = await super().embed(request)
         return replace(answer, vectors=self.spoil(vectors_of(request.texts)).astype(request.dtype))
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning
 from kalm_integrations.result import Usage
 
 DIMENSIONS = 512
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
-Fault = Exception | Callable[[EmbedAnswer], EmbedAnswer] | None
+Fault = Exception | Callable[[EmbedResponse], EmbedResponse] | None
 """Raised, or applied to the right answer; None answers as it should."""
 
 
@@ -40,10 +40,10 @@ def vectors_of(texts: Sequence[str], dtype: str = "float16") -> np.ndarray[Any, 
     return rows.reshape(len(texts), DIMENSIONS)
 
 
-def poisoned(value: float, row: int = 0) -> Callable[[EmbedAnswer], EmbedAnswer]:
+def poisoned(value: float, row: int = 0) -> Callable[[EmbedResponse], EmbedResponse]:
     """Set one number of one vector."""
 
-    def poison(answer: EmbedAnswer) -> EmbedAnswer:
+    def poison(answer: EmbedResponse) -> EmbedResponse:
         vectors = answer.vectors.copy()
         vectors[row, 7] = value
         return replace(answer, vectors=vectors)
@@ -91,7 +91,7 @@ class ScriptedTransport:
         """Every text that was sent, in order."""
         return [text for request in self.requests for text in request.texts]
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         self.requests.append(request)
         self.request_ids.append(request_id.get())
         fault = next(self._faults, None)
@@ -108,7 +108,7 @@ class ScriptedTransport:
             raise fault
         self._refuse(request)
         self.answered += 1
-        answer = EmbedAnswer(
+        answer = EmbedResponse(
             vectors=np.array([vector_of(text, request.dtype) for text in request.texts]),
             identity=self._space,
             usage=Usage(tokens=len(request.texts), requests=1),

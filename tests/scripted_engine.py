@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from scripted import DIMENSIONS, vectors_of
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import KalmError
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.prompts import AS_IS, Role
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, no_progress
 
 Vectors = np.ndarray[Any, Any]

@@ -14,8 +14,9 @@ from typing import Any
 
 from scripted import vector_of, vectors_of
 
-from kalm_integrations.codec import MEDIA_TYPE, EmbedAnswer, EmbedRequest, pack
+from kalm_integrations.codec import MEDIA_TYPE, pack
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import Usage
 from modal_backend.http.server import HttpServer, ServerOptions, bind
 
@@ -162,7 +163,7 @@ def reply(
     return step
 
 
-def packed(change: Callable[[EmbedAnswer], EmbedAnswer] = lambda answer: answer) -> Step:
+def packed(change: Callable[[EmbedResponse], EmbedResponse] = lambda answer: answer) -> Step:
     """Our server's answer, changed."""
 
     async def step(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -174,7 +175,7 @@ def packed(change: Callable[[EmbedAnswer], EmbedAnswer] = lambda answer: answer)
             dimensions=fields.get("dimensions"),
             truncate=fields["truncate"],
         )
-        answer = EmbedAnswer(
+        answer = EmbedResponse(
             vectors=vectors_of(request.texts, dtype).astype(dtype),
             identity=EMBEDDED.space,
             usage=Usage(len(request.texts), 1),

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, no_progress
 
 MODEL = "instant"

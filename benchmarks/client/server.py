@@ -26,7 +26,8 @@ import numpy as np
 import orjson
 
 from kalm_integrations import models
-from kalm_integrations.codec import MEDIA_TYPE, EmbedAnswer, EmbedRequest, VectorDtype, packed_parts
+from kalm_integrations.codec import MEDIA_TYPE, packed_parts
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, VectorDtype
 from kalm_integrations.result import Usage
 from modal_backend.http.schema import render
 
@@ -43,9 +44,9 @@ def rows() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 @cache
-def prepared(texts: int, dtype: VectorDtype = "float32") -> EmbedAnswer:
+def prepared(texts: int, dtype: VectorDtype = "float32") -> EmbedResponse:
     """The vectors of so many texts."""
-    return EmbedAnswer(
+    return EmbedResponse(
         vectors=np.resize(rows(), (texts, DIMENSIONS)).astype(dtype),
         identity=models.KALM.space,
         usage=Usage(tokens=texts, requests=1),

@@ -8,8 +8,8 @@ from itertools import chain, islice
 
 from kalm_integrations.bulk.scan import Scan, reason_of
 from kalm_integrations.bulk.sources import Row, Source
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.protocol import Truncate
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.bulk.sources import Source
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import BadRowsError, ConfigurationError
+from kalm_integrations.protocol import Truncate
 
 OnError = Literal["fail", "skip", "null"]
 SHARD_ROWS: Final = 8192

@@ -34,7 +34,7 @@ from kalm_integrations.errors import (
     InvalidText,
 )
 from kalm_integrations.result import EmbeddedBatch
-from kalm_integrations.verify import wrong_rows
+from kalm_integrations.validation import invalid_rows
 
 _MOST_OPEN: Final = 3
 
@@ -100,7 +100,7 @@ class Pipeline:
         call = client._call(
             "document", "raise" if job.on_error == "fail" else "skip", each_request=True
         )
-        parts = client._run(self._batches(), call, busy=self._busy)
+        parts = client.dispatcher.run(self._batches(), call, busy=self._busy)
         try:
             try:
                 for part in parts:
@@ -196,7 +196,7 @@ class Pipeline:
         others = copies & ~own
         if others.any():
             taken: NDArray[Any] = self._recurring.take(first[others])
-            if wrong_rows(taken):
+            if invalid_rows(taken):
                 raise ConfigurationError(
                     f"{self._work.folder} lacks the vectors of texts that recur: remove it, and "
                     "begin anew."

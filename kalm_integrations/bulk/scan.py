@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.bulk.columns import Columns, parquet_schema
 from kalm_integrations.bulk.sources import BLOCK_ROWS, Row, Source
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.protocol import Truncate
 from kalm_integrations.validation import why_invalid
 
 _KEPT: Final = 5  # bad rows that are named

@@ -16,11 +16,11 @@ from kalm_integrations.errors import (
     IdentityMismatchError,
     InvalidResponseError,
 )
-from kalm_integrations.event_loop import io_thread
+from kalm_integrations.event_loop import background_loop
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.models import KALM
 from kalm_integrations.options import FIRST_START
-from kalm_integrations.transports.base import reported
+from kalm_integrations.transports.base import describe_service
 
 QUESTION: Final = "How tall is K2?"
 RELATED: Final = "K2 is 8,611 metres high."
@@ -82,7 +82,8 @@ def _identity(patient: Patient) -> Finding:
     if patient.mismatch is not None:
         raise patient.mismatch
     settings = patient.settings
-    served, patient.warnings = io_thread().submit(reported(settings)).result()
+    description = background_loop().submit(describe_service(settings)).result()
+    served, patient.warnings = description.identity, description.warnings
     patient.served = served
     if served is None:
         return Finding.warn(

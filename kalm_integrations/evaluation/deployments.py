@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from kalm_integrations.assembly import ArrayAssembly
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -21,10 +20,11 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.evaluation.agreement import Vectors
 from kalm_integrations.evaluation.texts import Texts
-from kalm_integrations.event_loop import io_thread
+from kalm_integrations.event_loop import background_loop
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
-from kalm_integrations.transports.base import reported
+from kalm_integrations.result import ArrayBuilder
+from kalm_integrations.transports.base import describe_service
 
 Name = Literal["baseline", "candidate"]
 
@@ -60,7 +60,7 @@ class Deployment:
             KalmError: The service failed, or serves another space than before.
         """
         client = self.client
-        assembly = ArrayAssembly(len(texts), client.vector_dimensions, client.vector_dtype)
+        assembly = ArrayBuilder(len(texts), client.vector_dimensions)
         with self.blamed():
             try:
                 # Not embed(): its timeout is for the whole call, and a corpus may take longer.
@@ -71,7 +71,7 @@ class Deployment:
                 if not error.invalid:
                     raise
                 raise texts.refuse(error.invalid) from error
-            return assembly.result(client.vector_identity).packed
+            return assembly.result(client.vector_dtype, client.vector_identity).packed
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -167,7 +167,10 @@ class _Asking:
                 await client.awarm_up()
             except IdentityMismatchError as error:
                 mismatch = error
-            served, _ = await asyncio.wrap_future(io_thread().submit(reported(client)))
+            description = await asyncio.wrap_future(
+                background_loop().submit(describe_service(client))
+            )
+            served = description.identity
         if mismatch and served and client.model not in (None, served.model):
             raise mismatch  # KALM_MODEL asks for another
         return served

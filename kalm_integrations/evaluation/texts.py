@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import ConfigurationError, InvalidText
 from kalm_integrations.lines import column_of, is_json_lines, lines_of
+from kalm_integrations.protocol import Truncate
 from kalm_integrations.validation import why_invalid
 
 if TYPE_CHECKING:

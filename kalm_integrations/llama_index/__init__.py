@@ -205,7 +205,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        texts = validation.check(validation.iterate(texts), self.truncate)
+        texts = validation.check_texts(validation.check_collection(texts), self.truncate)
         with self._bar(len(texts), show_progress) as advance:
             if self._by_llama_index:
                 with batches_of(texts, advance):
@@ -219,7 +219,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        texts = validation.check(validation.iterate(texts), self.truncate)
+        texts = validation.check_texts(validation.check_collection(texts), self.truncate)
         with self._bar(len(texts), show_progress) as advance:
             if self._by_llama_index:
                 with batches_of(texts, advance):

@@ -1,76 +1,65 @@
-"""Doors to a service: one protocol, one module each."""
+"""How a client reaches a service: the protocol that every transport implements."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning
-from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.options import ClientConfig
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
+
+if TYPE_CHECKING:
+    from kalm_integrations.options import ClientConfig
 
 
 class Transport(Protocol):
-    """A way to a service. Used on one loop only; opens nothing before the first call.
+    """Sends one request and translates what comes back.
 
-    A transport sends one request and translates what comes back. It neither retries nor checks
-    vectors. It raises `KalmError`s, with indices counted within the request.
-
-    Attributes:
-        may_be_cold: Whether a late first answer may be that of a service that starts.
-        may_rest: Whether its loop may stand still between calls.
-        reports_no_identity: Whether the service is known to report none: what `wake` returned as
-            None is then its answer, and not a failed probe.
-        service_warnings: What the service reported at the last `wake`.
+    A transport neither retries nor validates vectors: the session does. It raises `KalmError`s,
+    with indices counted within the request. It is used on one event loop, and opens nothing
+    before the first call.
     """
 
-    may_be_cold: bool
-    may_rest: bool
-
     @property
-    def service_warnings(self) -> tuple[ServiceWarning, ...]: ...
+    def can_be_cold(self) -> bool:
+        """Whether a late first response may mean that the service is still starting."""
+        ...
 
-    @property
-    def reports_no_identity(self) -> bool: ...
-
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """Send one request."""
         ...
 
-    async def wake(self) -> SpaceIdentity | None:
-        """Have the service ready to answer; returns its identity, if it reports one."""
+    async def ensure_ready(self) -> ServiceDescription | None:
+        """Wait until the service can embed; None if it could not be asked what it serves."""
         ...
 
     async def close(self) -> None:
-        """Close connections. The transport is not used afterwards."""
+        """Close the connections. A later call may open new ones."""
         ...
 
 
-def open_transport(settings: ClientConfig) -> Transport:
-    """The transport that `settings.backend` names."""
-    if settings.resolved_backend == "modal":
+def open_transport(config: ClientConfig) -> Transport:
+    """The transport that `config.backend` names. A new transport is added here."""
+    backend = config.resolved_backend
+    if backend == "modal":
         from kalm_integrations.transports.modal import ModalTransport
 
-        return ModalTransport(settings)
-    if settings.resolved_backend == "http" and settings.base_url is None:
-        from kalm_integrations.transports.modal import DiscoveredHttpTransport
+        return ModalTransport(config)
+    if backend == "http" and config.base_url is None:
+        from kalm_integrations.transports.modal import ModalHttpTransport
 
-        return DiscoveredHttpTransport(settings)
-    if settings.resolved_backend == "http":
+        return ModalHttpTransport(config)
+    if backend == "http":
         from kalm_integrations.transports.http import HttpTransport
 
-        return HttpTransport(settings)
+        return HttpTransport(config)
     from kalm_integrations.transports.in_process import InProcessTransport
 
     return InProcessTransport()
 
 
-async def reported(
-    settings: ClientConfig,
-) -> tuple[SpaceIdentity | None, tuple[ServiceWarning, ...]]:
-    """The identity that the service reports, compared with nothing, and its warnings. On the I/O
-    thread only."""
-    transport = open_transport(settings)
+async def describe_service(config: ClientConfig) -> ServiceDescription:
+    """What the service reports about itself, compared with nothing. On the background loop only."""
+    transport = open_transport(config)
     try:
-        return await transport.wake(), transport.service_warnings
+        return await transport.ensure_ready() or ServiceDescription(identity=None)
     finally:
         await transport.close()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
-from kalm_integrations.event_loop import io_thread
-from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.event_loop import background_loop
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
 if TYPE_CHECKING:
     from modal_backend.service import EmbeddingService
@@ -19,27 +18,32 @@ _services: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[EmbeddingSe
 
 
 class InProcessTransport:
-    """All clients of a process share one service, and so one copy of the weights."""
+    """Calls a service in this process.
 
-    may_be_cold = False
-    may_rest = False
-    reports_no_identity = False
-    service_warnings = ()
+    Args:
+        service: The service, on this event loop; None for the embedded engine's, which all
+            clients of a process share, and so one copy of the weights.
+    """
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
-        return await (await _service()).embed(request)
+    can_be_cold: Final = False
 
-    async def wake(self) -> SpaceIdentity | None:
-        return (await _service()).identity
+    def __init__(self, service: EmbeddingService | None = None) -> None:
+        self._service = service
+
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        return await (self._service or await _embedded_service()).embed(request)
+
+    async def ensure_ready(self) -> ServiceDescription:
+        return ServiceDescription((self._service or await _embedded_service()).identity)
 
     async def close(self) -> None:
-        """Nothing: other clients may share the service."""
+        """Nothing: the service is shared."""
 
 
-async def _service() -> EmbeddingService:
+async def _embedded_service() -> EmbeddingService:
     loop = asyncio.get_running_loop()
     loading = _services.get(loop)
-    if loading is None or (loading.done() and loading.exception()):  # failed: try afresh
+    if loading is None or (loading.done() and loading.exception()):  # failed: load again
         loading = _services[loop] = asyncio.create_task(_load())
     # Shielded: one caller's deadline must not end the loading for all.
     return await asyncio.shield(loading)
@@ -55,5 +59,5 @@ async def _load() -> EmbeddingService:
         service = EmbeddingService(await loader.run(EmbeddedEngine.load))
     finally:
         loader.stop()
-    io_thread().resources.add(service)
+    background_loop().resources.add(service)
     return service

@@ -1,7 +1,7 @@
 """backend="modal": the app that `kalm deploy` made, over Modal's RPC.
 
-Modal's client retries lost inputs and broken connections of its own accord; what it does not retry
-(rate limits, containers that fail) is left to the one retry layer, in the session.
+Modal's client retries lost inputs and broken connections by itself; what it does not retry (rate
+limits, containers that fail) is left to the one retry layer, in the session.
 """
 
 from __future__ import annotations
@@ -14,15 +14,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from kalm_integrations.codec import (
-    EmbedAnswer,
-    EmbedRequest,
-    ServiceWarning,
-    read_error,
-    read_warnings,
-    request_fields,
-    unpack,
-)
+from kalm_integrations.codec import unpack
 from kalm_integrations.errors import (
     ConfigurationError,
     ConnectionFailedError,
@@ -39,6 +31,14 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.install_hints import install_command
+from kalm_integrations.protocol import (
+    EmbedRequest,
+    EmbedResponse,
+    ServiceDescription,
+    read_error,
+    read_warnings,
+    request_fields,
+)
 from kalm_integrations.transports.http import HttpTransport
 
 if TYPE_CHECKING:
@@ -48,109 +48,96 @@ T = TypeVar("T")
 
 
 class ModalTransport:
-    """Calls the class's packed method. Modal's own client, one a process, has the connections."""
+    """Calls the class's packed method. Modal's own client, one per process, has the connections."""
 
-    may_be_cold = True
-    may_rest = False
-    reports_no_identity = False
+    can_be_cold: Final = True
 
-    def __init__(self, settings: ClientConfig) -> None:
-        self._settings = settings
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
         self._methods: dict[str, Any] = {}
-        """Looked up once: it takes two calls of Modal's servers."""
-        self.service_warnings: tuple[ServiceWarning, ...] = ()
+        """Looked up once: a lookup takes two calls of Modal's servers."""
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         reply = await self._call("embed_packed", request_fields(request))
         packed = reply.get("packed")
         if not isinstance(packed, bytes):
-            raise InvalidResponseError("the answer of embed_packed has no packed vectors.")
+            raise InvalidResponseError("the response of embed_packed has no packed vectors.")
         return unpack(packed)
 
-    async def wake(self) -> SpaceIdentity | None:
-        """Start a container if none runs, and ask it who it is."""
+    async def ensure_ready(self) -> ServiceDescription:
+        """Start a container if none runs, and return its description."""
         reply = await self._call("describe")
-        self.service_warnings = read_warnings(reply)
         try:
-            return SpaceIdentity.from_dict(reply["identity"])
+            identity = SpaceIdentity.from_dict(reply["identity"])
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidResponseError(f"describe told no identity: {error}.") from error
+            raise InvalidResponseError(f"describe returned no identity: {error}.") from error
+        return ServiceDescription(identity, read_warnings(reply))
 
     async def close(self) -> None:
-        """Nothing: Modal's client is the process's."""
+        """Nothing: Modal's client belongs to the process."""
 
     async def _call(self, method: str, *arguments: Any) -> dict[str, Any]:
-        known = method in self._methods
+        cached = method in self._methods
         try:
-            reply = await translated(self._remote(method, arguments), self._settings)
+            reply = await translated(self._remote(method, arguments), self._config)
         except KalmError as error:
             self._methods.pop(method, None)
-            if known and isinstance(error, NotDeployedError):  # it may be deployed anew since
+            if cached and isinstance(error, NotDeployedError):  # it may have been redeployed
                 return await self._call(method, *arguments)
             raise
         if not isinstance(reply, dict):
-            raise InvalidResponseError(f"{method} answered with {type(reply).__name__}.")
+            raise InvalidResponseError(f"{method} returned {type(reply).__name__}.")
         if "error" in reply:
             raise read_error(reply["error"])
         return reply
 
     async def _remote(self, method: str, arguments: tuple[Any, ...]) -> Any:
         if method not in self._methods:
-            self._methods[method] = await self._looked_up(method)
+            remote = getattr(deployed(self._config), method)
+            async with _connect_timeout(self._config):
+                await remote.hydrate.aio()
+            self._methods[method] = remote
         try:
             return await self._methods[method].remote.aio(*arguments)
-        except KalmError as error:  # a hook's: the method returns its own
+        except KalmError as error:  # raised by a hook: the method returns its errors
             raise ContainerFailedError(
-                f"a container of {_place(self._settings)} failed: {type(error).__name__}: {error}"
+                f"a container of {_location(self._config)} failed: {type(error).__name__}: {error}"
             ) from error
 
-    async def _looked_up(self, method: str) -> Any:
-        found = getattr(deployed(self._settings), method)
-        async with _reached(self._settings):
-            await found.hydrate.aio()
-        return found
 
+class ModalHttpTransport:
+    """backend="http" without a base_url: the HTTP endpoint of the app, whose URL Modal knows."""
 
-class DiscoveredHttpTransport:
-    """backend="http" without a base_url: the HTTP door of the app, whose address Modal knows."""
+    can_be_cold: Final = True
 
-    may_be_cold = True
-    may_rest = False
-    reports_no_identity = False  # it is our app
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._lookup: asyncio.Task[HttpTransport] | None = None
 
-    def __init__(self, settings: ClientConfig) -> None:
-        self._settings = settings
-        self._finding: asyncio.Task[HttpTransport] | None = None
-        self.service_warnings: tuple[ServiceWarning, ...] = ()
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        return await (await self._transport()).embed(request)
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
-        return await (await self._found()).embed(request)
-
-    async def wake(self) -> SpaceIdentity | None:
-        transport = await self._found()
-        identity = await transport.wake()
-        self.service_warnings = transport.service_warnings
-        return identity
+    async def ensure_ready(self) -> ServiceDescription | None:
+        return await (await self._transport()).ensure_ready()
 
     async def close(self) -> None:
-        finding, self._finding = self._finding, None
-        if finding is None or finding.cancel() or finding.exception():
-            return
-        await finding.result().close()
+        lookup, self._lookup = self._lookup, None
+        if lookup is not None and not lookup.cancel() and not lookup.exception():
+            await lookup.result().close()
 
-    async def _found(self) -> HttpTransport:
-        finding = self._finding
-        if finding is None or (finding.done() and finding.exception()):  # failed: ask afresh
-            finding = self._finding = asyncio.create_task(self._find())
-        return await asyncio.shield(finding)
+    async def _transport(self) -> HttpTransport:
+        lookup = self._lookup
+        if lookup is None or (lookup.done() and lookup.exception()):  # failed: look up again
+            lookup = self._lookup = asyncio.create_task(self._look_up())
+        return await asyncio.shield(lookup)
 
-    async def _find(self) -> HttpTransport:
-        url = await http_url(self._settings)
-        return HttpTransport(self._settings.model_copy(update={"base_url": url}))
+    async def _look_up(self) -> HttpTransport:
+        url = await http_url(self._config)
+        return HttpTransport(self._config.model_copy(update={"base_url": url}))
 
 
-def deployed(settings: ClientConfig) -> Any:
-    """The deployed class's handle; asks nobody yet.
+def deployed(config: ClientConfig) -> Any:
+    """A handle of the deployed class; sends nothing yet.
 
     Raises:
         ConfigurationError: Modal's package is missing.
@@ -161,32 +148,32 @@ def deployed(settings: ClientConfig) -> Any:
         raise ConfigurationError(
             f'backend="modal" needs Modal\'s client: {install_command("modal")}.'
         ) from error
-    _leave_parents_channels_alone()
+    _keep_inherited_channels()
     hpack = logging.getLogger("hpack")  # under Modal's client; its DEBUG lines show the token
     if hpack.level < logging.INFO:
         hpack.setLevel(logging.INFO)
     return modal.Cls.from_name(
-        settings.app_name, settings.modal_class, environment_name=settings.environment_name
+        config.app_name, config.modal_class, environment_name=config.environment_name
     )()
 
 
-async def http_url(settings: ClientConfig) -> str:
-    """Where the app's HTTP door is. Starts no container.
+async def http_url(config: ClientConfig) -> str:
+    """The URL of the app's HTTP endpoint. Starts no container.
 
     Raises:
-        NotDeployedError: The app, its class or its HTTP door is not there.
+        NotDeployedError: The app, its class or its HTTP endpoint does not exist.
     """
-    async with _reached(settings):
-        url = await translated(deployed(settings).http.get_web_url.aio(), settings)
+    async with _connect_timeout(config):
+        url = await translated(deployed(config).http.get_web_url.aio(), config)
     if not url:
-        raise NotDeployedError(f"{_place(settings)} has no HTTP door.")
+        raise NotDeployedError(f"{_location(config)} has no HTTP endpoint.")
     return str(url)
 
 
 @asynccontextmanager
-async def _reached(settings: ClientConfig) -> AsyncIterator[None]:
-    """Left alone, Modal's client tries to connect for a minute."""
-    limit = settings.connect_timeout
+async def _connect_timeout(config: ClientConfig) -> AsyncIterator[None]:
+    """Limit the time to reach Modal, whose client tries for a minute by itself."""
+    limit = config.connect_timeout
     try:
         async with asyncio.timeout(limit) as timer:
             yield
@@ -197,8 +184,8 @@ async def _reached(settings: ClientConfig) -> AsyncIterator[None]:
         raise ConnectionFailedError(message) from error
 
 
-async def translated(work: Awaitable[T], settings: ClientConfig) -> T:
-    """The result of Modal's client; what it raises, as ours.
+async def translated(work: Awaitable[T], config: ClientConfig) -> T:
+    """The result of a call of Modal's client, with its exceptions translated.
 
     Raises:
         KalmError: Always one of these.
@@ -208,12 +195,12 @@ async def translated(work: Awaitable[T], settings: ClientConfig) -> T:
     except KalmError:
         raise
     except Exception as error:
-        raise error_of(error, settings) from error
+        raise error_of(error, config) from error
 
 
 _KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
     ("AuthError", ModalTokenError, "Modal refused the token, or there is none"),
-    ("NotFoundError", NotDeployedError, "{place} is not what this client needs"),
+    ("NotFoundError", NotDeployedError, "{location} is not what this client needs"),
     ("PermissionDeniedError", PermissionDeniedError, "Modal forbids it"),
     ("ResourceExhaustedError", RateLimitError, "Modal's limit for the workspace"),
     (
@@ -232,15 +219,16 @@ _KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
     ("StreamTerminatedError", ConnectionFailedError, "Modal was not reached"),
     ("ClientClosed", ConnectionFailedError, "the connection to Modal was closed"),
 )
-"""Exception of Modal's client (or of grpclib, below it) → ours, and what it means. The first that
-fits."""
+"""Exception of Modal's client (or of grpclib, below it) → our error and its meaning. The first one
+that matches
+counts."""
 
 
-def error_of(error: Exception, settings: ClientConfig) -> KalmError:
-    """What Modal's client raised, as ours.
+def error_of(error: Exception, config: ClientConfig) -> KalmError:
+    """Translate an exception of Modal's client.
 
-    The packed method returns its errors. What is not of Modal's client was raised in a container,
-    and not by the method: it could not start, or has other code in it.
+    The packed method returns its errors. An exception that is not from Modal's client was raised in
+    a container, and not by the method: it could not start, or runs other code.
     """
     names = {
         kind.__name__
@@ -249,22 +237,23 @@ def error_of(error: Exception, settings: ClientConfig) -> KalmError:
     }
     ours, meaning = next(
         ((ours, meaning) for name, ours, meaning in _KINDS if name in names),
-        (ContainerFailedError, "a container of {place} failed"),
+        (ContainerFailedError, "a container of {location} failed"),
     )
-    meaning = meaning.format(place=_place(settings), install=install_command("modal"))
-    said = without_sign_in_advice(str(error)).strip().rstrip(".")
-    return ours(": ".join(part for part in (meaning, type(error).__name__, said) if part) + ".")
+    meaning = meaning.format(location=_location(config), install=install_command("modal"))
+    message = without_sign_in_advice(str(error)).strip().rstrip(".")
+    parts = (meaning, type(error).__name__, message)
+    return ours(": ".join(part for part in parts if part) + ".")
 
 
 _process = os.getpid()
 _abandoned: list[Any] = []
 
 
-def _leave_parents_channels_alone() -> None:
-    """In a forked child: keep what Modal's client inherited, and is about to drop.
+def _keep_inherited_channels() -> None:
+    """In a forked child: keep the channels that Modal's client inherited and is about to drop.
 
-    Collected as garbage, a channel takes its socket out of the selector that the child shares with
-    its parent, whose next call would then wait for half a minute.
+    A channel that is garbage-collected removes its socket from the selector that the child shares
+    with its parent, whose next call would then wait for half a minute.
     """
     global _process
     if _process != os.getpid():
@@ -274,6 +263,6 @@ def _leave_parents_channels_alone() -> None:
         _abandoned.extend(found for found in gc.get_objects() if issubclass(type(found), Channel))
 
 
-def _place(settings: ClientConfig) -> str:
-    where = f" in environment {settings.environment_name!r}" if settings.environment_name else ""
-    return f"Modal app {settings.app_name!r}{where}, class {settings.modal_class!r}"
+def _location(config: ClientConfig) -> str:
+    where = f" in environment {config.environment_name!r}" if config.environment_name else ""
+    return f"Modal app {config.app_name!r}{where}, class {config.modal_class!r}"

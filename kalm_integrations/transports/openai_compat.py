@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server says, in our terms: vectors, or one of our errors."""
+"""Responses of an OpenAI-compatible server, in our terms: vectors, or one of our errors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
-from urllib.parse import quote
 
 import numpy as np
+from pydantic import ValidationError
 
-from kalm_integrations.codec import EmbedAnswer, VectorDtype
 from kalm_integrations.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -30,7 +29,9 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     by_code,
 )
+from kalm_integrations.protocol import EmbedResponse, ErrorBody, VectorDtype
 from kalm_integrations.result import Usage
+from kalm_integrations.transports.http_connection import HttpResponse, redact, shorten
 
 _BY_STATUS: Final[dict[int, type[KalmError]]] = {
     401: AuthenticationError,
@@ -43,98 +44,84 @@ _BY_STATUS: Final[dict[int, type[KalmError]]] = {
     425: ServiceUnavailableError,
     429: RateLimitError,
 }
-ODD: Final = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What reading a stranger's JSON may raise."""
-_SHOWN = 200  # characters of a body in an error message
+UNREADABLE: Final = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading JSON of unknown content may raise."""
 
 
 def decode(
-    headers: Mapping[str, str],
-    body: bytes | bytearray,
-    *,
-    model: str,
-    dtype: VectorDtype,
-    secrets: Sequence[str] = (),
-) -> EmbedAnswer:
-    """The vectors of an embeddings answer, in the order of their indices.
+    response: HttpResponse, model: str, dtype: VectorDtype, secrets: Sequence[str]
+) -> EmbedResponse:
+    """The vectors of an embeddings response, in the order of their indices.
 
     Args:
-        headers: Of the answer.
-        body: OpenAI's JSON; each embedding is base64 of float32, or a list of numbers.
-        model: That was asked for.
-        dtype: To convert to.
-        secrets: Blotted out of what an error message shows.
+        response: OpenAI's JSON; each embedding is base64 of float32, or a list of numbers.
+        model: The requested model.
+        dtype: Type of the vectors that are returned.
+        secrets: Redacted in error messages.
 
     Raises:
         IdentityMismatchError: Another model answered.
-        InvalidResponseError: Not such an answer; a missing, doubled or unknown index.
+        InvalidResponseError: Not such a response; or an index is missing, duplicated or unknown.
     """
     try:
-        answer = json.loads(body)
-        served, items = answer["model"], answer["data"]
+        content = json.loads(response.body)
+        served, items = content["model"], content["data"]
         rows = {item["index"]: _vector(item["embedding"]) for item in items}
-        tokens = int(answer["usage"]["prompt_tokens"])
-    except ODD as error:
-        raise wrong_type(headers, body, secrets) from error
+        tokens = int(content["usage"]["prompt_tokens"])
+    except UNREADABLE as error:
+        raise unexpected_content(response, secrets) from error
     if served != model:
         raise IdentityMismatchError(
-            f"asked model {model!r}, but {short(blot(str(served), secrets))!r} answered."
+            f"requested model {model!r}, but {shorten(redact(str(served), secrets))!r} answered."
         )
     if len(rows) != len(items) or set(rows) != set(range(len(rows))):
         raise InvalidResponseError(
-            f"the answer's indices are not 0 to {len(items) - 1}, each once: "
-            f"{short(str([item['index'] for item in items]))}."
+            f"the response's indices are not 0 to {len(items) - 1}, each once: "
+            f"{shorten(str([item['index'] for item in items]))}."
         )
     if len({row.shape for row in rows.values()}) > 1:
-        raise InvalidResponseError("the answer's vectors have different dimensions.")
+        raise InvalidResponseError("the response's vectors have different dimensions.")
     vectors = np.array([rows[index] for index in range(len(rows))], dtype=dtype)
-    return EmbedAnswer(vectors=vectors, identity=None, usage=Usage(tokens=tokens, requests=1))
+    return EmbedResponse(vectors=vectors, identity=None, usage=Usage(tokens=tokens, requests=1))
 
 
-def error(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes | bytearray,
-    secrets: Sequence[str],
-    request_id: str,
-) -> KalmError:
-    """What an answer that is not 200 stands for, by its code, else by its status.
+def read_error(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
+    """The error that a response other than 200 stands for, by its code, else by its status.
 
-    `secrets` are blotted out of what the server says: some servers repeat a wrong key.
+    `secrets` are redacted in its message: some servers repeat a wrong key.
     """
-    said, code, invalid = _read_error(blot(body.decode(errors="replace"), secrets))
-    kind = by_code(code)
+    body = _error_body(redact(response.body.decode(errors="replace"), secrets))
+    status = response.status
+    kind = by_code(body.code)
     if kind is None or kind.status != status:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
-    said = short(said.strip())
-    if issubclass(kind, InvalidInputError | InvalidResponseError) and invalid:
-        return kind.of(invalid)
+    message = shorten(body.message.strip())
+    if issubclass(kind, InvalidInputError | InvalidResponseError) and body.invalid:
+        return kind.of([InvalidText(each.index, shorten(each.reason)) for each in body.invalid])
     if issubclass(kind, InvalidInputError):
-        return kind(said)
-    message = f"HTTP {status}, request {request_id}: {said or 'no explanation.'}"
+        return kind(message)
+    message = f"HTTP {status}, request {response.request_id}: {message or 'no explanation.'}"
     if issubclass(kind, ServiceUnavailableError):
-        return kind(message, retry_after(headers))
+        return kind(message, retry_after(response.headers))
     return kind(message)
 
 
-def wrong_type(
-    headers: Mapping[str, str], body: bytes | bytearray, secrets: Sequence[str]
-) -> InvalidResponseError:
-    """For an answer that is 200 and yet no embeddings: a login page, a cut-off document."""
-    kind = blot(headers.get("Content-Type", "no type"), secrets)
-    shown = _snippet(blot(body.decode(errors="replace"), secrets))
-    return InvalidResponseError(f"the answer is not embeddings but {short(kind)}: {shown}.")
-
-
-def blot(text: str, secrets: Sequence[str]) -> str:
-    """`text` without `secrets`, plain or as JSON or a URL writes them. To be done before text is
-    cut, or half of one stays.
-    """
-    for secret in (secret for secret in secrets if len(secret) > 3):  # shorter ones are words
-        for form in (secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")):
-            text = text.replace(form, "***")
-    return text
+def unexpected_content(response: HttpResponse, secrets: Sequence[str]) -> InvalidResponseError:
+    """The error for a response that is 200 and yet not embeddings: a login page, a cut-off
+    document."""
+    content_type = redact(response.headers.get("Content-Type", "no type"), secrets)
+    excerpt = _excerpt(redact(response.body.decode(errors="replace"), secrets))
+    return InvalidResponseError(
+        f"the response is not embeddings but {shorten(content_type)}: {excerpt}."
+    )
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -143,8 +130,8 @@ def media_type(headers: Mapping[str, str]) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by Retry-After-Ms, which some servers send beside it, or by Retry-After, in
-    seconds or as a date; None without either."""
+    """Seconds to wait by Retry-After-Ms, which some servers send too, or by Retry-After, in seconds
+    or as a date; None without either."""
     value = headers.get("Retry-After", "")
     for text, seconds in ((headers.get("Retry-After-Ms", ""), 0.001), (value, 1.0)):
         try:
@@ -153,7 +140,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             continue
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ODD:
+    except UNREADABLE:
         return None
 
 
@@ -166,34 +153,26 @@ def _vector(embedding: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array(embedding, dtype=np.float32)
 
 
-def _read_error(body: str) -> tuple[str, str | None, list[InvalidText]]:
-    """Message, code and texts of an error body; what it is not is shown as it is."""
+def _error_body(text: str) -> ErrorBody:
+    """The error in a response's body; an excerpt of the body if there is none."""
     try:
-        content = json.loads(body)
-    except ODD:
-        return _snippet(body), None, []
-    detail = content.get("error", content) if isinstance(content, dict) else content
-    if not isinstance(detail, dict) or not isinstance(detail.get("message"), str):
-        return _snippet(body), None, []
-    listed = detail.get("invalid")
-    invalid = [
-        InvalidText(bad["index"], short(bad["reason"]))
-        for bad in (listed if isinstance(listed, list) else [])
-        if isinstance(bad, dict)
-        and type(bad.get("index")) is int
-        and isinstance(bad.get("reason"), str)
-    ]
-    code = detail.get("code")
-    return detail["message"], code if isinstance(code, str) else None, invalid
+        content = json.loads(text)
+        fields = content.get("error", content)
+        message, code = fields["message"], fields.get("code")
+        if not isinstance(message, str):
+            raise TypeError(message)
+    except UNREADABLE:
+        return ErrorBody(code="", message=_excerpt(text))
+    try:
+        return ErrorBody.model_validate(
+            {"code": code, "message": message, "invalid": fields.get("invalid") or ()}
+        )
+    except ValidationError:  # another server's, with fields of its own
+        return ErrorBody(code=code if isinstance(code, str) else "", message=message)
 
 
-def _snippet(body: str) -> str:
+def _excerpt(body: str) -> str:
     text = body[:4096]
     if title := re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL):
         text = f"the page {title[1].strip()!r}"
-    return short(re.sub(r"\s+", " ", text).strip()) or "an empty body"
-
-
-def short(text: str) -> str:
-    """At most 200 characters of `text`."""
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    return shorten(re.sub(r"\s+", " ", text).strip()) or "an empty body"

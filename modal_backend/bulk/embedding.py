@@ -15,37 +15,16 @@ from kalm_integrations.batching import plan
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import Filling
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import BadRowsError, InvalidInputError, InvalidText
-from kalm_integrations.identity import SpaceIdentity, VectorIdentity
+from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import Call, Session
+from kalm_integrations.transports.in_process import InProcessTransport
 from modal_backend.service import EmbeddingService
 
 _FOREVER: Final = 86_400.0
 """Seconds for a request: how long a shard may take is for Modal's own limit."""
-
-
-class _Beside:
-    """The transport to a service in this process, on this loop."""
-
-    may_be_cold = False
-    service_warnings = ()
-    may_rest = False
-    reports_no_identity = False
-
-    def __init__(self, service: EmbeddingService) -> None:
-        self._service = service
-
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
-        return await self._service.embed(request)
-
-    async def wake(self) -> SpaceIdentity | None:
-        return self._service.identity
-
-    async def close(self) -> None:
-        """Nothing: the container has the service."""
 
 
 async def embed(service: EmbeddingService, job: Job, number: int, part: Part) -> Filling:
@@ -70,8 +49,8 @@ async def embed(service: EmbeddingService, job: Job, number: int, part: Part) ->
         left=len(part.texts),
         reasons=dict(part.reasons),
     )
-    session = Session(settings, _Beside(service))
-    call = Call(role="document", deadline=None, skip_invalid=job.on_error != "fail")
+    session = Session(settings, InProcessTransport(service))
+    call = Call(role="document", timeout=_FOREVER, skip_invalid=job.on_error != "fail")
     batches = plan(part.texts, identity.document_template, settings.request_limits)
     sending = [asyncio.ensure_future(session.send(batch, call)) for batch in batches]
     try:

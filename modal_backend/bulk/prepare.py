@@ -13,8 +13,8 @@ from kalm_integrations.bulk.on_modal import job_state
 from kalm_integrations.bulk.on_modal.queue import Queue
 from kalm_integrations.bulk.on_modal.state import Reader
 from kalm_integrations.bulk.on_modal.store import FolderStore
-from kalm_integrations.codec import error_fields
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
+from kalm_integrations.protocol import error_fields
 
 log = logging.getLogger(__name__)
 _COMMIT_EVERY: Final = 64  # parts

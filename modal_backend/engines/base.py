@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import InvalidResponseError, KalmError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import Truncate
 
 Progress = Callable[[int], None]
 """Called with the number of texts that are computed so far, the first ones of the call. It may

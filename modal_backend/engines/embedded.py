@@ -21,7 +21,6 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import (
     DeadlineExceededError,
     EngineLoadError,
@@ -32,6 +31,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.prompts import AS_IS, Role
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, check_shape, no_progress
 from modal_backend.engines.long_texts import beginning, reason
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, Self
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import (
     ContainerFailedError,
     EngineLoadError,
@@ -31,6 +30,7 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.embedded import QUERIES_AHEAD, ChunkOutput, EmbeddedEngine
 from modal_backend.engines.priority_lock import PriorityLock
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import KalmError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, Role
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, no_progress
 
 

@@ -34,21 +34,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope
 
-from kalm_integrations.codec import (
-    ECHO_HEADER,
-    IDENTITY_HEADER,
-    MEDIA_TYPE,
-    REQUEST_ID_HEADER,
-    WARNING_HEADER,
-    EmbedRequest,
-    packed_parts,
-)
+from kalm_integrations.codec import MEDIA_TYPE, packed_parts
 from kalm_integrations.errors import (
     KalmError,
     NotFoundError,
     ServiceUnavailableError,
 )
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.protocol import (
+    ECHO_HEADER,
+    IDENTITY_HEADER,
+    REQUEST_ID_HEADER,
+    WARNING_HEADER,
+    EmbedRequest,
+)
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.http.headers import JSON, prefers_packed, quoted, timeout
 from modal_backend.http.metrics import CONTENT_TYPE, Metrics

@@ -7,8 +7,9 @@ from typing import Final
 
 from starlette.datastructures import Headers
 
-from kalm_integrations.codec import MEDIA_TYPE, TIMEOUT_HEADER
+from kalm_integrations.codec import MEDIA_TYPE
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.protocol import TIMEOUT_HEADER
 
 JSON: Final = "application/json"
 _MOST_ECHOED: Final = 200

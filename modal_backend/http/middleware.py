@@ -16,18 +16,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kalm_integrations.codec import (
-    ECHO_HEADER,
-    IDENTITY_HEADER,
-    REQUEST_ID_HEADER,
-    WARNING_HEADER,
-    ServiceWarning,
-)
 from kalm_integrations.errors import (
     AuthenticationError,
     KalmError,
     ServiceUnavailableError,
     TransportError,
+)
+from kalm_integrations.protocol import (
+    ECHO_HEADER,
+    IDENTITY_HEADER,
+    REQUEST_ID_HEADER,
+    WARNING_HEADER,
+    ServiceWarning,
 )
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.http.metrics import Metrics

@@ -8,10 +8,10 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic.json_schema import models_json_schema
 
-from kalm_integrations.codec import (
+from kalm_integrations.codec import MEDIA_TYPE
+from kalm_integrations.protocol import (
     ECHO_HEADER,
     IDENTITY_HEADER,
-    MEDIA_TYPE,
     REQUEST_ID_HEADER,
     TIMEOUT_HEADER,
     WARNING_HEADER,

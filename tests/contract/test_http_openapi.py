@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import serving
 from test_http_server import KEY, ask
 
-from kalm_integrations.codec import TIMEOUT_HEADER
+from kalm_integrations.protocol import TIMEOUT_HEADER
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
 from modal_backend.http.middleware import BearerKeys

@@ -14,7 +14,7 @@ from serving import serving
 from test_http_server import KEY, Answer, ask
 
 from kalm_integrations import cli
-from kalm_integrations.codec import ECHO_HEADER, IDENTITY_HEADER
+from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
 from modal_backend.http.middleware import BearerKeys

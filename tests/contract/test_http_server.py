@@ -22,16 +22,15 @@ from pydantic import SecretStr
 from serving import serving
 
 from kalm_integrations import KalmClient
-from kalm_integrations.codec import (
+from kalm_integrations.codec import MEDIA_TYPE, unpack
+from kalm_integrations.errors import ContainerFailedError, KalmError, ServiceUnavailableError
+from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import (
     IDENTITY_HEADER,
-    MEDIA_TYPE,
     TIMEOUT_HEADER,
     WARNING_HEADER,
     ServiceWarning,
-    unpack,
 )
-from kalm_integrations.errors import ContainerFailedError, KalmError, ServiceUnavailableError
-from kalm_integrations.models import EMBEDDED
 from modal_backend.admission import Admission
 from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine

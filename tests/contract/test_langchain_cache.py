@@ -22,11 +22,11 @@ from scripted import ScriptedTransport, vector_of, vectors_of
 from serving import FaultyServer
 
 from kalm_integrations import KalmModalEmbeddings
-from kalm_integrations.codec import EmbedAnswer
 from kalm_integrations.errors import AuthenticationError
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.prompts import RETRIEVAL
+from kalm_integrations.protocol import EmbedResponse
 
 TEXT = "How tall is K2?"
 AS_DOCUMENT = vectors_of([TEXT])[0].tolist()
@@ -170,7 +170,7 @@ class TestRoles:
         assert cached(query_instruction="web_search").embed_query(TEXT) == AS_QUERY
 
 
-def widened(answer: EmbedAnswer) -> EmbedAnswer:
+def widened(answer: EmbedResponse) -> EmbedResponse:
     """Twice the dimensions, unit length again."""
     wide = np.tile(answer.vectors.astype(np.float32), 2) / np.sqrt(2)
     return replace(answer, vectors=wide.astype(answer.vectors.dtype))

@@ -38,8 +38,8 @@ from scripted import ScriptedTransport, vectors_of
 from serving import serving
 
 from kalm_integrations import KalmModalEmbeddings
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 
 pytestmark = quiet_chroma
 
@@ -136,7 +136,7 @@ class Patient(ScriptedTransport):
         self.turns = self.held = self.most_held = 0
         self.gave_up = False
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         if request.role == "document":
             return await super().embed(request)
         turns = self.turns

@@ -14,8 +14,8 @@ import pytest
 from scripted_engine import ScriptedEngine
 from serving import serving
 
-from kalm_integrations.codec import TIMEOUT_HEADER, EmbedRequest
 from kalm_integrations.errors import ContainerFailedError, ServiceUnavailableError
+from kalm_integrations.protocol import TIMEOUT_HEADER, EmbedRequest
 from modal_backend.engines.base import EngineOutput, Progress, no_progress
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.engines.embedded_process import ProcessEngine

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_integrations.assembly import ArrayAssembly, ListAssembly
 from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.result import EmbeddedBatch, Usage
+from kalm_integrations.result import ArrayBuilder, EmbeddedBatch, ListBuilder, Usage
 
 IDENTITY = VectorIdentity(space=EMBEDDED.space, dimensions=4, document_template="{text}")
 
@@ -22,8 +21,8 @@ def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
     return EmbeddedBatch(np.array(indices, dtype=np.int64), rows, Usage(len(indices), 1))
 
 
-def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> ArrayAssembly:
-    assembly = ArrayAssembly(total, 4, dtype)
+def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> ArrayBuilder:
+    assembly = ArrayBuilder(total, 4, dtype)
     for each in parts:
         assembly.add(each)
     return assembly
@@ -108,8 +107,8 @@ def test_errors_that_are_not_ours_pass_untouched(error):
 # --- into lists
 
 
-def listed(total: int, *parts: EmbeddedBatch) -> ListAssembly:
-    assembly = ListAssembly(total, 4)
+def listed(total: int, *parts: EmbeddedBatch) -> ListBuilder:
+    assembly = ListBuilder(total, 4)
     for each in parts:
         assembly.add(each)
     return assembly
@@ -153,7 +152,7 @@ def test_lists_that_failed_at_once_have_an_empty_partial():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_of_another_shape_are_an_error_never_repeated(shape, dtype):
     wrong = EmbeddedBatch(np.array([0, 1]), np.ones(shape, dtype=dtype), Usage())
-    assembly = ArrayAssembly(2, 4, "float16")
+    assembly = ArrayBuilder(2, 4, "float16")
     with pytest.raises(InvalidResponseError):
         assembly.add(wrong)
     shard = np.full((2, 4), np.nan, dtype=dtype)

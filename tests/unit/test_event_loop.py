@@ -15,7 +15,7 @@ from textwrap import dedent
 
 import pytest
 
-from kalm_integrations.event_loop import IOThread, io_thread
+from kalm_integrations.event_loop import BackgroundLoop, background_loop
 
 request_id = ContextVar("request_id", default="none")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -24,7 +24,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 @pytest.fixture
 def thread():
     """A thread of the test's own, that it may stop."""
-    thread = IOThread()
+    thread = BackgroundLoop()
     yield thread
     thread.stop()
 
@@ -48,10 +48,10 @@ def script(source: str, limit: float = 20) -> str:
 
 def test_calls_from_any_thread_and_any_loop_run_on_one_thread_and_one_loop():
     async def from_a_loop():
-        return await asyncio.wrap_future(io_thread().submit(here()))
+        return await asyncio.wrap_future(background_loop().submit(here()))
 
     def from_a_thread(_):
-        return io_thread().submit(here()).result()
+        return background_loop().submit(here()).result()
 
     with ThreadPoolExecutor(8) as pool:
         homes = {*pool.map(from_a_thread, range(32)), asyncio.run(from_a_loop())}
@@ -60,18 +60,18 @@ def test_calls_from_any_thread_and_any_loop_run_on_one_thread_and_one_loop():
     assert home.daemon
     assert home.name == "kalm-io"
     assert home is not threading.current_thread()
-    assert loop is io_thread().loop
+    assert loop is background_loop().loop
 
 
 def test_threads_that_make_the_first_call_together_start_one_thread():
     out = script("""
         import sys, threading
-        from kalm_integrations.event_loop import io_thread
+        from kalm_integrations.event_loop import background_loop
         sys.setswitchinterval(1e-6)
         start, found = threading.Barrier(16), []
         def first():
             start.wait()
-            found.append(io_thread())
+            found.append(background_loop())
         threads = [threading.Thread(target=first) for _ in range(16)]
         for each in threads: each.start()
         for each in threads: each.join()
@@ -174,7 +174,7 @@ def test_a_failure_keeps_nothing_alive_but_its_traceback(thread):
 
 
 def test_stopping_unwinds_what_runs_and_ends_the_thread():
-    thread, unwound = IOThread(), []
+    thread, unwound = BackgroundLoop(), []
 
     async def work(begun):
         try:
@@ -197,7 +197,7 @@ def test_stopping_unwinds_what_runs_and_ends_the_thread():
 
 
 def test_stopping_closes_generators_that_nobody_will_finish():
-    thread, closed = IOThread(), []
+    thread, closed = BackgroundLoop(), []
     kept = []
 
     async def generate():
@@ -244,8 +244,8 @@ def test_a_process_ends_promptly_with_calls_in_flight_and_unwinds_them():
                 await asyncio.sleep(3600)
             finally:
                 print("unwound", flush=True)
-        event_loop.io_thread().submit(work())
-        event_loop.io_thread().submit(asyncio.sleep(0)).result()
+        event_loop.background_loop().submit(work())
+        event_loop.background_loop().submit(asyncio.sleep(0)).result()
     """)
     assert out == "at work\nunwound\n"
 
@@ -261,8 +261,8 @@ def test_a_call_that_will_not_unwind_delays_the_end_of_the_process_by_the_stop_t
                     await asyncio.sleep(3600)
                 except asyncio.CancelledError:
                     print("no", flush=True)
-        event_loop.io_thread().submit(stubborn())
-        event_loop.io_thread().submit(asyncio.sleep(0)).result()
+        event_loop.background_loop().submit(stubborn())
+        event_loop.background_loop().submit(asyncio.sleep(0)).result()
     """)
     assert out == "no\n"
 
@@ -273,7 +273,7 @@ def test_a_forked_child_gets_a_thread_of_its_own_and_the_parent_keeps_its():
         import asyncio, os, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: the very case
         from kalm_integrations import event_loop
-        io = event_loop.io_thread
+        io = event_loop.background_loop
         def answer():
             return io().submit(asyncio.sleep(0, "answer")).result(timeout=5)
         answer()
@@ -294,13 +294,13 @@ def test_a_forked_child_that_ends_normally_leaves_the_parents_loop_working():
     out = script("""
         import asyncio, gc, os, sys, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
-        from kalm_integrations.event_loop import io_thread
-        io_thread().submit(asyncio.sleep(0)).result()
+        from kalm_integrations.event_loop import background_loop
+        background_loop().submit(asyncio.sleep(0)).result()
         child = os.fork()
         if child == 0:
             gc.collect()
             sys.exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        print(io_thread().submit(asyncio.sleep(0.01, "answer")).result(timeout=5))
+        print(background_loop().submit(asyncio.sleep(0.01, "answer")).result(timeout=5))
     """)
     assert out == "answer\n"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kalm_integrations.flight import Flight
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import (
@@ -19,7 +20,6 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
-from kalm_integrations.flight import Flight
 from kalm_integrations.result import EmbeddedBatch, Usage
 
 BUSY = ServiceUnavailableError("The service is busy.")

@@ -16,9 +16,9 @@ import pytest
 from scripted import ScriptedTransport, vector_of
 
 from kalm_integrations import KalmClient, KalmError
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import IdentityMismatchError, TransportError
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 
 IO = "kalm-io"
 
@@ -33,7 +33,7 @@ class Watched(ScriptedTransport):
         self.threads: list[str] = []
         self.slow = threading.Event()
 
-    async def embed(self, request: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
         self.threads.append(threading.current_thread().name)
         while request.texts[0].startswith("slow") and not (self.slow.is_set() or self.closed):
             await asyncio.sleep(0.005)

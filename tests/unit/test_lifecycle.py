@@ -12,7 +12,6 @@ import pytest
 from scripted import vectors_of
 from scripted_engine import ScriptedEngine
 
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     CanaryFailedError,
     ContainerFailedError,
@@ -20,6 +19,7 @@ from kalm_integrations.errors import (
     InvalidResponseError,
     KalmError,
 )
+from kalm_integrations.protocol import EmbedRequest
 from modal_backend import canary, lifecycle
 from modal_backend.lifecycle import Lifecycle
 

@@ -17,18 +17,7 @@ from scripted import vectors_of
 from scripted_engine import ScriptedEngine
 
 from kalm_integrations.batching import plan
-from kalm_integrations.codec import (
-    EmbedAnswer,
-    EmbedRequest,
-    ServiceWarning,
-    error_fields,
-    pack,
-    read_error,
-    read_request,
-    read_warnings,
-    request_fields,
-    unpack,
-)
+from kalm_integrations.codec import pack, unpack
 from kalm_integrations.errors import (
     CLIENT_ONLY,
     CanaryFailedError,
@@ -52,6 +41,16 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.models import EMBEDDED, KALM
 from kalm_integrations.options import ClientConfig
+from kalm_integrations.protocol import (
+    EmbedRequest,
+    EmbedResponse,
+    ServiceWarning,
+    error_fields,
+    read_error,
+    read_request,
+    read_warnings,
+    request_fields,
+)
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.modal import translated
 from modal_backend import rpc
@@ -358,7 +357,7 @@ def test_no_request_and_no_answer_takes_a_blob(role, dimensions, dtype, batch_si
         )
         assert len(pickle.dumps(((fields,), {}))) <= INLINE
         vectors = np.zeros((len(batch), dimensions), dtype=dtype)
-        answer = EmbedAnswer(vectors=vectors, identity=KALM.space, usage=Usage(1, 1))
+        answer = EmbedResponse(vectors=vectors, identity=KALM.space, usage=Usage(1, 1))
         assert len(pickle.dumps({"packed": pack(answer)})) <= INLINE
     assert sent == len(set(long)) + short
 

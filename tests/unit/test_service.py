@@ -9,8 +9,8 @@ import pytest
 from scripted import vectors_of
 from scripted_engine import ScriptedEngine
 
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import InvalidResponseError
+from kalm_integrations.protocol import EmbedRequest
 from modal_backend.service import EmbeddingService
 
 TEXTS = ["a", "b", "c", "d"]

@@ -70,7 +70,7 @@ class Column:
 )
 @pytest.mark.parametrize("truncate", ["error", "end"])
 def test_a_string_with_something_in_it_is_embedded_as_it_is(text, truncate):
-    assert validation.check([text], truncate) == [text]
+    assert validation.check_texts([text], truncate) == [text]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_string_with_something_in_it_is_embedded_as_it_is(text, truncate):
 @pytest.mark.parametrize("truncate", ["error", "end"])
 def test_what_is_no_text_is_refused_with_its_index_and_the_reason(text, reason, truncate):
     with pytest.raises(InvalidInputError, match=re.escape(f"texts[1] {reason}")) as caught:
-        validation.check(["fine", text, "fine"], truncate)
+        validation.check_texts(["fine", text, "fine"], truncate)
     assert caught.value.invalid == (InvalidText(1, reason),)
 
 
@@ -109,20 +109,20 @@ def test_a_lone_surrogate_is_refused_by_its_position(text, character, truncate):
 @pytest.mark.parametrize("character", ["x", "语"])
 def test_only_more_than_262144_characters_are_too_long_and_only_if_nothing_may_be_cut(character):
     longest, longer = character * 262_144, character * 262_145
-    assert validation.check([longest], "error") == [longest]
-    assert validation.check([longer], "end") == [longer]
+    assert validation.check_texts([longest], "error") == [longest]
+    assert validation.check_texts([longer], "end") == [longer]
     with pytest.raises(
         InputTooLongError, match=r"texts\[0\] is too long: 262,145 characters, over"
     ):
-        validation.check([longer], "error")
+        validation.check_texts([longer], "error")
 
 
 def test_too_long_is_the_error_only_where_every_refused_text_is_too_long():
     longer = "x" * 262_145
     with pytest.raises(InputTooLongError):
-        validation.check([longer, "fine", longer], "error")
+        validation.check_texts([longer, "fine", longer], "error")
     with pytest.raises(InvalidInputError) as caught:
-        validation.check([longer, ""], "error")
+        validation.check_texts([longer, ""], "error")
     assert type(caught.value) is InvalidInputError
     assert [bad.index for bad in caught.value.invalid] == [0, 1]
 
@@ -133,14 +133,14 @@ def test_too_long_is_the_error_only_where_every_refused_text_is_too_long():
     ids=lambda x: type(x).__name__,
 )
 def test_subclasses_of_str_become_plain_strings_of_the_same_characters(text):
-    (checked,) = validation.check([text], "error")
+    (checked,) = validation.check_texts([text], "error")
     assert type(checked) is str
     assert checked == "text"
 
 
 def test_plain_strings_are_not_copied():
     text = "a text " * 3
-    assert validation.check([text], "error")[0] is text
+    assert validation.check_texts([text], "error")[0] is text
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_plain_strings_are_not_copied():
     ids=lambda x: type(x).__name__,
 )
 def test_ordered_collections_and_iterators_are_taken(texts):
-    assert validation.iterate(texts) is texts
-    assert validation.check(texts, "error") == ["a", "b"]
+    assert validation.check_collection(texts) is texts
+    assert validation.check_texts(texts, "error") == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_ordered_collections_and_iterators_are_taken(texts):
 )
 def test_an_argument_that_is_no_list_of_texts_is_refused_as_a_whole(texts, complaint):
     with pytest.raises(InvalidArgumentError) as caught:
-        validation.iterate(texts)
+        validation.check_collection(texts)
     assert str(caught.value).startswith(complaint)
     assert 'Pass a list of strings, for instance ["first text", "second text"].' in str(
         caught.value
@@ -202,7 +202,7 @@ def test_every_text_is_either_kept_under_its_index_or_named_with_a_reason(texts)
     def embeddable(text):
         return isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
 
-    valid, invalid = validation.sort_out(enumerate(texts, 10), "error")
+    valid, invalid = validation.partition_valid(enumerate(texts, 10), "error")
     assert valid == [(index, text) for index, text in enumerate(texts, 10) if embeddable(text)]
     assert [bad.index for bad in invalid] == [
         index for index, text in enumerate(texts, 10) if not embeddable(text)
@@ -222,7 +222,7 @@ def test_a_subclass_of_str_cannot_talk_its_way_in():
             return 7
 
     with pytest.raises(InvalidInputError, match=r"texts\[0\] is empty; texts\[1\] has a lone surr"):
-        validation.check([Liar(""), Liar("\ud800")], "error")
+        validation.check_texts([Liar(""), Liar("\ud800")], "error")
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,10 @@ def test_a_subclass_of_str_cannot_talk_its_way_in():
 )
 def test_an_array_that_is_no_list_is_refused(texts):
     with pytest.raises(InvalidArgumentError, match="of type ndarray, not a list of texts"):
-        validation.iterate(texts)
+        validation.check_collection(texts)
 
 
 def test_the_keys_of_a_dict_have_an_order():
-    assert validation.check(validation.iterate({"a": 1, "b": 2}.keys()), "error") == ["a", "b"]
+    assert validation.check_texts(
+        validation.check_collection({"a": 1, "b": 2}.keys()), "error"
+    ) == ["a", "b"]

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest
 from kalm_integrations.errors import (
     CorruptedAnswerError,
     IdentityMismatchError,
@@ -18,19 +17,20 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.options import ClientConfig
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import Usage
-from kalm_integrations.verify import Verifier
+from kalm_integrations.validation import ResponseValidator
 
 SPACE = EMBEDDED.space
 
 
 def verifier(**arguments):
     settings = {"backend": "local", "model": None, "expected_identity": None, "dimensions": None}
-    return Verifier(ClientConfig.model_construct(**(settings | arguments)))
+    return ResponseValidator(ClientConfig.model_construct(**(settings | arguments)))
 
 
 def check(vectors, identity=SPACE, rows=3, dimensions=4, dtype="float32"):
-    answer = EmbedAnswer(vectors=vectors, identity=identity, usage=Usage())
+    answer = EmbedResponse(vectors=vectors, identity=identity, usage=Usage())
     verifier(dimensions=dimensions, vector_dtype=dtype).check(answer, rows)
 
 
@@ -171,14 +171,14 @@ def test_an_identity_that_a_first_answer_lacked_is_taken_from_a_later_one():
 
 def test_vectors_with_an_identity_do_not_follow_vectors_without_one():
     session = verifier(dimensions=4, vector_dtype="float32")
-    session.check(EmbedAnswer(vectors=unit(), identity=None, usage=Usage()), 3)
+    session.check(EmbedResponse(vectors=unit(), identity=None, usage=Usage()), 3)
     with pytest.raises(IdentityMismatchError):
-        session.check(EmbedAnswer(vectors=unit(), identity=SPACE, usage=Usage()), 3)
+        session.check(EmbedResponse(vectors=unit(), identity=SPACE, usage=Usage()), 3)
 
 
 def test_an_answer_to_another_request_is_refused():
     request = EmbedRequest(texts=["a", "b"], role="document")
-    answer = EmbedAnswer(vectors=unit(2), identity=SPACE, usage=Usage(), digest=request.digest())
+    answer = EmbedResponse(vectors=unit(2), identity=SPACE, usage=Usage(), digest=request.digest())
     verifier().check_request(answer, request)
     verifier().check_request(replace(answer, digest=None), request)  # a server that reports none
     with pytest.raises(CorruptedAnswerError):
@@ -198,9 +198,9 @@ def test_of_a_model_that_nobody_knows_the_first_answer_sets_the_rest():
     session = verifier(backend="http", model="some/model", vector_dtype="float32")
     space = SpaceIdentity.undeclared("some/model")
     for served in (replace(space, revision="abc"), replace(space, revision="abc")):
-        session.check(EmbedAnswer(vectors=unit(), identity=served, usage=Usage()), 3)
+        session.check(EmbedResponse(vectors=unit(), identity=served, usage=Usage()), 3)
     with pytest.raises(InvalidResponseError, match=r"of 4 dimensions, got .* \(3, 5\)"):
-        session.check(EmbedAnswer(vectors=unit(columns=5), identity=served, usage=Usage()), 3)
+        session.check(EmbedResponse(vectors=unit(columns=5), identity=served, usage=Usage()), 3)
     with pytest.raises(IdentityMismatchError, match=r"expected some/model .*, but the service has"):
         verifier(backend="http", model="some/model").check_identity(SPACE)
 

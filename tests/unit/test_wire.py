@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from kalm_integrations.codec import EmbedAnswer, EmbedRequest, pack, unpack
+from kalm_integrations.codec import pack, unpack
 from kalm_integrations.errors import CorruptedAnswerError
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import Usage
 
 IDENTITY = json.dumps(EMBEDDED.space.to_dict())
@@ -25,7 +26,9 @@ TYPES = st.sampled_from(["float16", "float32"])
 
 def answer(rows=2, columns=3, dtype="float16", tokens=7, identity=EMBEDDED.space):
     vectors = np.random.default_rng(rows).normal(size=(rows, columns)).astype(dtype)
-    return EmbedAnswer(vectors=vectors, identity=identity, usage=Usage(tokens, 1), digest="d" * 32)
+    return EmbedResponse(
+        vectors=vectors, identity=identity, usage=Usage(tokens, 1), digest="d" * 32
+    )
 
 
 def resealed(body):

@@ -14,8 +14,8 @@ import psutil
 from numpy.typing import NDArray
 from reference import reference_vectors, token_ids
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.engines.vllm.engine import VLLMEngine

@@ -24,13 +24,13 @@ from vllm import device_allocator
 from vllm.device_allocator import AllocationData
 from vllm.platforms import current_platform
 
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     ContainerFailedError,
     EngineLoadError,
     KalmError,
     ServiceUnavailableError,
 )
+from kalm_integrations.protocol import EmbedRequest
 from modal_backend import canary
 from modal_backend.engines.vllm import engine as vllm_engine
 from modal_backend.engines.vllm.config import VLLMOptions

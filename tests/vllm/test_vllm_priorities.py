@@ -17,13 +17,13 @@ import pytest_asyncio
 import texts as some
 from running import embed
 
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import (
     DeadlineExceededError,
     ServiceUnavailableError,
     TransportError,
 )
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import EmbedRequest
 from modal_backend.admission import Admission
 from modal_backend.engines.vllm import engine as vllm_engine
 from modal_backend.engines.vllm.engine import VLLMEngine

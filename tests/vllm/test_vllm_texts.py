@@ -13,8 +13,8 @@ import texts as some
 from reference import cosines, reference_vectors, token_ids
 from running import Texts, embed
 
-from kalm_integrations.codec import EmbedRequest
 from kalm_integrations.errors import InputTooLongError, InvalidInputError
+from kalm_integrations.protocol import EmbedRequest
 from kalm_integrations.validation import MAX_CHARACTERS
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.service import MAX_TEXTS, EmbeddingService

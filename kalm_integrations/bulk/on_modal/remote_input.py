@@ -10,13 +10,13 @@ from kalm_integrations.bulk.job_spec import Options, Terms
 from kalm_integrations.bulk.on_modal import job_state, worker_pool
 from kalm_integrations.bulk.on_modal.deployment import Place, translated
 from kalm_integrations.bulk.on_modal.store import Store
-from kalm_integrations.codec import read_error
 from kalm_integrations.errors import (
     ConfigurationError,
     ContainerFailedError,
     JobFailedError,
     KalmError,
 )
+from kalm_integrations.protocol import read_error
 
 SCHEMES: Final = ("modal", "s3")
 

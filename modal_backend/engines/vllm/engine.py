@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import (
     ContainerFailedError,
     DeadlineExceededError,
@@ -34,6 +33,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import profile_of
 from kalm_integrations.prompts import Role
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, check_shape, no_progress
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
 from modal_backend.engines.thread import Worker

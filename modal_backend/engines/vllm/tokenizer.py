@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kalm_integrations.codec import Truncate
 from kalm_integrations.errors import EngineLoadError, InvalidText
+from kalm_integrations.protocol import Truncate
 from modal_backend.engines.long_texts import beginning, reason
 
 

@@ -1,0 +1,196 @@
+"""From batches to results: how many requests run at a time, and what happens when one fails.
+
+`_dispatch` is the only implementation. `Dispatcher.run` and `Dispatcher.arun` differ in how they
+wait. Requests run on the process's background event loop (`event_loop`); what belongs to the
+caller (its iterator, its callbacks) stays on the caller's side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import closing, suppress
+
+from kalm_integrations.batching import Batch
+from kalm_integrations.errors import InvalidInputError
+from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_current, is_exiting
+from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.options import ClientConfig
+from kalm_integrations.result import EmbeddedBatch
+from kalm_integrations.session import Call, Session
+from kalm_integrations.transports.base import Transport, open_transport
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Sends the batches of one client, from any thread and any event loop.
+
+    The session with its connections belongs to one background loop, and so to one process: after
+    a fork there is a new loop and a new session. It closes with this object, or with the process.
+
+    Args:
+        config: The client's.
+        transport: Used instead of the one that `config.backend` names.
+    """
+
+    def __init__(self, config: ClientConfig, transport: Transport | None = None) -> None:
+        self._config = config
+        self._transport = transport
+        self._loop: BackgroundLoop | None = None
+        self._session: Session | None = None
+
+    def run(
+        self, batches: Iterator[Batch], call: Call, busy: Callable[[], bool] = lambda: False
+    ) -> Generator[EmbeddedBatch]:
+        """Send `batches`, and yield their results as they arrive.
+
+        At most `max_concurrency` requests run at a time. Texts that cannot be embedded do not
+        affect other requests; any other failure cancels them. A failure is raised last, after all
+        results that have arrived.
+
+        Args:
+            batches: Read on the caller's thread, one for each free slot.
+            call: What the requests share.
+            busy: While this is true, no further batch is read before a result has arrived.
+        """
+        completed = threading.Event()
+        results = self._dispatch(batches, call, completed.set, busy)
+        with closing(results):
+            for result in results:
+                if result is None:
+                    completed.wait()
+                    completed.clear()
+                else:
+                    self._report_usage(result)
+                    yield result
+
+    async def arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
+        """`run`, without blocking the running event loop."""
+        loop, completed = asyncio.get_running_loop(), asyncio.Event()
+        results = self._dispatch(batches, call, lambda: loop.call_soon_threadsafe(completed.set))
+        with closing(results):
+            for result in results:
+                if result is None:
+                    await completed.wait()
+                    completed.clear()
+                else:
+                    self._report_usage(result)
+                    yield result
+
+    def ensure_ready(self, timeout: float) -> Future[SpaceIdentity | None]:
+        """Wait until the service can embed; the result is its identity, if it reports one."""
+        return background_loop().submit(self._ensure_ready(timeout))
+
+    def close(self) -> Future[None]:
+        """Close the connections. A later call opens new ones."""
+        if is_exiting():  # everything is closed already
+            closed: Future[None] = Future()
+            closed.set_result(None)
+            return closed
+        return background_loop().submit(self._close())
+
+    def _dispatch(
+        self,
+        batches: Iterator[Batch],
+        call: Call,
+        wake: Callable[[], object],
+        busy: Callable[[], bool] = lambda: False,
+    ) -> Generator[EmbeddedBatch | None]:
+        """Yield results, or None when the caller has to wait until `wake` is called."""
+        running: set[Future[EmbeddedBatch]] = set()
+        completed: deque[Future[EmbeddedBatch]] = deque()
+        failure: BaseException | None = None
+        reading = True
+
+        def complete(future: Future[EmbeddedBatch]) -> None:
+            completed.append(future)
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
+                wake()
+
+        def start(batch: Batch) -> None:
+            future = background_loop().submit(self._send(batch, call))
+            running.add(future)
+            future.add_done_callback(complete)
+
+        try:
+            while True:
+                full = len(running) >= self._config.max_concurrency or bool(running and busy())
+                if reading and not full:
+                    try:
+                        batch = next(batches, None)
+                    except Exception as error:  # noqa: BLE001 (raised after the results)
+                        batch, failure = None, _more_severe(failure, error)
+                    reading = batch is not None
+                    if batch is not None:
+                        start(batch)
+                if completed:
+                    future = completed.popleft()
+                    running.discard(future)
+                    problem = CancelledError() if future.cancelled() else future.exception()
+                    if problem is None:
+                        yield future.result()
+                        continue
+                    reading, failure = False, _more_severe(failure, problem)
+                    if not isinstance(problem, InvalidInputError):
+                        _cancel(running)
+                elif full or (running and not reading):
+                    yield None
+                elif not reading:
+                    break
+            if failure is not None:
+                raise failure
+        finally:
+            _cancel(running)
+
+    def _report_usage(self, result: EmbeddedBatch) -> None:
+        if self._config.on_usage is not None and result.usage.requests:
+            try:
+                self._config.on_usage(result.usage)
+            except Exception:  # the caller's accounting must not cost the caller's vectors
+                log.exception("on_usage failed")
+
+    async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+        return await self._open().send(batch, call)
+
+    async def _ensure_ready(self, timeout: float) -> SpaceIdentity | None:
+        return await self._open().ensure_ready(Call(role="query", timeout=timeout))
+
+    def _open(self) -> Session:
+        """The session; called on the background loop only."""
+        loop = background_loop()
+        if self._session is None or self._loop is not loop:
+            session = Session(self._config, self._transport or open_transport(self._config))
+            self._loop, self._session = loop, session
+            loop.resources.add(session)
+            self._finalizer = weakref.finalize(self, _close_later, loop, session)
+            self._finalizer.atexit = False
+        return self._session
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None and self._loop is background_loop():
+            self._finalizer.detach()  # otherwise every closed session would be kept alive
+            self._loop.resources.discard(session)
+            await session.close()
+
+
+def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+def _more_severe(first: BaseException | None, second: BaseException) -> BaseException:
+    """The failure to raise: the first, unless only that one concerns nothing but texts."""
+    only_texts = isinstance(first, InvalidInputError) and not isinstance(second, InvalidInputError)
+    return second if first is None or only_texts else first
+
+
+def _close_later(loop: BackgroundLoop, session: Session) -> None:
+    if is_current(loop):
+        loop.discard(session)

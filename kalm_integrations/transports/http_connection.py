@@ -1,0 +1,259 @@
+"""One HTTP request at a time over a pool of connections to one server: credentials, redirects,
+request ids, size limits, and connection errors as ours."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import ssl
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from yarl import URL
+
+from kalm_integrations.errors import (
+    ConfigurationError,
+    ConnectionFailedError,
+    CorruptedAnswerError,
+    InvalidResponseError,
+    KalmError,
+)
+from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
+
+if TYPE_CHECKING:
+    from kalm_integrations.options import ClientConfig
+
+_MAX_REDIRECTS: Final = 50  # Modal answers 303 every 150 s while a container starts
+_READ_BUFFER: Final = 2**20
+_MAX_SHOWN: Final = 200  # characters of what a server sent, in an error message
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """A complete response.
+
+    Attributes:
+        status: HTTP status.
+        headers: Case-insensitive.
+        body: Never decompressed.
+        request_id: Of its request, to look up in logs.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytearray
+    request_id: str
+
+
+class HttpConnection:
+    """A pool of connections to one server.
+
+    Args:
+        base_url: The root of the API, which ends with `/v1`.
+        config: Credentials and timeouts.
+    """
+
+    def __init__(self, base_url: URL, config: ClientConfig) -> None:
+        prefix = uuid.uuid4().hex[:16]
+        self.base_url = base_url
+        self._config = config
+        self._request_ids = (f"{prefix}{number:016x}" for number in itertools.count())
+        self._proxy = _proxy(base_url)  # redirects stay on this server
+        self._headers = _credentials(config)
+        self.secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
+        """What error messages must not show."""
+        if self._proxy is not None and (password := URL(self._proxy).password):
+            self.secrets.append(password)
+        self._pool: aiohttp.ClientSession | None = None
+        self._distrusted: aiohttp.ClientSession | None = None
+        """The pool on which a response arrived that belongs to another request."""
+        self._closed = False
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str],
+        limit: int,
+        from_kalm: bool = False,
+    ) -> HttpResponse:
+        """Send a request and read the whole response, following redirects on the same server.
+
+        Args:
+            method: "GET" or "POST".
+            path: Below `base_url`.
+            body: JSON.
+            headers: Beside credentials and ids.
+            limit: Most bytes of the response's body.
+            from_kalm: Whether the server is known to echo request ids.
+
+        Raises:
+            KalmError: The server was not reached, the response was cut off or too long, or belongs
+                to another request. Its status is not looked at.
+        """
+        url = self.base_url / path
+        request_id = next(self._request_ids)
+        sent = {
+            **self._headers,
+            **headers,
+            REQUEST_ID_HEADER: request_id,
+            ECHO_HEADER: request_id,
+        }
+        try:
+            for _ in range(_MAX_REDIRECTS):
+                async with self._session().request(
+                    method, url, data=body, headers=sent, allow_redirects=False, proxy=self._proxy
+                ) as response:
+                    if response.status in (301, 302, 303, 307, 308):
+                        method, body, url = self._redirect(response, method, body, url)
+                        continue
+                    content = await _read(response, limit)
+                self._check_echo(response.headers, request_id, from_kalm)
+                return HttpResponse(response.status, response.headers, content, request_id)
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ConfigurationError(
+                f"{url.host}: {error.certificate_error}. For a private authority, set "
+                "SSL_CERT_FILE to its certificate."
+            ) from error
+        except aiohttp.ClientConnectorSSLError as error:
+            if "WRONG_VERSION_NUMBER" not in str(error):
+                raise ConnectionFailedError(f"{method} {url}: {error}.") from error
+            raise ConfigurationError(
+                f"{url.host}:{url.port} answered, but not in TLS: the base_url of a server that "
+                "speaks plain HTTP begins with http://."
+            ) from error
+        except UnicodeError as error:
+            raise ConfigurationError(f"{url.host} is not a valid host name.") from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            # aiohttp's messages show what it could not parse, and its errors the request's headers.
+            cause = shorten(redact(str(error), self.secrets) or type(error).__name__)
+            raise ConnectionFailedError(f"{method} {url}: {cause}.") from ConnectionError(cause)
+        raise ConnectionFailedError(f"more than {_MAX_REDIRECTS} redirects from {url}.")
+
+    async def close(self) -> None:
+        """Close all connections. Requests that are under way fail."""
+        self._closed = True
+        for pool in (self._pool, self._distrusted):
+            if pool is not None:
+                await pool.close()
+
+    def _check_echo(self, headers: Mapping[str, str], request_id: str, from_kalm: bool) -> None:
+        """Check that a response of our server belongs to its request; others echo nothing."""
+        echoed = headers.get(ECHO_HEADER)
+        if echoed is None and (from_kalm or IDENTITY_HEADER in headers):
+            echoed = headers.get(REQUEST_ID_HEADER)
+        if echoed in (None, request_id):
+            return
+        # Other responses on these connections may be late or duplicated too: from now on each
+        # request gets a new connection. Requests that are under way keep theirs.
+        if self._distrusted is None:
+            self._distrusted, self._pool = self._pool, None
+        raise CorruptedAnswerError(
+            f"request {request_id} got the response to request {shorten(echoed)}."
+        )
+
+    def _redirect(
+        self, response: aiohttp.ClientResponse, method: str, body: bytes | None, url: URL
+    ) -> tuple[str, bytes | None, URL]:
+        location = response.headers.get("Location", "")
+        try:
+            target = url.join(URL(location))
+            same = target.origin() == url.origin() and not target.user and not target.password
+        except ValueError:
+            same = False
+        if not same:  # credentials and texts stay with the server they are meant for
+            raise ConfigurationError(
+                f"{url} redirects to another server, {redact(location, self.secrets)}: if that is "
+                "correct, pass it as base_url."
+            )
+        if response.status in (307, 308):
+            return method, body, target
+        if response.status == 303 or method == "GET":
+            return "GET", None, target
+        moved = redact(str(target), self.secrets)
+        raise ConfigurationError(f"{url} has moved to {moved}: correct base_url.")
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise KalmError("the client was closed during the call.")
+        if self._pool is None:
+            single_use = self._distrusted is not None
+            self._pool = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=0,  # the session's slots are the limit
+                    force_close=single_use,
+                    keepalive_timeout=None if single_use else self._config.keepalive_timeout,
+                    # aiohttp creates its own on import, and SSL_CERT_FILE may be set later.
+                    ssl=ssl.create_default_context() if self.base_url.scheme == "https" else True,
+                ),
+                # The call's deadline governs everything else.
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=self._config.connect_timeout
+                ),
+                # aiohttp's 64 KiB would pause and resume the socket several times per response.
+                read_bufsize=_READ_BUFFER,
+                headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,  # it would also send passwords of ~/.netrc
+            )
+        return self._pool
+
+
+def redact(text: str, secrets: Sequence[str]) -> str:
+    """`text` without `secrets`, plain or as JSON or a URL writes them. Redact before shortening, or
+    half of a secret may stay.
+    """
+    for secret in (secret for secret in secrets if len(secret) > 3):  # shorter ones are words
+        for form in (secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")):
+            text = text.replace(form, "***")
+    return text
+
+
+def shorten(text: str) -> str:
+    """At most 200 characters of `text`."""
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+
+
+class _Secret(str):
+    """A header's value that tracebacks with local variables, aiohttp's too, do not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _proxy(url: URL) -> str | None:
+    """The proxy that the environment (or the system) names for `url`."""
+    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
+
+
+def _credentials(config: ClientConfig) -> dict[str, str]:
+    headers = {}
+    if config.api_key is not None:
+        headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
+    if config.modal_key is not None and config.modal_secret is not None:
+        headers["Modal-Key"] = config.modal_key.get_secret_value()
+        headers["Modal-Secret"] = config.modal_secret.get_secret_value()
+    return {name: _Secret(value) for name, value in headers.items()}
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:
+    """The body, at most `limit` bytes of it, and never decompressed."""
+    if response.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
+        raise InvalidResponseError("the response is compressed, which was not requested.")
+    chunks, size = [], 0
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise InvalidResponseError(f"the response is over {limit:,} bytes.")
+    return bytearray().join(chunks)
