@@ -120,28 +120,31 @@ class Dispatcher:
 
         try:
             while True:
-                full = len(running) >= self._config.max_concurrency or bool(running and busy())
-                if reading and not full:
-                    try:
-                        batch = next(batches, None)
-                    except Exception as error:  # noqa: BLE001 (raised after the results)
-                        batch, failure = None, _more_severe(failure, error)
-                    reading = batch is not None
-                    if batch is not None:
-                        start(batch)
+                result = None
                 if completed:
                     future = completed.popleft()
                     running.discard(future)
-                    problem = CancelledError() if future.cancelled() else future.exception()
-                    if problem is None:
-                        yield future.result()
-                        continue
-                    reading, failure = False, _more_severe(failure, problem)
-                    if not isinstance(problem, InvalidInputError):
-                        _cancel(running)
-                elif full or (running and not reading):
+                    error = CancelledError() if future.cancelled() else future.exception()
+                    if error is None:
+                        result = future.result()
+                    else:
+                        reading, failure = False, _more_severe(failure, error)
+                        if not isinstance(error, InvalidInputError):
+                            _cancel(running)
+                full = len(running) >= self._config.max_concurrency or bool(running and busy())
+                if reading and not full:  # a free slot is filled before the caller gets a result
+                    try:
+                        batch = next(batches, None)
+                    except Exception as caught:  # noqa: BLE001 (raised after the results)
+                        batch, failure = None, _more_severe(failure, caught)
+                    reading = batch is not None
+                    if batch is not None:
+                        start(batch)
+                if result is not None:
+                    yield result
+                elif not completed and running and (full or not reading):
                     yield None
-                elif not reading:
+                elif not (completed or reading):
                     break
             if failure is not None:
                 raise failure

@@ -14,7 +14,15 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, SkipValidation, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SkipValidation,
+    StrictFloat,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -60,14 +68,14 @@ class EmbedRequest:
         timeout: Seconds that the caller still waits: work that has not started by then is dropped.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     texts: SkipValidation[list[str]]
     role: Role
-    dimensions: int | None = None
+    dimensions: StrictInt | None = None
     truncate: Truncate = "error"
     dtype: VectorDtype = "float16"
-    timeout: float | None = None
+    timeout: StrictFloat | None = None
 
     @classmethod
     def from_fields(cls, fields: object) -> Self:
@@ -77,13 +85,14 @@ class EmbedRequest:
         Raises:
             ConfigurationError: These are not the fields of a request of this version.
         """
+        if not isinstance(fields, Mapping):
+            raise ConfigurationError("a request is a mapping with texts and role.")
         try:
             request: Self = _request_adapter().validate_python(fields)
             return request
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(map(str, first["loc"])) or "the request"
-            raise ConfigurationError(f"{field}: {first['msg']}.") from None
+            raise ConfigurationError(f"{first['loc'][0]}: {first['msg']}.") from None
 
     def digest(self) -> str:
         """A digest of everything that decides the vectors, and of their order.

@@ -168,33 +168,36 @@ class Session:
         kind: type[InvalidInputError | InvalidResponseError]
         invalid: Sequence[InvalidText]
         cause: KalmError
-        try:
-            response = await self._retry(attempt, deadline)
-            indices, rows = batch.scatter(response.vectors)
-            return EmbeddedBatch(indices, rows, response.usage)
-        except RequestTooLargeError as error:
-            if len(batch) > 1:
-                first, second = batch.halves()
-                part = await self._embed(first, call, deadline)
-                return part.joined(await self._embed(second, call, deadline))
-            invalid = [InvalidText(0, "is too large for the service even alone")]
-            kind, cause = InvalidInputError, error
-        except (InvalidInputError, InvalidResponseError) as error:
-            if not error.invalid:
-                raise  # the request as a whole
-            if not all(0 <= each.index < len(batch) for each in error.invalid):
-                raise TransportError(
-                    f"the service rejected texts that were not in the request: {error}"
-                ) from error
-            invalid, kind, cause = error.invalid, type(error), error
-        rejection = kind.of(batch.locate(invalid))
-        # If all of several vectors are wrong, the service is broken, and no text is to blame.
-        broken = kind is InvalidResponseError and len(invalid) == len(batch) > 1
-        if broken or not call.skip_invalid:
-            raise rejection from cause
-        rejected = self._without_vectors(rejection.invalid)
-        rest = batch.without(each.index for each in invalid)
-        return (await self._embed(rest, call, deadline)).joined(rejected) if rest else rejected
+        rejected: tuple[InvalidText, ...] = ()
+        while batch.texts:
+            try:
+                response = await self._retry(attempt, deadline)
+                indices, rows = batch.scatter(response.vectors)
+                return EmbeddedBatch(indices, rows, response.usage, rejected)
+            except RequestTooLargeError as error:
+                if len(batch) > 1:
+                    first, second = batch.halves()
+                    part = await self._embed(first, call, deadline)
+                    part = part.joined(await self._embed(second, call, deadline))
+                    return part.joined(self._without_vectors(rejected))
+                invalid = [InvalidText(0, "is too large for the service even alone")]
+                kind, cause = InvalidInputError, error
+            except (InvalidInputError, InvalidResponseError) as error:
+                if not error.invalid:
+                    raise  # the request as a whole
+                if not all(0 <= each.index < len(batch) for each in error.invalid):
+                    raise TransportError(
+                        f"the service rejected texts that were not in the request: {error}"
+                    ) from error
+                invalid, kind, cause = error.invalid, type(error), error
+            rejection = kind.of(batch.locate(invalid))
+            # If all of several vectors are wrong, the service is broken, and no text is to blame.
+            broken = kind is InvalidResponseError and len(invalid) == len(batch) > 1
+            if broken or not call.skip_invalid:
+                raise rejection from cause
+            rejected += rejection.invalid
+            batch = batch.without(each.index for each in invalid)
+        return self._without_vectors(rejected)
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
         """The result of `attempt`, retried as `retry.delay_before` decides."""

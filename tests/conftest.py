@@ -34,7 +34,7 @@ def over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., KalmClient]:
     def over(
         transport: ScriptedTransport, kind: type[KalmClient] = KalmClient, **settings: Any
     ) -> KalmClient:
-        monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+        monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
         return kind(backend="local", **settings)
 
     return over

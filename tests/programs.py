@@ -46,7 +46,7 @@ import asyncio, atexit, gc, multiprocessing, os, signal, sys, threading, time
 import numpy
 from kalm_integrations import KalmClient, session
 
-session.COLD_AFTER = 3600  # a busy machine is no cold start
+session.COLD_START_HINT = 3600  # a busy machine is no cold start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who started us may ignore it
 client = KalmClient()
 expected = numpy.load(os.environ["EXPECTED"])

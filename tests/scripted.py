@@ -17,7 +17,12 @@ import numpy as np
 
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning
+from kalm_integrations.protocol import (
+    EmbedRequest,
+    EmbedResponse,
+    ServiceDescription,
+    ServiceWarning,
+)
 from kalm_integrations.result import Usage
 
 DIMENSIONS = 512
@@ -61,8 +66,7 @@ class ScriptedTransport:
         space: The identity that is reported.
     """
 
-    may_be_cold = True
-    may_rest = False
+    can_be_cold = True
     service_warnings: tuple[ServiceWarning, ...] = ()
 
     def __init__(
@@ -77,7 +81,6 @@ class ScriptedTransport:
         self._delay = delay
         self._refuse = refuse
         self._space = space
-        self.reports_no_identity = space is None
         self.requests: list[EmbedRequest] = []
         self.request_ids: list[str] = []
         self.in_flight = 0
@@ -116,11 +119,11 @@ class ScriptedTransport:
         )
         return answer if fault is None else fault(answer)
 
-    async def wake(self) -> SpaceIdentity | None:
+    async def ensure_ready(self) -> ServiceDescription:
         fault = next(self._faults, None)
         if isinstance(fault, Exception):
             raise fault
-        return self._space
+        return ServiceDescription(self._space, self.service_warnings)
 
     async def close(self) -> None:
         self.closed += 1

@@ -28,7 +28,7 @@ REFUSED = {
     "`None`": (None, r"texts\[1\] is None, not a string"),
     "bytes": (b"abc", r"texts\[1\] is bytes, not a string: decode it first"),
     "a number": (3.14, r"texts\[1\] is of type float, not a string"),
-    "token ids": ([17, 4], r"texts\[1\] is a list, not a string \(token ids are not taken\)"),
+    "token ids": ([17, 4], r"texts\[1\] is a list, not a string \(token ids are not accepted\)"),
     "empty string": ("", r"texts\[1\] is empty"),
     "white space only": (" \n\t ", r"texts\[1\] is white space only"),
     "lone surrogate": ("caf\udce9", r"texts\[1\] has a lone surrogate at character 3"),

@@ -42,9 +42,8 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
-from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.protocol import EmbedRequest, ServiceWarning
+from kalm_integrations.protocol import EmbedRequest, ServiceDescription, ServiceWarning
 from kalm_integrations.result import EmbeddedBatch, Usage
 
 Over = Callable[..., KalmClient]
@@ -391,7 +390,7 @@ class TestColdStart:
     def test_one_log_line_says_that_the_service_may_be_starting(
         self, over: Over, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr("kalm_integrations.session.COLD_AFTER", 0.05)
+        monkeypatch.setattr("kalm_integrations.session.COLD_START_HINT", 0.05)
         client = over(ScriptedTransport(delay=lambda _: 0.2), batch_size=1)
         client.embed(TEXTS)
         client.embed(TEXTS)
@@ -400,7 +399,7 @@ class TestColdStart:
     def test_a_service_that_has_answered_is_not_starting(
         self, over: Over, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr("kalm_integrations.session.COLD_AFTER", 0.1)
+        monkeypatch.setattr("kalm_integrations.session.COLD_START_HINT", 0.1)
         client = over(ScriptedTransport(delay=lambda r: 0.0 if "quick" in r.texts else 0.3))
         client.embed(["quick"])
         client.embed(["slow"])
@@ -410,9 +409,9 @@ class TestColdStart:
 class NeverReady(ScriptedTransport):
     """Of a service that starts, and has not started yet."""
 
-    async def wake(self) -> SpaceIdentity | None:
+    async def ensure_ready(self) -> ServiceDescription:
         await asyncio.sleep(30)
-        return None
+        return await super().ensure_ready()
 
 
 class TestStillStarting:
@@ -624,7 +623,7 @@ class TestLife:
         opened: list[object] = []
         transport = ScriptedTransport()
         monkeypatch.setattr(
-            "kalm_integrations.session.open_transport", lambda s: opened.append(s) or transport
+            "kalm_integrations.dispatch.open_transport", lambda s: opened.append(s) or transport
         )
         for _ in range(3):
             asyncio.run(client.aembed(TEXTS))

@@ -115,7 +115,7 @@ def test_the_same_where_only_the_client_notices(monkeypatch: pytest.MonkeyPatch)
         return answer
 
     transport = ScriptedTransport([spoil] * 99)
-    monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+    monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
     client = KalmClient(backend="local", batch_size=5, max_concurrency=1)
     check_named_and_skipped(client)
 
@@ -140,7 +140,7 @@ def test_any_number_of_texts_is_skipped_one_by_one(monkeypatch: pytest.MonkeyPat
                 raise errors.InvalidInputError.of([InvalidText(row, "is bad")])
 
     transport = ScriptedTransport(refuse=refuse)
-    monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+    monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
     client = KalmClient(backend="local", batch_size=2048)
     parts = list(client.iter_embed([*(f"bad {i}" for i in range(1200)), "good"], on_error="skip"))
     assert [i for part in parts for i in part.indices] == [1200]

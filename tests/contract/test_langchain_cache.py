@@ -44,7 +44,7 @@ def reach(monkeypatch: pytest.MonkeyPatch) -> Reach:
     """Embeddings of a service that the transport stands in for."""
 
     def reach(transport: ScriptedTransport, **settings: Any) -> KalmModalEmbeddings:
-        monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+        monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
         defaults = {
             "base_url": "http://there",
             "expected_identity": HERE,

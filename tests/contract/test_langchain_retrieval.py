@@ -290,7 +290,7 @@ class TestCopies:
             sessions.append(ScriptedTransport())
             return sessions[-1]
 
-        monkeypatch.setattr("kalm_integrations.session.open_transport", connect)
+        monkeypatch.setattr("kalm_integrations.dispatch.open_transport", connect)
         store = InMemoryVectorStore(KalmModalEmbeddings(backend="local", **SECRETS))
         if used:
             store.add_texts(FACTS[:2])

@@ -54,7 +54,7 @@ def test_objects(kind: type[KalmClient]) -> None:
     assert_clean(repr(client), str(client), f"{client!r:>9}", repr(vars(client)))
     assert_clean(client.model_dump(), client.model_dump_json(), dict(client))
     assert_clean(pickle.dumps(client), pickle.dumps(copy.deepcopy(client)))
-    assert_clean(repr(session), repr(session._headers))
+    assert_clean(repr(session), repr(session._connection._headers))
     assert_clean(client.without_client(), client.vector_identity, client.cache_namespace)
 
 

@@ -114,7 +114,7 @@ def test_a_blocking_call_on_the_thread_itself_raises_instead_of_waiting_for_ever
     async def call_back():
         thread.submit(asyncio.sleep(0)).result(timeout=5)
 
-    with pytest.raises(RuntimeError, match="own I/O thread would never return"):
+    with pytest.raises(RuntimeError, match="background thread would never return"):
         thread.submit(call_back()).result(timeout=10)
 
 

@@ -351,7 +351,7 @@ def test_what_has_not_the_right_form_is_found(spoil, quantization):
 )
 def test_they_are_asked_for_whatever_the_client_adds_and_cuts(monkeypatch, capfd, settings):
     transport = KalmTransport()
-    monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+    monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
     client = KalmClient(base_url="http://kalm.invalid", expected_identity=BF16, **settings)
     assert np.array_equal(reference.embed(client), RIGHT)
     assert tuple(transport.sent) == reference.TEXTS

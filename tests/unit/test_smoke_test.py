@@ -28,7 +28,7 @@ def proven(monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setenv("KALM_EXPECTED_IDENTITY", json.dumps(space.to_dict()))
         monkeypatch.setattr(smoke_test, "deployed", lambda _: methods)
-        monkeypatch.setattr("kalm_integrations.session.open_transport", lambda _: transport)
+        monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
         reason = None
         try:
             smoke_test.prove(DeploySettings(**settings))

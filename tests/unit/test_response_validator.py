@@ -31,7 +31,11 @@ def verifier(**arguments):
 
 def check(vectors, identity=SPACE, rows=3, dimensions=4, dtype="float32"):
     answer = EmbedResponse(vectors=vectors, identity=identity, usage=Usage())
-    verifier(dimensions=dimensions, vector_dtype=dtype).check(answer, rows)
+    verifier(dimensions=dimensions, vector_dtype=dtype).check(answer, request(rows))
+
+
+def request(texts=1):
+    return EmbedRequest(texts=["text"] * texts, role="document")
 
 
 def unit(rows=3, columns=4, dtype="float32"):
@@ -171,18 +175,19 @@ def test_an_identity_that_a_first_answer_lacked_is_taken_from_a_later_one():
 
 def test_vectors_with_an_identity_do_not_follow_vectors_without_one():
     session = verifier(dimensions=4, vector_dtype="float32")
-    session.check(EmbedResponse(vectors=unit(), identity=None, usage=Usage()), 3)
+    session.check(EmbedResponse(vectors=unit(), identity=None, usage=Usage()), request(3))
     with pytest.raises(IdentityMismatchError):
-        session.check(EmbedResponse(vectors=unit(), identity=SPACE, usage=Usage()), 3)
+        session.check(EmbedResponse(vectors=unit(), identity=SPACE, usage=Usage()), request(3))
 
 
 def test_an_answer_to_another_request_is_refused():
-    request = EmbedRequest(texts=["a", "b"], role="document")
-    answer = EmbedResponse(vectors=unit(2), identity=SPACE, usage=Usage(), digest=request.digest())
-    verifier().check_request(answer, request)
-    verifier().check_request(replace(answer, digest=None), request)  # a server that reports none
+    sent = EmbedRequest(texts=["a", "b"], role="document")
+    answer = EmbedResponse(vectors=unit(2), identity=SPACE, usage=Usage(), digest=sent.digest())
+    validator = verifier(dimensions=4, vector_dtype="float32")
+    validator.check(answer, sent)
+    validator.check(replace(answer, digest=None), sent)  # a server that reports none
     with pytest.raises(CorruptedAnswerError):
-        verifier().check_request(answer, replace(request, texts=["b", "a"]))
+        validator.check(answer, replace(sent, texts=["b", "a"]))
 
 
 @pytest.mark.parametrize("later", [None, replace(SPACE, revision="another")])
@@ -198,9 +203,11 @@ def test_of_a_model_that_nobody_knows_the_first_answer_sets_the_rest():
     session = verifier(backend="http", model="some/model", vector_dtype="float32")
     space = SpaceIdentity.undeclared("some/model")
     for served in (replace(space, revision="abc"), replace(space, revision="abc")):
-        session.check(EmbedResponse(vectors=unit(), identity=served, usage=Usage()), 3)
+        session.check(EmbedResponse(vectors=unit(), identity=served, usage=Usage()), request(3))
     with pytest.raises(InvalidResponseError, match=r"of 4 dimensions, got .* \(3, 5\)"):
-        session.check(EmbedResponse(vectors=unit(columns=5), identity=served, usage=Usage()), 3)
+        session.check(
+            EmbedResponse(vectors=unit(columns=5), identity=served, usage=Usage()), request(3)
+        )
     with pytest.raises(IdentityMismatchError, match=r"expected some/model .*, but the service has"):
         verifier(backend="http", model="some/model").check_identity(SPACE)
 

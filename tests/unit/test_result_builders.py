@@ -21,8 +21,8 @@ def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
     return EmbeddedBatch(np.array(indices, dtype=np.int64), rows, Usage(len(indices), 1))
 
 
-def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> ArrayBuilder:
-    assembly = ArrayBuilder(total, 4, dtype)
+def filled(total: int, *parts: EmbeddedBatch) -> ArrayBuilder:
+    assembly = ArrayBuilder(total, 4)
     for each in parts:
         assembly.add(each)
     return assembly
@@ -35,7 +35,7 @@ def filled(total: int, *parts: EmbeddedBatch, dtype: str = "float16") -> ArrayBu
 def test_parts_in_any_order_give_each_text_its_vector(dtype, order, cuts):
     rows = np.split(np.array(order, dtype=np.int64), sorted(cuts))
     parts = [part(*row, dtype=dtype) for row in rows]
-    result = filled(len(order), *parts, dtype=dtype).result(IDENTITY)
+    result = filled(len(order), *parts).result(dtype, IDENTITY)
     assert result.packed.dtype == dtype
     assert result.packed.tolist() == [[index] * 4 for index in range(len(order))]
     assert result.identity is IDENTITY
@@ -49,13 +49,13 @@ def test_a_text_without_a_vector_is_an_error_never_memory_that_happened_to_be_th
     assembly = filled(total, part(*indices))
     if missing:
         with pytest.raises(InvalidResponseError, match=rf"texts\[{missing[0]}\] got no vector"):
-            assembly.result(IDENTITY)
+            assembly.result("float16", IDENTITY)
     else:
-        assert len(assembly.result(IDENTITY)) == total
+        assert len(assembly.result("float16", IDENTITY)) == total
 
 
 def test_a_call_without_texts_has_a_result_of_the_right_width():
-    assert filled(0).result(IDENTITY).packed.shape == (0, 4)
+    assert filled(0).result("float16", IDENTITY).packed.shape == (0, 4)
 
 
 def test_a_part_of_another_call_does_not_fit():
@@ -65,8 +65,8 @@ def test_a_part_of_another_call_does_not_fit():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_an_error_takes_along_what_was_finished_by_the_callers_index(dtype):
-    assembly = filled(6, part(4, 1, dtype=dtype), part(3, dtype=dtype), dtype=dtype)
-    with pytest.raises(ServiceUnavailableError) as caught, assembly.kept_on_error():
+    assembly = filled(6, part(4, 1, dtype=dtype), part(3, dtype=dtype))
+    with pytest.raises(ServiceUnavailableError) as caught, assembly.partial_on_error():
         raise ServiceUnavailableError("The service is busy.")
     partial = caught.value.partial
     assert partial.indices.tolist() == [1, 3, 4]
@@ -76,7 +76,7 @@ def test_an_error_takes_along_what_was_finished_by_the_callers_index(dtype):
 
 
 def test_what_failed_at_once_has_an_empty_partial():
-    with pytest.raises(KalmError) as caught, filled(2).kept_on_error():
+    with pytest.raises(KalmError) as caught, filled(2).partial_on_error():
         raise KalmError("It happened.")
     assert caught.value.partial.vectors.shape == (0, 4)
     assert caught.value.partial.missing.tolist() == [0, 1]
@@ -84,14 +84,14 @@ def test_what_failed_at_once_has_an_empty_partial():
 
 def test_a_missing_vector_itself_takes_along_the_others():
     assembly = filled(3, part(0, 2))
-    with pytest.raises(InvalidResponseError) as caught, assembly.kept_on_error():
-        assembly.result(IDENTITY)
+    with pytest.raises(InvalidResponseError) as caught, assembly.partial_on_error():
+        assembly.result("float16", IDENTITY)
     assert caught.value.partial.missing.tolist() == [1]
 
 
 def test_what_a_partial_holds_does_not_change_afterwards():
-    assembly = filled(2, part(0, dtype="float32"), dtype="float32")
-    with pytest.raises(KalmError) as caught, assembly.kept_on_error():
+    assembly = filled(2, part(0, dtype="float32"))
+    with pytest.raises(KalmError) as caught, assembly.partial_on_error():
         raise KalmError("It happened.")
     assembly._vectors[:] = 9
     assert caught.value.partial.vectors.tolist() == [[0] * 4]
@@ -99,7 +99,7 @@ def test_what_a_partial_holds_does_not_change_afterwards():
 
 @pytest.mark.parametrize("error", [ValueError("theirs"), KeyboardInterrupt()])
 def test_errors_that_are_not_ours_pass_untouched(error):
-    with pytest.raises(type(error)) as caught, filled(1).kept_on_error():
+    with pytest.raises(type(error)) as caught, filled(1).partial_on_error():
         raise error
     assert not hasattr(caught.value, "partial")
 
@@ -135,7 +135,7 @@ def test_copies_of_a_text_have_lists_of_their_own():
 def test_a_text_without_a_list_is_an_error_that_takes_along_the_others():
     assembly = listed(3, part(0, 2))
     with pytest.raises(InvalidResponseError, match=r"texts\[1\] got no") as caught:
-        with assembly.kept_on_error():
+        with assembly.partial_on_error():
             assembly.result()
     assert caught.value.partial.vectors.tolist() == [[0] * 4, [2] * 4]
     assert caught.value.partial.vectors.dtype == np.float32
@@ -143,7 +143,7 @@ def test_a_text_without_a_list_is_an_error_that_takes_along_the_others():
 
 
 def test_lists_that_failed_at_once_have_an_empty_partial():
-    with pytest.raises(KalmError) as caught, listed(2).kept_on_error():
+    with pytest.raises(KalmError) as caught, listed(2).partial_on_error():
         raise KalmError("It happened.")
     assert caught.value.partial.vectors.shape == (0, 4)
 
@@ -152,7 +152,7 @@ def test_lists_that_failed_at_once_have_an_empty_partial():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_of_another_shape_are_an_error_never_repeated(shape, dtype):
     wrong = EmbeddedBatch(np.array([0, 1]), np.ones(shape, dtype=dtype), Usage())
-    assembly = ArrayBuilder(2, 4, "float16")
+    assembly = ArrayBuilder(2, 4)
     with pytest.raises(InvalidResponseError):
         assembly.add(wrong)
     shard = np.full((2, 4), np.nan, dtype=dtype)
