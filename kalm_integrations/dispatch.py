@@ -133,11 +133,8 @@ class Dispatcher:
                             _cancel(running)
                 full = len(running) >= self._config.max_concurrency or bool(running and busy())
                 if reading and not full:  # a free slot is filled before the caller gets a result
-                    try:
-                        batch = next(batches, None)
-                    except Exception as caught:  # noqa: BLE001 (raised after the results)
-                        batch, failure = None, _more_severe(failure, caught)
-                    reading = batch is not None
+                    batch, error = _read(batches)
+                    reading, failure = batch is not None, _more_severe(failure, error)
                     if batch is not None:
                         start(batch)
                 if result is not None:
@@ -188,10 +185,20 @@ def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:
         future.cancel()
 
 
-def _more_severe(first: BaseException | None, second: BaseException) -> BaseException:
-    """The failure to raise: the first, unless only that one concerns nothing but texts."""
+def _read(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+    """The next batch, if there is one, or what its source failed with."""
+    try:
+        return next(batches, None), None
+    except Exception as error:  # noqa: BLE001 (raised after the results)
+        return None, error
+
+
+def _more_severe(first: BaseException | None, second: BaseException | None) -> BaseException | None:
+    """The failure to raise: the first, unless only the second concerns more than some texts."""
+    if first is None or second is None:
+        return first or second
     only_texts = isinstance(first, InvalidInputError) and not isinstance(second, InvalidInputError)
-    return second if first is None or only_texts else first
+    return second if only_texts else first
 
 
 def _close_later(loop: BackgroundLoop, session: Session) -> None:

@@ -30,7 +30,7 @@ from instant import MODEL  # noqa: E402
 from modal_emulator import Emulator  # noqa: E402
 
 from kalm_integrations import KalmClient  # noqa: E402
-from kalm_integrations.codec import unpack
+from kalm_integrations.codec import unpack  # noqa: E402
 
 TEXTS = [f"text {i}" for i in range(1_000)]
 BATCH = 128
