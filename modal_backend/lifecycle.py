@@ -24,7 +24,7 @@ from kalm_integrations.errors import CanaryFailedError, EngineLoadError, KalmErr
 from kalm_integrations.protocol import ServiceWarning
 from modal_backend import canary
 from modal_backend.engines.base import Engine
-from modal_backend.engines.failed import OutOfOrderEngine
+from modal_backend.engines.failed import FailedEngine
 from modal_backend.service import EmbeddingService
 from modal_backend.settings import LOAD_ATTEMPTS, CanaryMode, Snapshot
 
@@ -63,7 +63,7 @@ class Lifecycle:
         self._attempt_timeout = attempt_timeout
         self._start = time.monotonic()
         self._proof: canary.Vectors | None = None
-        self.service = EmbeddingService(OutOfOrderEngine(EngineLoadError("nothing is loaded yet.")))
+        self.service = EmbeddingService(FailedEngine(EngineLoadError("nothing is loaded yet.")))
         self.phases: dict[str, float] = {}
         """Seconds that each phase took, in order."""
         self.restored = False
@@ -183,7 +183,7 @@ class Lifecycle:
 
     async def _discard(self, failure: KalmError) -> None:
         # A copy has no traceback, whose frames would keep the engine in memory.
-        failed, self.service.engine = self.service.engine, OutOfOrderEngine(copy(failure))
+        failed, self.service.engine = self.service.engine, FailedEngine(copy(failure))
         self._forget("canary_failed")  # it is not served any more
         await _close(failed)
 

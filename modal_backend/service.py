@@ -26,7 +26,7 @@ from kalm_integrations.result import Usage
 from kalm_integrations.validation import invalid_rows
 from modal_backend.admission import Admission
 from modal_backend.engines.base import Engine
-from modal_backend.engines.failed import OutOfOrderEngine
+from modal_backend.engines.failed import FailedEngine
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
@@ -50,7 +50,7 @@ class EmbeddingService:
     @property
     def failure(self) -> KalmError | None:
         """Why nothing is served; None when all is well."""
-        return self.engine.failure if isinstance(self.engine, OutOfOrderEngine) else None
+        return self.engine.failure if isinstance(self.engine, FailedEngine) else None
 
     @property
     def identity(self) -> SpaceIdentity:

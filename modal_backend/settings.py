@@ -10,13 +10,13 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.models import EMBEDDED, KALM, KALM_FP8, profile_of
-from kalm_integrations.options import DEFAULT_APP
+from kalm_integrations.models import DEFAULT_APP, FP8, KALM, KALM_FP8, profile_of
 from modal_backend import gpus
+from modal_backend.engines.registry import ENGINES, EngineType
 from modal_backend.gpus import Quantization
 
 Snapshot = Literal["off", "awake", "asleep"]
@@ -24,16 +24,6 @@ Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
 CanaryMode = Literal["refuse", "warn"]
 
 
-VLLM_ONLY: Final = (
-    "model",
-    "revision",
-    "gpu",
-    "quantization",
-    "max_model_len",
-    "enforce_eager",
-    "gpu_memory_utilization",
-)
-"""Settings that mean nothing to the embedded engine."""
 REGION: Final = 1.75
 """What a pinned region multiplies prices by, at most."""
 WINDOWS: Final = (2, 3600)
@@ -59,6 +49,12 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _engine_name(name: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"{name!r} is not an engine; there are {', '.join(ENGINES)}")
+    return name
+
+
 class DeploySettings(EnvironmentSettings):
     """What `kalm deploy` takes; every field is an option of it too.
 
@@ -68,7 +64,7 @@ class DeploySettings(EnvironmentSettings):
 
     variable_prefix = "KALM_DEPLOY_"
 
-    engine: Literal["vllm", "embedded"] = "vllm"
+    engine: Annotated[str, AfterValidator(_engine_name)] = "vllm"
     """"vllm": KaLM on a GPU. "embedded": the small model on a CPU, to see everything else work."""
 
     model: str = KALM.space.model
@@ -162,16 +158,17 @@ class DeploySettings(EnvironmentSettings):
                 f"--min-containers {self.min_containers} is over --max-containers "
                 f"{self.max_containers}"
             )
-        if self.engine == "vllm":
+        if self.on_gpu:
             self._check_gpus()
             self._check_startup()
-            return self
-        for name in VLLM_ONLY:
+        of_others = {option for other in ENGINES.values() for option in other.options}
+        of_others |= set() if self.on_gpu else {"gpu"}
+        for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            if name in of_others - self.engine_type.options and value != field.default:
                 shown = ",".join(value) if isinstance(value, tuple) else value
                 option = f"--{name.replace('_', '-')} {shown}"
-                raise ValueError(f"{option}: the embedded engine has none; it is vLLM's")
+                raise ValueError(f"{option}: the {self.engine} engine has no such option")
         return self
 
     def _check_gpus(self) -> None:
@@ -218,9 +215,20 @@ class DeploySettings(EnvironmentSettings):
         return "" if none else ", or --quantization fp8, which is another vector space"
 
     @property
+    def engine_type(self) -> EngineType:
+        """The engine's entry in the registry."""
+        return ENGINES[self.engine]
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What the engine is loaded with."""
+        fields = type(self).model_fields
+        return {name: getattr(self, name) for name in self.engine_type.options & fields.keys()}
+
+    @property
     def on_gpu(self) -> bool:
         """Whether containers have a GPU."""
-        return self.engine == "vllm"
+        return self.engine_type.gpu
 
     @property
     def attempt_timeout(self) -> int:
@@ -236,12 +244,13 @@ class DeploySettings(EnvironmentSettings):
     @property
     def memory_mib(self) -> int:
         """Host memory."""
-        return (gpus.HOST_GIB[self.quantization] if self.on_gpu else 2) * 1024
+        gib = gpus.HOST_GIB[self.quantization] if self.on_gpu else self.engine_type.memory_gib
+        return gib * 1024
 
     @property
     def cpu(self) -> float:
         """Cores."""
-        return gpus.CORES if self.on_gpu else 1.0
+        return gpus.CORES if self.on_gpu else self.engine_type.cores
 
     @property
     def dollars_per_hour(self) -> float:
@@ -260,13 +269,13 @@ class DeploySettings(EnvironmentSettings):
     @property
     def space(self) -> SpaceIdentity:
         """The space that is meant to be served; of a model that we do not know, its name only."""
-        if self.engine == "embedded":
-            return EMBEDDED.space
+        if self.engine_type.profile is not None:
+            return self.engine_type.profile.space
         space = profile_of(self.model).space
         if not space.declared:
             return space
         if self.quantization == "fp8":
-            space = replace(space, quantization=KALM_FP8.space.quantization)
+            space = replace(space, quantization=FP8)
         return replace(space, revision=self.revision or space.revision)
 
     @property

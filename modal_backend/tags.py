@@ -1,10 +1,10 @@
-"""What a deployment says of itself without a container: Modal keeps tags with the app."""
+"""Tags of the Modal app: they describe a deployment without starting a container."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from kalm_integrations.models import EMBEDDED, KALM_MINI, NAMED_SPACES
+from kalm_integrations.models import PROFILES, in_fp8
 from kalm_integrations.version import __version__
 from modal_backend.settings import DeploySettings
 
@@ -12,13 +12,15 @@ VERSION_TAG: Final = "kalm-version"
 IDENTITY_TAG: Final = "kalm-identity"
 BULK_TAG: Final = "kalm-bulk"
 DEPLOYABLE: Final = {
-    space.fingerprint: space for space in (EMBEDDED.space, KALM_MINI.space, *NAMED_SPACES.values())
+    profile.space.fingerprint: profile.space
+    for known in PROFILES
+    for profile in (known, in_fp8(known))
 }
-"""What `kalm deploy` of this version writes into the identity tag for the models that it knows."""
+"""Spaces of known models, by what `kalm deploy` writes into the identity tag."""
 
 
 def tags_of(settings: DeploySettings) -> dict[str, str]:
-    """Our version, the space that this deployment is meant to serve, and the bulk jobs' Volume."""
+    """This version, the space that the deployment should serve, and the Volume of bulk jobs."""
     return {
         VERSION_TAG: __version__,
         IDENTITY_TAG: settings.space.fingerprint,

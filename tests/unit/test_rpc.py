@@ -53,7 +53,7 @@ from kalm_integrations.protocol import (
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.modal import translated
 from modal_backend import rpc
-from modal_backend.engines.failed import OutOfOrderEngine
+from modal_backend.engines.failed import FailedEngine
 from modal_backend.service import EmbeddingService
 
 BUILT_IN = (bool, int, float, str, bytes, type(None))
@@ -304,7 +304,7 @@ def test_describe_tells_who_serves():
 
 def test_describe_tells_why_nobody_does():
     failure = CanaryFailedError("wrong.")
-    described = rpc.describe(EmbeddingService(OutOfOrderEngine(failure)), {"load": 1.5})
+    described = rpc.describe(EmbeddingService(FailedEngine(failure)), {"load": 1.5})
     assert described["error"] == error_fields(failure)
     assert described.keys() == {
         "version",

@@ -99,6 +99,7 @@ async def known(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VLLME
         dimensions=(128, 96, 16),
         max_tokens=2048,
         query_template="Query: {text}",
+        dtype="fp32",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(made / "cache"))

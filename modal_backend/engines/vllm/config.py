@@ -13,14 +13,14 @@ from typing import Any, Final, Literal
 
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.models import KALM_FP8, ModelProfile, profile_of
+from kalm_integrations.models import FP8, ModelProfile, profile_of
 from modal_backend.weights import Weights, memory_bytes
 
 PROFILE: Final = 1
 """Version of our way of running models; raised when vectors change with it."""
 
-FP8: Final = "fp8_per_tensor"
-"""vLLM's name of what we call fp8: weights are converted while they are loaded."""
+FP8_METHOD: Final = "fp8_per_tensor"
+"""vLLM's name for `quantization="fp8"`: weights are converted while they are loaded."""
 
 _POOLINGS: Final = {"LastPool": "last", "MeanPool": "mean", "CLSPool": "cls"}
 _ATTENTION: Final = {"decoder": "causal", "encoder_only": "bidirectional"}
@@ -33,7 +33,7 @@ _GRAPH_SIZES: Final = (
 """Tokens of the steps that are kept as CUDA graphs, up to a full one; another is padded to the
 next. To launch a step's kernels one by one takes a CPU as long as a fast card takes to compute
 2,000 tokens in fp8. vLLM's own sizes end at 512, and are 51."""
-_DTYPE_ARGUMENT: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPE_ARGUMENT: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 KERNELS: Final = {"enable_flashinfer_autotune": False}
 """Otherwise vLLM tunes FlashInfer's kernels at each load, on Hopper and newer cards."""
@@ -80,9 +80,7 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
 
     profile = profile_of(weights.name)
     space = profile.space
-    dtype = options.dtype
-    if dtype == "auto" and space.declared:
-        dtype = "bf16"
+    dtype = profile.dtype if options.dtype == "auto" else options.dtype
     # Normalized, whatever a repository's files say; pooling too where we know the model.
     pooler = PoolerConfig(use_activation=True)
     if space.declared:
@@ -94,7 +92,7 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
         "runner": "pooling",
         "convert": "embed",
         "pooler_config": pooler,
-        "dtype": _DTYPE_ARGUMENT.get(dtype, "auto"),
+        "dtype": DTYPE_ARGUMENT[dtype] if dtype else "auto",
         "max_num_batched_tokens": step,
         "max_num_seqs": options.max_num_seqs,
         "scheduling_policy": "priority",
@@ -117,7 +115,7 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
     if length is not None:
         asked["max_model_len"] = length
     if options.quantization == "fp8":
-        asked["quantization"] = FP8
+        asked["quantization"] = FP8_METHOD
     if options.gpu_memory_utilization is not None:
         asked["gpu_memory_utilization"] = options.gpu_memory_utilization
     return asked
@@ -219,14 +217,17 @@ def _differences(
         # A revision may be chosen: clients will notice. fp8 is another space of the same model.
         ours = {"revision": identity.revision}
         if options.quantization == "fp8":
-            ours["quantization"] = KALM_FP8.space.quantization
+            ours["quantization"] = FP8
         expected = type(identity)(**(profile.space.to_dict() | ours))
         if identity != expected:
             yield expected.differences(identity)
     if not identity.normalized:
         yield "normalized: True != False"
-    if options.quantization == "none" and options.dtype not in ("auto", identity.quantization):
-        yield f"dtype: {options.dtype!r} != {identity.quantization!r}"
+    loaded = identity.quantization
+    if loaded not in _DTYPES.values():  # quantized: what the other weights are in
+        loaded = _DTYPES.get(str(resolved.model_config.dtype), loaded)
+    if options.dtype not in ("auto", loaded):
+        yield f"dtype: {options.dtype!r} != {loaded!r}"
     if options.quantization == "fp8" and not identity.quantization.startswith("fp8 "):
         yield f"quantization: 'fp8' != {identity.quantization!r}"
     model, scheduler = resolved.model_config, resolved.scheduler_config

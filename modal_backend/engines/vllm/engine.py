@@ -35,8 +35,8 @@ from kalm_integrations.models import profile_of
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import Truncate
 from modal_backend.engines.base import EngineOutput, Progress, check_shape, no_progress
+from modal_backend.engines.compute_thread import ComputeThread
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
-from modal_backend.engines.thread import Worker
 from modal_backend.engines.vllm import process
 from modal_backend.engines.vllm.config import VLLMOptions, check, dimensions_of, identity_of
 from modal_backend.engines.vllm.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ class VLLMEngine:
         self._guard = guard
         self._cores = process.cores(llm)
         self._lock = PriorityLock()
-        self._worker = Worker("kalm-tokenizer")
+        self._worker = ComputeThread("kalm-tokenizer")
         self._numbers = itertools.count()
         self._params = _params()
         self._input = tokens_input
@@ -137,9 +137,9 @@ class VLLMEngine:
                 "an NVIDIA GPU, or take the embedded engine."
             ) from error
         profile = profile_of(weights.name)
-        if profile.space.declared and options.dtype not in ("auto", profile.space.quantization):
+        if profile.dtype and options.dtype not in ("auto", profile.dtype):
             raise EngineLoadError(
-                f"dtype={options.dtype!r}: {weights.name} is run in {profile.space.quantization}; "
+                f"dtype={options.dtype!r}: {weights.name} is run in {profile.dtype}; "
                 "in another type its vectors would be of another space."
             )
         llm, guard, limit = None, process.CoreGuard(), process.StartLimit()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 _Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
-class Worker:
+class ComputeThread:
     """A daemon thread that runs one function after the other.
 
     Not an executor of the standard library: those refuse work as soon as the main thread has
