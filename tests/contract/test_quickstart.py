@@ -78,25 +78,6 @@ class TestDocstrings:
         assert main(["quickstart"]) == 2
 
 
-def test_as_a_user_runs_it() -> None:
-    command = [sys.executable, "-W", "error", "-m", "kalm_integrations.cli", "quickstart"]
-    done = run(*command, environment=os.environ | {"PYTHONIOENCODING": "utf-8"})
-    assert (done.returncode, done.stderr) == (0, "")
-    shown = done.stdout
-    assert "universal-sentence-encoder-multilingual-3" in shown
-    assert "512 dimensions, vector identity" in shown
-    assert "It is not KaLM" in shown
-    for framework in ("LangChain", "LlamaIndex"):
-        assert re.search(rf"{framework} +━+ +[\d,]{{5}} texts, [\d.]+ s, \d+/s", shown)
-        assert re.search(rf"✓ {framework}: [23] of 3 questions", shown)
-        table = shown.split(f"{framework}, ")[1].split("╰")[0]
-        for question in docstrings.QUESTIONS:
-            assert re.search(rf"{re.escape(question.text)}.* \d+ ms │", table)
-        assert len(re.findall(r"│ [ ✓] \w[\w.]+ .*│ \d\.\d{3} │", table)) == 9
-        assert re.search(r"✓ datetime\.datetime\.strptime  string, format", table)
-    assert 'kalm quickstart --question "' in shown
-
-
 class TestDocs:
     def test_a_folder(self, documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["quickstart", "--corpus", str(documents)]) == 0

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,8 @@ class TestAnywhere:
         assert out == "[]\n"
 
     def test_from_an_installed_wheel(self, run: Any, emulator: Emulator, tmp_path: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        run(*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(ROOT))
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+        run(*uv, "--no-deps", "--target", str(tmp_path / "site"), str(ROOT))
         wheel = {"PYTHONPATH": str(tmp_path / "site"), **EMBEDDED, "KALM_DEPLOY_APP_NAME": "wheel"}
         where = "import modal_backend; print(modal_backend.__file__)"
         assert str(tmp_path) in run(sys.executable, "-c", where, cwd=tmp_path, **wheel).stdout
@@ -288,7 +289,7 @@ class TestAnywhere:
             assert service.describe.remote()["dimensions"] == [512]
 
     def test_the_image_declares_all_that_the_container_needs(
-        self, new_emulator: Any, tmp_path: Path
+        self, run: Any, new_emulator: Any, tmp_path: Path
     ) -> None:
         """The container runs in an environment of the image's own list; the project is not
         installed there, so that a package or a file that the image lacks shows."""
@@ -297,10 +298,10 @@ class TestAnywhere:
         # What is not pinned is the base image's own: pip, wheel, uv.
         packages = [package for package in emulator.image(CLASS).packages if "==" in package]
         python = tmp_path / "venv" / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+        venv.create(tmp_path / "venv", symlinks=True)
         # Modal mounts its client, and what that needs, into every container.
-        install = [python, "-m", "pip", "install", "--quiet", *packages, "modal>=1.6.4,<1.7"]
-        subprocess.run(install, check=True, timeout=300, capture_output=True)
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
+        run(*uv, *packages, "modal>=1.6.4,<1.7")
         with (
             emulator.changed(container_python=python, container_env={"PYTHONPATH": ""}),
             emulator.client() as client,
