@@ -1,8 +1,8 @@
-"""`KalmClient`: texts in, numpy vectors out, over any door, from any thread or loop.
+"""`KalmClient`: texts in, numpy vectors out, from any thread or event loop.
 
-Both adapters are this class with their framework's method names. Requests run on the process's
-I/O thread; what is the caller's (its iterator, its callbacks, its progress bar) stays on the
-caller's side. The sync and async methods differ in how they wait, and in nothing else.
+Both adapters hold one. Requests run on the process's background event loop. The caller's own code
+(its iterator, its callbacks, its progress bar) runs on the caller's thread. The sync and async
+methods differ only in how they wait.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Literal, Self, get_args
-
-from pydantic import PrivateAttr
+from typing import Any, Literal, Never, Self, Unpack, get_args
 
 from kalm_integrations import validation
 from kalm_integrations.assembly import ArrayAssembly, Assembly, ListAssembly
@@ -25,10 +23,11 @@ from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.event_loop import io_thread, is_ending
 from kalm_integrations.flight import Launch, afly, fly
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.options import ClientConfig
+from kalm_integrations.options import ClientConfig, ClientOptions, forget
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 from kalm_integrations.session import Call, Session, SessionHolder
+from kalm_integrations.signatures import documented, refuse_positional
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
@@ -38,12 +37,18 @@ Progress = Callable[[int], object]
 _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
-class KalmClient(ClientConfig):
+def defaults() -> dict[str, Any]:
+    """The default of each argument."""
+    return {name: field.default for name, field in ClientConfig.model_fields.items()}
+
+
+@documented(ClientOptions, defaults=defaults)
+class KalmClient:
     """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
 
-    Takes the arguments of `ClientConfig`. Constructing it opens nothing. One object serves any
-    number of threads and event loops; it survives fork, pickling and copying, and its
-    connections close with the process at the latest.
+    Constructing it opens nothing. One object serves any number of threads and event loops. It
+    survives fork, pickling and copying; a copy and an unpickled client have connections of their
+    own. Clients are equal when their arguments are.
 
     Example:
         >>> client = KalmClient(backend="local")
@@ -51,7 +56,53 @@ class KalmClient(ClientConfig):
         (1, 512)
     """
 
-    _sessions: SessionHolder = PrivateAttr(default_factory=SessionHolder)
+    def __init__(self, *positional: Never, **options: Unpack[ClientOptions]) -> None:
+        refuse_positional(type(self), positional)
+        try:
+            self._config = ClientConfig(**options)
+        finally:
+            forget(options)
+        self._sessions = SessionHolder()
+
+    @property
+    def config(self) -> ClientConfig:
+        """All arguments, validated, and what follows from them. It cannot be changed."""
+        return self._config
+
+    def with_options(self, **options: Unpack[ClientOptions]) -> Self:
+        """Return a client with some arguments changed, and connections of its own."""
+        try:
+            config = self._config.model_copy(update={**options})
+        finally:
+            forget(options)
+        changed = type(self).__new__(type(self))
+        changed.__setstate__({**self.__getstate__(), "_config": config})
+        return changed
+
+    @property
+    def served_model(self) -> str:
+        """Name of the model that requests name."""
+        return self._config.served_model
+
+    @property
+    def vector_dimensions(self) -> int:
+        """Dimensions of the vectors; 0 until the first answer for a model without a profile."""
+        return self._config.vector_dimensions
+
+    @property
+    def vector_identity(self) -> VectorIdentity:
+        """What an index of this client's document vectors contains; see `ClientConfig`."""
+        return self._config.vector_identity
+
+    @property
+    def cache_namespace(self) -> str:
+        """Name for a cache of document vectors: changes exactly when they may."""
+        return self._config.cache_namespace
+
+    @property
+    def query_cache_namespace(self) -> str:
+        """Name for a cache of query vectors. Never share one cache between both roles."""
+        return self._config.query_cache_namespace
 
     def embed(
         self,
@@ -80,8 +131,8 @@ class KalmClient(ClientConfig):
             IdentityMismatchError: The vectors are of another space than expected.
             KalmError: Base class of all of them; `partial` has what was finished.
         """
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
+        checked = validation.check(validation.iterate(texts), self._config.truncate)
+        assembly = ArrayAssembly(len(checked), self._config.vector_dimensions, self._config.vector_dtype)
         with assembly.kept_on_error():
             self._fill(assembly, checked, role, on_progress)
             return assembly.result(self.vector_identity)
@@ -94,8 +145,8 @@ class KalmClient(ClientConfig):
         on_progress: Progress | None = None,
     ) -> EmbeddingResult:
         """`embed`, without blocking the running event loop."""
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ArrayAssembly(len(checked), self.vector_dimensions, self.vector_dtype)
+        checked = validation.check(validation.iterate(texts), self._config.truncate)
+        assembly = ArrayAssembly(len(checked), self._config.vector_dimensions, self._config.vector_dtype)
         with assembly.kept_on_error():
             await self._afill(assembly, checked, role, on_progress)
             return assembly.result(self.vector_identity)
@@ -182,26 +233,42 @@ class KalmClient(ClientConfig):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def __copy__(self) -> Self:
-        copied = super().__copy__()
-        copied._sessions = SessionHolder()
-        return copied
+    def __repr__(self) -> str:
+        return repr(self._config).replace("ClientConfig", type(self).__name__, 1)
 
-    def _embed_to_lists(
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._config == self._config
+
+    def __hash__(self) -> int:
+        return hash(self._config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ClientConfig.model_fields:
+            raise AttributeError(f"{name} is fixed: use with_options({name}=...) or a new client")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_sessions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _sessions=SessionHolder())
+
+    def embed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
-        """`embed`, to what frameworks take, in less time and memory than over an array."""
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ListAssembly(len(checked), self.vector_dimensions)
+        """`embed`, as the lists of floats that frameworks take; faster than `to_lists()`."""
+        checked = validation.check(validation.iterate(texts), self._config.truncate)
+        assembly = ListAssembly(len(checked), self._config.vector_dimensions)
         with assembly.kept_on_error():
             self._fill(assembly, checked, role, on_progress)
             return assembly.result()
 
-    async def _aembed_to_lists(
+    async def aembed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
-        checked = validation.check(validation.iterate(texts), self.truncate)
-        assembly = ListAssembly(len(checked), self.vector_dimensions)
+        """`embed_to_lists`, without blocking the running event loop."""
+        checked = validation.check(validation.iterate(texts), self._config.truncate)
+        assembly = ListAssembly(len(checked), self._config.vector_dimensions)
         with assembly.kept_on_error():
             await self._afill(assembly, checked, role, on_progress)
             return assembly.result()
@@ -231,21 +298,21 @@ class KalmClient(ClientConfig):
         for name, value, known in (("role", role, _ROLES), ("on_error", on_error, _ON_ERROR)):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}: it is one of {known}.")
-        deadline = None if each_request else time.monotonic() + self.timeout
+        deadline = None if each_request else time.monotonic() + self._config.timeout
         return Call(role=role, deadline=deadline, skip_invalid=on_error == "skip")
 
     def _plan(self, texts: Iterable[tuple[int, str]], role: Role) -> Iterator[Batch]:
-        return plan(texts, self.template(role), self.request_limits)
+        return plan(texts, self._config.template(role), self._config.request_limits)
 
     def _plan_stream(self, texts: Iterable[str], role: Role, on_error: OnError) -> Iterator[Batch]:
         read = validation.iterate(texts)
         if on_error == "raise" and isinstance(read, Sequence):
-            read = validation.check(read, self.truncate)
+            read = validation.check(read, self._config.truncate)
 
         def batches() -> Iterator[Batch]:
             numbered = enumerate(read)
             while block := list(islice(numbered, _BLOCK)):
-                valid, invalid = validation.sort_out(block, self.truncate)
+                valid, invalid = validation.sort_out(block, self._config.truncate)
                 if invalid and on_error == "raise":
                     raise validation.refusal(invalid)
                 if invalid:
@@ -262,12 +329,12 @@ class KalmClient(ClientConfig):
     ) -> Generator[EmbeddedBatch]:
         """Send `batches`; no further one is read while the caller is `busy` with what has come."""
         launch = self._launcher(call)
-        return fly(batches, launch, self.max_concurrency, self._report, busy)
+        return fly(batches, launch, self._config.max_concurrency, self._report, busy)
 
     def _arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
         # Not a generator around another: a loop's end may close the inner one alone, and the
         # outer would be short without a word.
-        return afly(batches, self._launcher(call), self.max_concurrency, self._report)
+        return afly(batches, self._launcher(call), self._config.max_concurrency, self._report)
 
     def _run_alone(self, batches: Iterator[Batch], call: Call) -> Generator[EmbeddedBatch]:
         """`_run` of one batch, a query's: nothing flies beside it, and each step counts."""
@@ -299,20 +366,20 @@ class KalmClient(ClientConfig):
         return await self._session().send(batch, call)
 
     async def _wake(self, timeout: float | None) -> VectorIdentity:
-        limit = self.timeout if timeout is None else timeout
+        limit = self._config.timeout if timeout is None else timeout
         if not limit > 0:
             raise ConfigurationError(f"timeout={timeout!r}: it is a number of seconds over 0.")
         call = Call(role="query", deadline=time.monotonic() + limit, timeout=limit)
         served = await self._session().wake(call)
-        return replace(self.vector_identity, space=served or self.expected_space)
+        return replace(self.vector_identity, space=served or self._config.expected_space)
 
     def _session(self) -> Session:
-        return self._sessions.open(self)
+        return self._sessions.open(self._config)
 
     def _report(self, part: EmbeddedBatch) -> None:
-        if self.on_usage is not None and part.usage.requests:
+        if self._config.on_usage is not None and part.usage.requests:
             try:
-                self.on_usage(part.usage)
+                self._config.on_usage(part.usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 
@@ -320,7 +387,7 @@ class KalmClient(ClientConfig):
     def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:
         if on_progress is not None:
             yield on_progress
-        elif self.show_progress and role == "document" and total > 1:
+        elif self._config.show_progress and role == "document" and total > 1:
             with progress_bar(total) as advance:
                 yield advance
         else:

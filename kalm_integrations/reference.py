@@ -204,13 +204,13 @@ def embed(client: KalmClient) -> Vectors:
     Raises:
         KalmError: The service did not give them.
     """
-    plainly = {
+    plainly: ClientOptions = {
         "dimensions": None,
         "document_instruction": "none",
         "vector_dtype": "float32",
         "show_progress": False,
     }
-    with client.model_copy(update=plainly) as plain:
+    with client.with_options(**plainly) as plain:
         return plain.embed(TEXTS, role="document").vectors
 
 

@@ -93,7 +93,7 @@ class Session:
     def lane(self, owner: object) -> Lane | None:
         """A lane beside this session, whose answers are held against the same identity; None for
         a transport that cannot be used so."""
-        if not self._transport.may_rest:
+        if not self._transport.may_rest or self._settings.transport is not None:
             return None
         beside = Session(self._settings, open_transport(self._settings), self._verifier)
         return Lane(beside, owner)
@@ -260,13 +260,12 @@ class SessionHolder:
         self._opening = threading.Lock()
         self._lane: Lane | None = None
 
-    def open(self, client: ClientConfig) -> Session:
+    def open(self, config: ClientConfig) -> Session:
         thread = io_thread()
         if self._session is None or self._thread is not thread:
             # The thread keeps the session until it is closed; so the session must not keep the
             # client, and with it this holder, whose end closes the session.
-            settings = client.without_client()
-            self._thread, self._session = thread, Session(settings, open_transport(settings))
+            self._thread, self._session = thread, Session(config, open_transport(config))
             thread.resources.add(self._session)
             self._end = weakref.finalize(self, _close_later, thread, self._session)
             self._end.atexit = False

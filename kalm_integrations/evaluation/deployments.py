@@ -167,8 +167,8 @@ class _Asking:
                 await client.awarm_up()
             except IdentityMismatchError as error:
                 mismatch = error
-            served, _ = await asyncio.wrap_future(io_thread().submit(reported(client)))
-        if mismatch and served and client.model not in (None, served.model):
+            served, _ = await asyncio.wrap_future(io_thread().submit(reported(client.config)))
+        if mismatch and served and client.config.model not in (None, served.model):
             raise mismatch  # KALM_MODEL asks for another
         return served
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kalm_integrations.codec import EmbedAnswer, EmbedRequest, ServiceWarning
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.options import ClientConfig
+
+if TYPE_CHECKING:
+    from kalm_integrations.options import ClientConfig
 
 
+@runtime_checkable
 class Transport(Protocol):
     """A way to a service. Used on one loop only; opens nothing before the first call.
 
@@ -46,7 +49,9 @@ class Transport(Protocol):
 
 
 def open_transport(settings: ClientConfig) -> Transport:
-    """The transport that `settings.backend` names."""
+    """The transport that `settings` hold, or that their backend names."""
+    if settings.transport is not None:
+        return settings.transport
     if settings.resolved_backend == "modal":
         from kalm_integrations.transports.modal import ModalTransport
 

@@ -166,7 +166,7 @@ def deployed(settings: ClientConfig) -> Any:
     if hpack.level < logging.INFO:
         hpack.setLevel(logging.INFO)
     return modal.Cls.from_name(
-        settings.app_name, settings.modal_class, environment_name=settings.environment_name
+        settings.app_name, settings.class_name, environment_name=settings.environment_name
     )()
 
 
@@ -276,4 +276,4 @@ def _leave_parents_channels_alone() -> None:
 
 def _place(settings: ClientConfig) -> str:
     where = f" in environment {settings.environment_name!r}" if settings.environment_name else ""
-    return f"Modal app {settings.app_name!r}{where}, class {settings.modal_class!r}"
+    return f"Modal app {settings.app_name!r}{where}, class {settings.class_name!r}"
