@@ -30,7 +30,7 @@ QUESTIONS = ["May I leave my country?", "holidays and leisure", "Is torture allo
 
 def build(client: KalmClient, texts: list[str]) -> np.ndarray:
     """The vectors in the order of the texts, filled in as they come, in any order."""
-    vectors = np.empty((len(texts), client.vector_dimensions), dtype=client.vector_dtype)
+    vectors = np.empty((len(texts), client.vector_dimensions), dtype=client.config.vector_dtype)
     for part in client.iter_embed(texts):  # any iterable will do: a file larger than memory, too
         vectors[part.indices] = part.packed
     return vectors

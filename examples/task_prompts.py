@@ -43,7 +43,7 @@ def show_prompts() -> None:
         if fingerprint not in indexes:
             indexes.append(fingerprint)
         number = indexes.index(fingerprint) + 1
-        query, document = client.template("query"), client.template("document")
+        query, document = client.config.template("query"), client.config.template("document")
         print(f"{task:<16} {number:<6} {query.replace(chr(10), '⏎')}")
         print(f"{'':<16} {'':<6} {document.replace(chr(10), '⏎')}")
 

@@ -1,8 +1,8 @@
-"""`KalmClient`: texts in, numpy vectors out, over any door, from any thread or loop.
+"""`KalmClient`: texts in, numpy vectors out, from any thread or event loop.
 
-Both adapters are this class with their framework's method names. Requests run on the process's
-I/O thread; what is the caller's (its iterator, its callbacks, its progress bar) stays on the
-caller's side. The sync and async methods differ in how they wait, and in nothing else.
+Both adapters hold one. Requests run on the process's background event loop. The caller's own code
+(its iterator, its callbacks, its progress bar) runs on the caller's thread. The sync and async
+methods differ only in how they wait.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Literal, Self, get_args
-
-from pydantic import PrivateAttr
+from typing import Any, Literal, Never, Self, Unpack, get_args
 
 from kalm_integrations import validation
 from kalm_integrations.batching import Batch, plan
 from kalm_integrations.dispatch import Dispatcher
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
-from kalm_integrations.options import ClientConfig
+from kalm_integrations.options import ClientConfig, ClientOptions, forget
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import (
     ArrayBuilder,
@@ -33,6 +31,7 @@ from kalm_integrations.result import (
     ResultBuilder,
 )
 from kalm_integrations.session import Call
+from kalm_integrations.signatures import documented, refuse_positional
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
@@ -42,12 +41,18 @@ Progress = Callable[[int], object]
 _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
-class KalmClient(ClientConfig):
+def defaults() -> dict[str, Any]:
+    """The default of each argument."""
+    return {name: field.default for name, field in ClientConfig.model_fields.items()}
+
+
+@documented(ClientOptions, defaults=defaults)
+class KalmClient:
     """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
 
-    Takes the arguments of `ClientConfig`. Constructing it opens nothing. One object serves any
-    number of threads and event loops; it survives fork, pickling and copying, and its
-    connections close with the process at the latest.
+    Constructing it opens nothing. One object serves any number of threads and event loops. It
+    survives fork, pickling and copying; a copy and an unpickled client have connections of their
+    own. Clients are equal when their arguments are.
 
     Example:
         >>> client = KalmClient(backend="local")
@@ -55,7 +60,53 @@ class KalmClient(ClientConfig):
         (1, 512)
     """
 
-    _dispatcher: Dispatcher | None = PrivateAttr(default=None)
+    def __init__(self, *positional: Never, **options: Unpack[ClientOptions]) -> None:
+        refuse_positional(type(self), positional)
+        try:
+            self._config = ClientConfig(**options)
+        finally:
+            forget(options)
+        self._dispatcher = Dispatcher(self._config)
+
+    @property
+    def config(self) -> ClientConfig:
+        """All arguments, validated, and what follows from them. It cannot be changed."""
+        return self._config
+
+    def with_options(self, **options: Unpack[ClientOptions]) -> Self:
+        """Return a client with some arguments changed, and connections of its own."""
+        try:
+            config = self._config.model_copy(update={**options})
+        finally:
+            forget(options)
+        changed = type(self).__new__(type(self))
+        changed.__setstate__({**self.__getstate__(), "_config": config})
+        return changed
+
+    @property
+    def served_model(self) -> str:
+        """Name of the model that requests name."""
+        return self._config.served_model
+
+    @property
+    def vector_dimensions(self) -> int:
+        """Dimensions of the vectors; 0 until the first answer for a model without a profile."""
+        return self._config.vector_dimensions
+
+    @property
+    def vector_identity(self) -> VectorIdentity:
+        """What an index of this client's document vectors contains; see `ClientConfig`."""
+        return self._config.vector_identity
+
+    @property
+    def cache_namespace(self) -> str:
+        """Name for a cache of document vectors: changes exactly when they may."""
+        return self._config.cache_namespace
+
+    @property
+    def query_cache_namespace(self) -> str:
+        """Name for a cache of query vectors. Never share one cache between both roles."""
+        return self._config.query_cache_namespace
 
     def embed(
         self,
@@ -84,11 +135,11 @@ class KalmClient(ClientConfig):
             IdentityMismatchError: The vectors are of another space than expected.
             KalmError: Base class of all of them; `partial` has what was finished.
         """
-        checked = validation.check_texts(texts, self.truncate)
-        builder = ArrayBuilder(len(checked), self.vector_dimensions)
+        checked = validation.check_texts(texts, self._config.truncate)
+        builder = ArrayBuilder(len(checked), self._config.vector_dimensions)
         with builder.partial_on_error():
             self._fill(builder, checked, role, on_progress)
-            return builder.result(self.vector_dtype, self.vector_identity)
+            return builder.result(self._config.vector_dtype, self.vector_identity)
 
     async def aembed(
         self,
@@ -98,11 +149,11 @@ class KalmClient(ClientConfig):
         on_progress: Progress | None = None,
     ) -> EmbeddingResult:
         """`embed`, without blocking the running event loop."""
-        checked = validation.check_texts(texts, self.truncate)
-        builder = ArrayBuilder(len(checked), self.vector_dimensions)
+        checked = validation.check_texts(texts, self._config.truncate)
+        builder = ArrayBuilder(len(checked), self._config.vector_dimensions)
         with builder.partial_on_error():
             await self._afill(builder, checked, role, on_progress)
-            return builder.result(self.vector_dtype, self.vector_identity)
+            return builder.result(self._config.vector_dtype, self.vector_identity)
 
     def iter_embed(
         self,
@@ -130,7 +181,7 @@ class KalmClient(ClientConfig):
             KalmError: As `embed`; what was yielded before stays good.
         """
         batches = self._plan_stream(texts, role, on_error)
-        return self.dispatcher.run(batches, self._call(role, on_error, each_request=True))
+        return self._dispatcher.run(batches, self._call(role, on_error, each_request=True))
 
     def aiter_embed(
         self,
@@ -141,7 +192,7 @@ class KalmClient(ClientConfig):
     ) -> AsyncGenerator[EmbeddedBatch]:
         """`iter_embed`, without blocking the running event loop."""
         batches = self._plan_stream(texts, role, on_error)
-        return self.dispatcher.arun(batches, self._call(role, on_error, each_request=True))
+        return self._dispatcher.arun(batches, self._call(role, on_error, each_request=True))
 
     def warm_up(self, timeout: float | None = None) -> VectorIdentity:
         """Have the service ready before it is needed; a cold start can take minutes.
@@ -158,21 +209,21 @@ class KalmClient(ClientConfig):
             DeadlineExceededError: `timeout` ran out; the message says where to look.
             KalmError: The service cannot be reached, or serves other vectors.
         """
-        ready = self.dispatcher.ensure_ready(self._ready_timeout(timeout))
-        return self._identity_of(ready.result())
+        ready = self._dispatcher.ensure_ready(self._ready_timeout(timeout))
+        return self._identity_in(ready.result())
 
     async def awarm_up(self, timeout: float | None = None) -> VectorIdentity:
         """`warm_up`, without blocking the running event loop."""
-        ready = self.dispatcher.ensure_ready(self._ready_timeout(timeout))
-        return self._identity_of(await asyncio.wrap_future(ready))
+        ready = self._dispatcher.ensure_ready(self._ready_timeout(timeout))
+        return self._identity_in(await asyncio.wrap_future(ready))
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
-        self.dispatcher.close().result()
+        self._dispatcher.close().result()
 
     async def aclose(self) -> None:
         """`close`, without blocking the running event loop."""
-        await asyncio.wrap_future(self.dispatcher.close())
+        await asyncio.wrap_future(self._dispatcher.close())
 
     def __enter__(self) -> Self:
         return self
@@ -186,26 +237,42 @@ class KalmClient(ClientConfig):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def __copy__(self) -> Self:
-        copied = super().__copy__()
-        copied._dispatcher = None
-        return copied
+    def __repr__(self) -> str:
+        return repr(self._config).replace("ClientConfig", type(self).__name__, 1)
 
-    def _embed_to_lists(
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._config == self._config
+
+    def __hash__(self) -> int:
+        return hash(self._config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ClientConfig.model_fields:
+            raise AttributeError(f"{name} is fixed: use with_options({name}=...) or a new client")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_dispatcher"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _dispatcher=Dispatcher(state["_config"]))
+
+    def embed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
-        """`embed`, to what frameworks take, in less time and memory than over an array."""
-        checked = validation.check_texts(texts, self.truncate)
-        builder = ListBuilder(len(checked), self.vector_dimensions)
+        """`embed`, as the lists of floats that frameworks take; faster than `to_lists()`."""
+        checked = validation.check_texts(texts, self._config.truncate)
+        builder = ListBuilder(len(checked), self._config.vector_dimensions)
         with builder.partial_on_error():
             self._fill(builder, checked, role, on_progress)
             return builder.result()
 
-    async def _aembed_to_lists(
+    async def aembed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
-        checked = validation.check_texts(texts, self.truncate)
-        builder = ListBuilder(len(checked), self.vector_dimensions)
+        """`embed_to_lists`, without blocking the running event loop."""
+        checked = validation.check_texts(texts, self._config.truncate)
+        builder = ListBuilder(len(checked), self._config.vector_dimensions)
         with builder.partial_on_error():
             await self._afill(builder, checked, role, on_progress)
             return builder.result()
@@ -215,7 +282,7 @@ class KalmClient(ClientConfig):
     ) -> None:
         with self._progress(len(texts), role, on_progress) as advance:
             call = self._call(role)
-            for part in self.dispatcher.run(self._plan(enumerate(texts), role), call):
+            for part in self._dispatcher.run(self._plan(enumerate(texts), role), call):
                 builder.add(part)
                 advance(len(part))
 
@@ -224,34 +291,37 @@ class KalmClient(ClientConfig):
     ) -> None:
         with self._progress(len(texts), role, on_progress) as advance:
             call = self._call(role)
-            parts = self.dispatcher.arun(self._plan(enumerate(texts), role), call)
+            parts = self._dispatcher.arun(self._plan(enumerate(texts), role), call)
             async with aclosing(parts):
                 async for part in parts:
                     builder.add(part)
                     advance(len(part))
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
-        # Taken for another, a misspelt word would cost the instruction, or the error.
+        # A misspelt word must not lose the instruction or the error.
         for name, value, known in (("role", role, _ROLES), ("on_error", on_error, _ON_ERROR)):
             if value not in known:
-                raise ConfigurationError(f"{name}={value!r}: it is one of {known}.")
-        deadline = None if each_request else time.monotonic() + self.timeout
+                raise ConfigurationError(f"{name}={value!r}: must be one of {known}.")
+        deadline = None if each_request else time.monotonic() + self._config.timeout
         return Call(
-            role=role, timeout=self.timeout, deadline=deadline, skip_invalid=on_error == "skip"
+            role=role,
+            timeout=self._config.timeout,
+            deadline=deadline,
+            skip_invalid=on_error == "skip",
         )
 
     def _plan(self, texts: Iterable[tuple[int, str]], role: Role) -> Iterator[Batch]:
-        return plan(texts, self.template(role), self.request_limits)
+        return plan(texts, self._config.template(role), self._config.request_limits)
 
     def _plan_stream(self, texts: Iterable[str], role: Role, on_error: OnError) -> Iterator[Batch]:
-        read = validation.check_collection(texts)
-        if on_error == "raise" and isinstance(read, Sequence):
-            read = validation.check_texts(read, self.truncate)
+        collection = validation.check_collection(texts)
+        if on_error == "raise" and isinstance(collection, Sequence):
+            collection = validation.check_texts(collection, self._config.truncate)
 
         def batches() -> Iterator[Batch]:
-            numbered = enumerate(read)
+            numbered = enumerate(collection)
             while block := list(islice(numbered, _BLOCK)):
-                valid, invalid = validation.partition_valid(block, self.truncate)
+                valid, invalid = validation.partition_valid(block, self._config.truncate)
                 if invalid and on_error == "raise":
                     raise validation.invalid_input(invalid)
                 if invalid:
@@ -260,26 +330,20 @@ class KalmClient(ClientConfig):
 
         return batches()
 
-    @property
-    def dispatcher(self) -> Dispatcher:
-        if self._dispatcher is None:
-            self._dispatcher = Dispatcher(self.without_client())
-        return self._dispatcher
-
     def _ready_timeout(self, timeout: float | None) -> float:
-        limit = self.timeout if timeout is None else timeout
-        if not limit > 0:
+        seconds = self._config.timeout if timeout is None else timeout
+        if not seconds > 0:
             raise ConfigurationError(f"timeout={timeout!r}: must be a number of seconds over 0.")
-        return limit
+        return seconds
 
-    def _identity_of(self, served: SpaceIdentity | None) -> VectorIdentity:
-        return replace(self.vector_identity, space=served or self.expected_space)
+    def _identity_in(self, space: SpaceIdentity | None) -> VectorIdentity:
+        return replace(self.vector_identity, space=space or self._config.expected_space)
 
     @contextmanager
     def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:
         if on_progress is not None:
             yield on_progress
-        elif self.show_progress and role == "document" and total > 1:
+        elif self._config.show_progress and role == "document" and total > 1:
             with progress_bar(total) as advance:
                 yield advance
         else:

@@ -23,7 +23,7 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import Call, Session
-from kalm_integrations.transports.base import Transport, open_transport
+from kalm_integrations.transports.base import open_transport
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,10 @@ class Dispatcher:
 
     Args:
         config: The client's.
-        transport: Used instead of the one that `config.backend` names.
     """
 
-    def __init__(self, config: ClientConfig, transport: Transport | None = None) -> None:
+    def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._transport = transport
         self._loop: BackgroundLoop | None = None
         self._session: Session | None = None
 
@@ -165,7 +163,7 @@ class Dispatcher:
         """The session; called on the background loop only."""
         loop = background_loop()
         if self._session is None or self._loop is not loop:
-            session = Session(self._config, self._transport or open_transport(self._config))
+            session = Session(self._config, open_transport(self._config))
             self._loop, self._session = loop, session
             loop.resources.add(session)
             self._finalizer = weakref.finalize(self, _close_later, loop, session)

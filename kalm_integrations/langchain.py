@@ -14,16 +14,21 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from kalm_integrations.client import KalmClient
+from typing import Never, Self, Unpack
+
+from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
+from kalm_integrations.client import KalmClient, defaults
 from kalm_integrations.langchain_errors import raised_as_langchains
+from kalm_integrations.options import ClientOptions
+from kalm_integrations.signatures import documented, refuse_positional
 
 
-class KalmModalEmbeddings(KalmClient, Embeddings):
+@documented(ClientOptions, CLIENT, defaults=defaults)
+class KalmModalEmbeddings(ClientAdapter, Embeddings):
     """KaLM, or the embedded engine, as a LangChain embedding model.
 
-    Takes the arguments of `ClientConfig`, and is a `KalmClient` too: `iter_embed`, `warm_up`,
-    `cache_namespace` and the rest are there. The errors of the four methods below are LangChain's
-    `ModelError`s too (`langchain_errors`).
+    Takes the arguments of `KalmClient`, or `client=`, a `KalmClient` to share. The errors of the
+    four methods of LangChain are LangChain's `ModelError`s too (`langchain_errors`).
 
     Example:
         >>> embeddings = KalmModalEmbeddings(backend="local")
@@ -31,36 +36,53 @@ class KalmModalEmbeddings(KalmClient, Embeddings):
         512
     """
 
+    def __init__(
+        self,
+        *positional: Never,
+        client: KalmClient | None = None,
+        **options: Unpack[ClientOptions],
+    ) -> None:
+        refuse_positional(type(self), positional)
+        self._client = client_of(client, options)
+
+    def with_options(self, **options: Unpack[ClientOptions]) -> Self:
+        """Return embeddings with some arguments changed, and connections of their own."""
+        return type(self)(client=self._client.with_options(**options))
+
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed texts to be found, with the document instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
-            return self._embed_to_lists(texts, "document")
+            return self._client.embed_to_lists(texts, "document")
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a question, with the query instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
-            return self._embed_to_lists([text], "query")[0]
+            return self._client.embed_to_lists([text], "query")[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents`, without blocking the running event loop or its thread pool."""
         with raised_as_langchains():
-            return await self._aembed_to_lists(texts, "document")
+            return await self._client.aembed_to_lists(texts, "document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query`, without blocking the running event loop or its thread pool."""
         with raised_as_langchains():
-            return (await self._aembed_to_lists([text], "query"))[0]
+            return (await self._client.aembed_to_lists([text], "query"))[0]
+
+    def __repr__(self) -> str:
+        return repr(self._client).replace("KalmClient", type(self).__name__, 1)
 
     def __eq__(self, other: object) -> bool:
-        # LlamaIndex's Settings.embed_model first compares what it is given with "default". Left
-        # alone, it goes on to wrap this class (sequential batches of 10), to ask for an unrelated
-        # package, or to fail an assertion without a word, as installed packages have it.
+        # LlamaIndex's Settings.embed_model first compares its value with "default". Without this
+        # it would wrap this class (sequential batches of 10), ask for an unrelated package, or
+        # fail an assertion without a message, depending on the installed packages.
         if isinstance(other, str) and other == "default":
             raise TypeError(
                 "this is the LangChain class; LlamaIndex takes the other one: "
                 "`from kalm_integrations.llama_index import KalmModalEmbeddings`, with the same "
                 "arguments"
             )
-        return super().__eq__(other)
+        return type(other) is type(self) and other._client == self._client
 
-    __hash__ = KalmClient.__hash__
+    def __hash__(self) -> int:
+        return hash(self._client)

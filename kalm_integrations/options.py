@@ -1,21 +1,22 @@
-"""Every argument of the client and both adapters, declared once.
+"""The arguments of the client and both adapters: `ClientOptions` documents them for callers and
+type checkers, `ClientConfig` holds them validated.
 
-Each is read from the argument, then from `KALM_` + its name in capitals, then from its default;
-all are checked on construction, which opens nothing. Unknown arguments are refused.
+Each is read from the argument, then from the variable `KALM_` + its name in capitals, then from
+its default. Construction validates all of them and opens nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypedDict, Unpack, cast
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
@@ -24,6 +25,7 @@ from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprin
 from kalm_integrations.models import EMBEDDED, KALM, NAMED_SPACES, ModelProfile, profile_of
 from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
+from kalm_integrations.transports.base import Transport
 from kalm_integrations.validation import MAX_CHARACTERS
 
 NO_BACKEND = (
@@ -76,116 +78,200 @@ DEFAULT_APP = "vllm-embedding-snapshot"
 DEFAULT_CLASS = "VLLMEmbeddingSnapshot"
 FIRST_START = 1800.0
 """Seconds that a start on Modal may take: the default of `kalm deploy --startup-timeout`."""
-Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret)]
+Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret), Field(exclude=True)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ClientOptions(TypedDict, total=False):
+    """Arguments of `KalmClient` and both `KalmModalEmbeddings`."""
+
+    backend: Literal["auto", "modal", "http", "local"]
+    """Where vectors come from. "modal": the app that `kalm deploy` made, over Modal's RPC. "http":
+    the service at `base_url`, or that app's HTTP endpoint. "local": the embedded engine, in this
+    process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
+    there, else an error; it never falls back to "local". Default: "auto"."""
+
+    base_url: str | None
+    """URL of the service, with or without `/v1`: our server, or any with OpenAI's API. With
+    backend="http" and no URL, the endpoint of the app on Modal is looked up. Default: None."""
+
+    app_name: str
+    """Name of the app on Modal. Default: "vllm-embedding-snapshot"."""
+
+    class_name: str
+    """Name of the app's class on Modal. Default: "VLLMEmbeddingSnapshot"."""
+
+    environment_name: str | None
+    """Modal environment of the app; None is the token's own. Default: None."""
+
+    api_key: str | SecretStr | None
+    """Bearer key of the service. Default: None."""
+
+    modal_key: str | SecretStr | None
+    """Token ID of a Modal proxy token, for a service on Modal that needs one. Default: None."""
+
+    modal_secret: str | SecretStr | None
+    """Token secret that belongs to `modal_key`; pass both or neither. Default: None."""
+
+    transport: Transport | None
+    """An object that sends requests instead of a backend; see docs/transports.md. It excludes the
+    arguments above. Default: None."""
+
+    model: str | None
+    """Name of the model. None is the embedded engine's with backend="local", else KaLM. Default:
+    None."""
+
+    dimensions: int | None
+    """Dimensions of the vectors; None is the model's native number. Default: None."""
+
+    query_instruction: str | None
+    """Instruction for queries: a preset's name, a task in one sentence, or a template with {text}.
+    None is the model's own: the model card's prompt for KaLM, nothing for the embedded engine.
+    Default: None."""
+
+    document_instruction: str | None
+    """Instruction for documents, in the same forms. None is nothing, except where
+    `query_instruction` names a symmetric preset ("sts", "duplicates", ...): then documents get
+    that instruction too. Default: None."""
+
+    truncate: Truncate
+    """What to do with a text over the model's length: "error" raises and names it, "end" embeds its
+    beginning. Use "end" in pipelines that must not stop. Default: "error"."""
+
+    batch_size: int
+    """Maximum number of texts in one request, 1 to 2048. Default: 128."""
+
+    max_concurrency: int
+    """Maximum number of requests in flight, 1 to 256, over all calls of this object. Queries have
+    as many of their own, so that they never wait behind documents. Default: 16."""
+
+    timeout: float
+    """Seconds for a whole call, including retries and a cold start; for each request of
+    `iter_embed`, whose caller sets the pace. Default: 600."""
+
+    connect_timeout: float
+    """Seconds to reach the service. Default: 10."""
+
+    keepalive_timeout: float
+    """Seconds that an idle HTTP connection is kept for the next request. It must be shorter than
+    the server and all proxies keep theirs, which is 60 s or more for most of them. Default: 15."""
+
+    max_retries: int
+    """Maximum number of retries of one request after temporary failures, 0 to 100. Default: 6."""
+
+    vector_dtype: VectorDtype
+    """Type in which vectors are transferred. float16 is finer than the bf16 that KaLM computes in
+    and takes half the bytes; float32 gives the engine's own bits. Default: "float16"."""
+
+    show_progress: bool
+    """Show a progress bar on stderr while documents are embedded. Default: False."""
+
+    expected_identity: SpaceIdentity | VectorIdentity | Mapping[str, Any] | str | None
+    """The space that the service must report: a `SpaceIdentity`, its dict or its JSON, what
+    `warm_up` returned, or "kalm-fp8". None expects the backend's own model. Default: None."""
+
+    on_usage: Callable[[Usage], object] | None
+    """Called with the `Usage` of each answered request, on the caller's thread or event loop. Its
+    exceptions are logged and lose no vectors. Default: None."""
+
+
+_APP_ON_MODAL = ("app_name", "class_name", "environment_name")
+_SERVICE = ("base_url", *_APP_ON_MODAL)
+_CREDENTIALS = ("api_key", "modal_key", "modal_secret")
 
 
 class ClientConfig(EnvironmentSettings):
-    """The arguments that `KalmClient` and both `KalmModalEmbeddings` share.
+    """`ClientOptions`, complete and validated. It cannot be changed.
 
     Raises:
-        ConfigurationError: An argument is unknown, of a wrong type or value, or does not go with
-            another; the message says which, where it is from, and what would do.
+        ConfigurationError: An argument is unknown, has a wrong type or value, or contradicts
+            another. The message names the argument, its source and the remedy.
     """
 
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     variable_prefix = "KALM_"
-    arguments_only = frozenset({"on_usage"})
+    arguments_only = frozenset({"on_usage", "transport"})
 
     backend: Literal["auto", "modal", "http", "local"] = "auto"
-    """Where vectors come from. "modal": the app that `kalm deploy` made, over Modal's RPC.
-    "http": the service at `base_url`, or that app's HTTP door. "local": the embedded engine, in
-    this process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
-    there, else an error; it never falls back to "local"."""
-
     base_url: str | None = None
-    """Where the service is, with or without `/v1`: our server, or any with OpenAI's API. With
-    backend="http" and no URL, the HTTP door of the app on Modal is looked up."""
-
-    app_name: str = Field(DEFAULT_APP, min_length=1)
-    """The app on Modal."""
-
-    modal_class: str = Field(DEFAULT_CLASS, min_length=1, alias="class_name")
-    """Its class. The argument is `class_name`; LlamaIndex has a method of that name."""
-
+    app_name: Annotated[str, Field(min_length=1)] = DEFAULT_APP
+    class_name: Annotated[str, Field(min_length=1)] = DEFAULT_CLASS
     environment_name: str | None = None
-    """The environment on Modal; None is the token's own."""
-
-    api_key: Secret = Field(default=None, exclude=True)
-    """Bearer key of the service."""
-
-    modal_key: Secret = Field(default=None, exclude=True)
-    """Token id of a Modal proxy token, for a service on Modal that asks for one."""
-
-    modal_secret: Secret = Field(default=None, exclude=True)
-    """Its secret; both or neither."""
-
+    api_key: Secret = None
+    modal_key: Secret = None
+    modal_secret: Secret = None
+    transport: Annotated[Transport | None, Field(exclude=True)] = None
     model: str | None = None
-    """The model's name. None is the embedded engine's with "local", KaLM with all others."""
-
     dimensions: int | None = None
-    """Dimensions of the vectors; None is the model's native number."""
-
     query_instruction: str | None = None
-    """A preset's name, a task sentence, or a template with {text}; see `prompts.resolve`. None is
-    the model's own default: the model card's prompt for KaLM, nothing for the embedded engine."""
-
     document_instruction: str | None = None
-    """The same for documents. None is nothing, except where `query_instruction` names a symmetric
-    preset ("sts", "duplicates", ...): there documents carry the instruction too."""
-
     truncate: Truncate = "error"
-    """A text over the model's length: "error" raises and names it, "end" embeds its beginning.
-    Pipelines that must not stop are best served by "end"."""
-
-    batch_size: int = Field(128, ge=1, le=2048)
-    """Most texts in one request."""
-
-    max_concurrency: int = Field(16, ge=1, le=256)
-    """Most requests in flight, over all calls of this object; queries have as many again of
-    their own, so that they never wait behind documents. Over HTTP, one text that a blocking call
-    waits for comes on top."""
-
-    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
-    """Seconds for a whole call, retries and cold start included; for each request of
-    `iter_embed`, whose caller sets the pace."""
-
-    connect_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
-    """Seconds to reach the service; how long its answer may take is `timeout`'s matter."""
-
-    keepalive_timeout: float = Field(15.0, gt=0, allow_inf_nan=False)
-    """Seconds that an idle HTTP connection is kept for the next request. It must be shorter than
-    the server and all proxies keep theirs, which is 60 s or more for most of them."""
-
-    max_retries: int = Field(6, ge=0, le=100)
-    """Most retries of one request, for failures that may pass."""
-
+    batch_size: Annotated[int, Field(ge=1, le=2048)] = 128
+    max_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    timeout: Seconds = 600.0
+    connect_timeout: Seconds = 10.0
+    keepalive_timeout: Seconds = 15.0
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 6
     vector_dtype: VectorDtype = "float16"
-    """Type in which vectors travel. float16 is finer than the bf16 that KaLM computes in and
-    takes half the bytes; float32 gives the engine's own bits."""
-
     show_progress: bool = False
-    """A progress bar on stderr while documents are embedded."""
-
     expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
-    """The space that the service must report: a `SpaceIdentity`, its dict or its JSON, what
-    `warm_up` returned, or "kalm-fp8". None expects the backend's own model."""
+    on_usage: Annotated[Callable[[Usage], object] | None, Field(exclude=True)] = None
 
-    on_usage: Callable[[Usage], None] | None = Field(default=None, exclude=True, repr=False)
-    """Called with the `Usage` of each request that was answered, on the caller's thread or loop.
-    What it raises is logged, and costs no vectors."""
+    def __init__(self, **options: Unpack[ClientOptions]) -> None:
+        try:
+            super().__init__(**options)  # type: ignore[misc]
+        finally:
+            forget(options)
 
-    def __getstate__(self) -> dict[Any, Any]:
-        # Pickles lie in files and travel: no secret goes along. Whoever unpickles reads the
+    @classmethod
+    def excludes(cls, name: str, value: Any) -> Collection[str]:
+        match name, value:
+            case _, None | "auto":
+                return ()
+            case "backend", "local":
+                return _SERVICE
+            case "backend", "modal":
+                return ("base_url",)
+            case "base_url", _:
+                return _APP_ON_MODAL
+            case "transport", _:
+                return ("backend", *_SERVICE, *_CREDENTIALS)
+        return ()
+
+    def unused(self) -> set[str]:
+        """Names of the arguments that have no effect beside the others."""
+        return {
+            other for name, value in self.__dict__.items() for other in self.excludes(name, value)
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        return {"backend": self.backend, "transport": self.transport}
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object = None) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickles lie in files and travel: they hold no secret. Unpickling reads those from the
         # environment again.
-        state = super().__getstate__()
-        fields = state["__dict__"].items()
-        kept = {name: value for name, value in fields if not isinstance(value, SecretStr)}
-        return state | {"__dict__": kept}
+        fields = self.__dict__.items()
+        return _restored, ({n: value for n, value in fields if not isinstance(value, SecretStr)},)
 
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        self.__init__(**state["__dict__"])  # type: ignore[misc]
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Arguments that differ from their defaults; no secrets, no callback."""
+        fields = type(self).model_fields
+        return [
+            (name, value)
+            for name, value in self.__dict__.items()
+            if value != fields[name].default
+            and not isinstance(value, SecretStr)
+            and name != "on_usage"
+        ]
 
     @model_validator(mode="after")
-    def _check(self) -> ClientConfig:
+    def _check_values(self) -> Self:
         self._check_url()
         backend, profile = self.resolved_backend, self.profile
         if backend == "http" and self.base_url is None and not modal_is_configured():
@@ -224,12 +310,14 @@ class ClientConfig(EnvironmentSettings):
             raise ValueError("base_url holds a credential, which logs would show: use api_key=")
 
     @property
-    def resolved_backend(self) -> Literal["modal", "http", "local"]:
-        """The backend, "auto" resolved.
+    def resolved_backend(self) -> Literal["modal", "http", "local", "transport"]:
+        """The backend, "auto" resolved; "transport" if one was passed.
 
         Raises:
             ValueError: It is "auto", and no service is configured.
         """
+        if self.transport is not None:
+            return "transport"
         if self.backend != "auto":
             return self.backend
         if self.base_url is not None:
@@ -311,11 +399,6 @@ class ClientConfig(EnvironmentSettings):
         texts = min(self.batch_size, inline // row) if row else self.batch_size
         return RequestLimits(texts=texts, bytes=inline, text_tokens=tokens, characters=cut)
 
-    def without_client(self) -> ClientConfig:
-        """These settings and nothing else: no framework, no connections."""
-        fields = {name: getattr(self, name) for name in ClientConfig.model_fields}
-        return ClientConfig.model_construct(**fields)
-
     def template(self, role: prompts.Role) -> str:
         """What texts of `role` are set into."""
         return self.query_template if role == "query" else self.document_template
@@ -330,3 +413,14 @@ class ClientConfig(EnvironmentSettings):
             "cut_at": cut,
         }
         return f"kalm-{role}-{fingerprint(key)}"
+
+
+def forget(options: object) -> None:
+    """Empty the arguments of a call: tracebacks may show them, and some are secret."""
+    cast(dict[str, Any], options).clear()
+
+
+def _restored(fields: dict[str, Any]) -> ClientConfig:
+    config = ClientConfig.__new__(ClientConfig)
+    config._validate(fields, config._variables(fields))
+    return config

@@ -204,13 +204,13 @@ def embed(client: KalmClient) -> Vectors:
     Raises:
         KalmError: The service did not give them.
     """
-    plainly = {
-        "dimensions": None,
-        "document_instruction": "none",
-        "vector_dtype": "float32",
-        "show_progress": False,
-    }
-    with client.model_copy(update=plainly) as plain:
+    plain_client = client.with_options(
+        dimensions=None,
+        document_instruction="none",
+        vector_dtype="float32",
+        show_progress=False,
+    )
+    with plain_client as plain:
         return plain.embed(TEXTS, role="document").vectors
 
 

@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity
@@ -61,6 +61,8 @@ class DeploySettings(EnvironmentSettings):
     Raises:
         ConfigurationError: A choice is unknown, or does not go with another.
     """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)  # the options' help
 
     variable_prefix = "KALM_DEPLOY_"
 

@@ -46,7 +46,7 @@ def _client(settings: DeploySettings) -> KalmClient:
 
 def _prove(client: KalmClient, settings: DeploySettings) -> None:
     start = time.perf_counter()
-    identity = client.warm_up(timeout=max(client.timeout, FIRST_START))
+    identity = client.warm_up(timeout=max(client.config.timeout, FIRST_START))
     first = time.perf_counter() - start
     query = client.embed([QUESTION], role="query").vectors[0]
     related, unrelated = client.embed([ANSWER, OTHER]).vectors @ query
@@ -55,11 +55,13 @@ def _prove(client: KalmClient, settings: DeploySettings) -> None:
         start = time.perf_counter()
         client.embed([f"{QUESTION} {number}"], role="query")
         seconds.append(time.perf_counter() - start)
-    (plain,) = deployed(client).embed.remote([ANSWER])
-    described = deployed(client).describe.remote()
+    (plain,) = deployed(client.config).embed.remote([ANSWER])
+    described = deployed(client.config).describe.remote()
     verdict = _reference(client, SpaceIdentity.from_dict(described["identity"]))
 
-    table = Table(title=f"{settings.app_name}, class {client.modal_class}", title_justify="left")
+    table = Table(
+        title=f"{settings.app_name}, class {client.config.class_name}", title_justify="left"
+    )
     table.add_column("")
     table.add_column("", overflow="fold")
     table.add_row("model", identity.space.model)

@@ -77,8 +77,8 @@ def embed_corpus(
         width = client.vector_dimensions or _width(client)
         terms = Terms(
             identity=identity.to_dict(),
-            vector_dtype=client.vector_dtype,
-            truncate=client.truncate,
+            vector_dtype=client.config.vector_dtype,
+            truncate=client.config.truncate,
         )
         job = terms.job(files, found, options)
         manifest = Manifest.read(folder)
@@ -115,7 +115,7 @@ def estimate(
 
 
 def _checked(source: Source, options: Options, client: KalmClient, screen: Screen) -> Scan:
-    found = scan(source, client.truncate, screen.scanned)
+    found = scan(source, client.config.truncate, screen.scanned)
     check(found, options)
     return found
 
@@ -123,8 +123,10 @@ def _checked(source: Source, options: Options, client: KalmClient, screen: Scree
 def _patient(client: KalmClient) -> KalmClient:
     """The same, but it waits for `timeout` for a service that is gone for a while: a job of hours
     shall not end because a service is started anew. One that asked for a number gets that."""
-    most = client.max_retries if "max_retries" in client.model_fields_set else _RETRIES
-    return client.model_copy(update={"max_retries": most})
+    most = (
+        client.config.max_retries if "max_retries" in client.config.model_fields_set else _RETRIES
+    )
+    return client.with_options(max_retries=most)
 
 
 def _width(client: KalmClient) -> int:

@@ -163,7 +163,7 @@ def _gpu(arguments: argparse.Namespace) -> Choice | None:
 def _forecast(
     found: Scan, client: KalmClient, options: Options, gpu: Choice | None, elsewhere: bool
 ) -> dict[str, Any]:
-    bytes_each = {"float16": 2, "float32": 4}[client.vector_dtype]
+    bytes_each = {"float16": 2, "float32": 4}[client.config.vector_dtype]
     kept = found.rows - (found.bad if options.on_error == "skip" else 0)
     said: dict[str, Any] = {
         "rows": found.rows,

@@ -100,7 +100,7 @@ class Pipeline:
         call = client._call(
             "document", "raise" if job.on_error == "fail" else "skip", each_request=True
         )
-        parts = client.dispatcher.run(self._batches(), call, busy=self._busy)
+        parts = client._dispatcher.run(self._batches(), call, busy=self._busy)
         try:
             try:
                 for part in parts:
@@ -122,11 +122,13 @@ class Pipeline:
     def _batches(self) -> Iterator[Batch]:
         work, client, job = self._work, self._work.client, self._work.manifest.job
         finished = len(work.manifest.shards)
-        for block in blocks(work.source, work.scan, job.shard_rows, client.truncate, finished):
+        for block in blocks(
+            work.source, work.scan, job.shard_rows, client.config.truncate, finished
+        ):
             while self._writing and len(self._open) + len(self._writing) >= _MOST_OPEN:
                 self._writing.popleft().result()
             fresh = self._opened(block)
-            yield from plan(fresh, client.document_template, client.request_limits)
+            yield from plan(fresh, client.config.document_template, client.config.request_limits)
             self._settle()
 
     def _opened(self, block: Block) -> list[tuple[int, str]]:

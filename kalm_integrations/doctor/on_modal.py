@@ -111,7 +111,7 @@ def _identity(patient: Patient) -> Finding:
 def _class(patient: Patient) -> Finding:
     for method in _METHODS:
         _ask(_method(patient, method), patient)
-    return Finding.ok(f"{patient.settings.modal_class!r} has {', '.join(_METHODS)}")
+    return Finding.ok(f"{patient.settings.class_name!r} has {', '.join(_METHODS)}")
 
 
 def _endpoint(patient: Patient) -> Finding:

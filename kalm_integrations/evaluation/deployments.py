@@ -71,7 +71,7 @@ class Deployment:
                 if not error.invalid:
                     raise
                 raise texts.refuse(error.invalid) from error
-            return assembly.result(client.vector_dtype, client.vector_identity).packed
+            return assembly.result(client.config.vector_dtype, client.vector_identity).packed
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -168,10 +168,10 @@ class _Asking:
             except IdentityMismatchError as error:
                 mismatch = error
             description = await asyncio.wrap_future(
-                background_loop().submit(describe_service(client))
+                background_loop().submit(describe_service(client.config))
             )
             served = description.identity
-        if mismatch and served and client.model not in (None, served.model):
+        if mismatch and served and client.config.model not in (None, served.model):
             raise mismatch  # KALM_MODEL asks for another
         return served
 

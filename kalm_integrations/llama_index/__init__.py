@@ -14,10 +14,11 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, Self, Unpack, cast
 
+from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.instrumentation import (  # type: ignore[attr-defined]
     Dispatcher,
@@ -29,15 +30,24 @@ from llama_index.core.instrumentation.events.embedding import (
     EmbeddingStartEvent,
 )
 from llama_index.core.storage.kvstore.types import BaseKVStore
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
+from kalm_integrations import client as clients
 from kalm_integrations import validation
+from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
 from kalm_integrations.client import KalmClient, Progress, progress_bar
-from kalm_integrations.errors import IdentityMismatchError
+from kalm_integrations.environment import explain, unknown_argument
+from kalm_integrations.errors import ConfigurationError, IdentityMismatchError
 from kalm_integrations.llama_index.batching import batch, batches_of, join_call
 from kalm_integrations.llama_index.cache import RoleCache, looking_up
-from kalm_integrations.options import ClientConfig
+from kalm_integrations.options import ClientConfig, ClientOptions, forget
 from kalm_integrations.prompts import Role
+from kalm_integrations.signatures import documented, refuse_positional
+
+if TYPE_CHECKING:
+    from llama_index.core.rate_limiter import BaseRateLimiter
+else:  # older versions of llama-index-core lack it
+    BaseRateLimiter = Any
 
 dispatcher = get_dispatcher(__name__)
 
@@ -46,15 +56,14 @@ _WRONG_FRAMEWORK = (
     "`from kalm_integrations import KalmModalEmbeddings`, with the same arguments"
 )
 
-# Of what a dump tells, the part that decides the vectors, and where they come from. All else only
-# tunes, and IngestionPipeline, whose cache is keyed by the dump, would embed again for it.
+# What decides the vectors, and where they come from. All else only tunes, and IngestionPipeline,
+# whose cache is keyed by the dump, would embed again for it.
 _DUMPED: Final = frozenset(
     {
-        "class_name",
         "backend",
         "base_url",
         "app_name",
-        "modal_class",
+        "class_name",
         "environment_name",
         "model",
         "dimensions",
@@ -66,14 +75,45 @@ _DUMPED: Final = frozenset(
 )
 
 
-class KalmModalEmbeddings(KalmClient, BaseEmbedding):
+class LlamaIndexOptions(ClientOptions, total=False):
+    """Arguments of `KalmClient`, and LlamaIndex's own."""
+
+    model_name: str
+    """Must agree with `model`; leave it out. Default: ""."""
+
+    embed_batch_size: int
+    """Number of texts that LlamaIndex looks up in its cache at once, or that its rate limiter
+    counts as one call, 1 to 2048. Requests hold `batch_size` texts. Default: 2048."""
+
+    embeddings_cache: BaseKVStore | None
+    """Store of vectors; it keeps queries, documents and models apart. Default: None."""
+
+    callback_manager: CallbackManager
+    """LlamaIndex's callbacks. Default: one without handlers."""
+
+    num_workers: int | None
+    """Number of batches under way at a time in LlamaIndex's async calls. Default: None."""
+
+    rate_limiter: BaseRateLimiter | None
+    """Called before each batch of `embed_batch_size` texts. Default: None."""
+
+
+_LLAMA_INDEX: Final = LlamaIndexOptions.__annotations__.keys() - ClientOptions.__annotations__
+
+
+def _defaults() -> dict[str, Any]:
+    fields = KalmModalEmbeddings.model_fields
+    return clients.defaults() | {
+        name: fields[name].get_default(call_default_factory=True) for name in _LLAMA_INDEX
+    }
+
+
+@documented(LlamaIndexOptions, CLIENT, defaults=_defaults)
+class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     """KaLM, or the embedded engine, as a LlamaIndex embedding model.
 
-    Takes the arguments of `ClientConfig`, and is a `KalmClient` too: `iter_embed`, `warm_up`
-    and the rest are there. LlamaIndex's own arguments work too: `model_name` must agree with
-    `model`; an `embeddings_cache` keeps queries, documents and models apart; `embed_batch_size` is
-    how many texts are looked up in it at once, or counted by a `rate_limiter`. Without either, all
-    texts of a call are under way together, in requests of `batch_size`.
+    Takes the arguments of `KalmClient`, or `client=`, a `KalmClient` to share; and LlamaIndex's
+    own. Without a cache and a rate limiter, all texts of a call are under way together.
 
     `to_dict` and `to_json` hold what decides the vectors, and where they come from. Tuning and
     secrets are not in them: pass those to `from_dict`, or leave them to the environment. Pickles
@@ -83,33 +123,43 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         >>> Settings.embed_model = KalmModalEmbeddings(backend="local")
     """
 
-    model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    # Derived from `model`, so that a dump says it once.
+    # Derived from `model`, so that a dump names it once.
     model_name: str = Field(default="", exclude=True)
     embed_batch_size: int = Field(default=2048, gt=0, le=2048)
     embeddings_cache: Any = Field(default=None, exclude=True)
+    _client: KalmClient = PrivateAttr()
 
-    @model_validator(mode="after")
-    def _settle(self) -> KalmModalEmbeddings:
-        served = self.profile.space.model
-        if self.model_name not in ("", served):
-            raise ValueError(
-                f"model_name={self.model_name!r}: the model is {served!r}; leave model_name out, "
-                "and name another model with model= or KALM_MODEL"
+    def __init__(
+        self,
+        *positional: Never,
+        client: KalmClient | None = None,
+        **options: Unpack[LlamaIndexOptions],
+    ) -> None:
+        refuse_positional(type(self), positional)
+        own, others = _split(options)
+        client = client_of(client, others)
+        model, name = client.served_model, own.pop("model_name", "")
+        if name not in ("", model):
+            raise ConfigurationError(
+                f"model_name={name!r}: the model is {model!r}; leave model_name out, and name "
+                "another model with model= or KALM_MODEL."
             )
-        self.__dict__["model_name"] = served
+        try:
+            super().__init__(model_name=model, **own)
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, {})) from None
+        self._client = client
         self.embeddings_cache = self.embeddings_cache  # in collections of our own
-        return self
 
     @classmethod
     def class_name(cls) -> str:
         return "KalmModalEmbeddings"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # LlamaIndex sets callback_manager and the like; ours were checked together, once.
-        if name in ClientConfig.model_fields or name == "model_name":
-            raise AttributeError(f"{name} is fixed: construct another KalmModalEmbeddings")
+        if name == "model_name":
+            raise AttributeError("model_name is fixed: use with_options(model=...)")
         if name == "embeddings_cache" and isinstance(value, BaseKVStore):
             store = value.store if isinstance(value, RoleCache) else value
             roles: dict[Role, str] = {
@@ -117,39 +167,63 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
                 "query": self.query_cache_namespace,
             }
             value = RoleCache(store, roles)
-        BaseEmbedding.__setattr__(self, name, value)
+        super().__setattr__(name, value)
 
-    def _copied(self) -> Iterable[str]:
-        return type(self).model_fields.keys() - {"model_name"}  # follows from the others
+    def with_options(self, **options: Unpack[LlamaIndexOptions]) -> Self:
+        """Return an embedding model with some arguments changed, and connections of its own."""
+        own, others = _split(options)
+        kept = {name: getattr(self, name) for name in _LLAMA_INDEX - {"model_name"}}
+        return type(self)(client=self._client.with_options(**others), **{**kept, **own})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy; with `update`, `with_options`."""
+        return self.with_options(**update) if update else super().model_copy(deep=deep)
+
+    def __hash__(self) -> int:
+        return hash(self._client)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()  # leaves out what cannot be pickled
+        private = state["__pydantic_private__"]
+        private.setdefault("_client", self._client.with_options(on_usage=None))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(client=state["__pydantic_private__"]["_client"], **state["__dict__"])  # type: ignore[misc]
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What decides the vectors, and where they come from; see the class."""
-        dumped = super().to_dict(**kwargs)
-        kept = {name: value for name, value in dumped.items() if name in _DUMPED}
+        """Return what decides the vectors, and where they come from; see the class."""
+        config = self._client.config
+        dumped = config.model_dump(**{"include": _DUMPED, **kwargs})
         # Two ways to say one thing are one dump.
-        said = {"model": self.served_model, "dimensions": self.vector_dimensions or None}
-        if self.resolved_backend != "http":
-            said["base_url"] = None
-        if self.expected_identity == self.profile.space:
-            said["expected_identity"] = None
-        return kept | said | {"cache_namespace": self.cache_namespace}
+        dumped |= {"model": config.served_model, "dimensions": config.vector_dimensions or None}
+        dumped |= {name: ClientConfig.model_fields[name].default for name in config.unused()}
+        if config.expected_identity == config.profile.space:
+            dumped["expected_identity"] = None
+        if config.transport is not None:
+            dumped["transport"] = type(config.transport).__qualname__  # to be passed to from_dict
+        dumped["modal_class"] = dumped.pop("class_name")
+        return dumped | {"class_name": self.class_name(), "cache_namespace": self.cache_namespace}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **kwargs: Any) -> Self:
         """The inverse of `to_dict`; `kwargs` are further arguments, or others than dumped.
 
         Raises:
-            IdentityMismatchError: Vectors would be others than those of the dumped object,
-                because this release, or the environment, stands for another space.
+            IdentityMismatchError: Vectors would differ from those of the dumped object, because
+                this release, or the environment, stands for another space.
         """
-        arguments = dict(data)
+        arguments = {name: value for name, value in data.items() if name != "class_name"}
         dumped = arguments.pop("cache_namespace", None)
-        made = super().from_dict(arguments, **kwargs)
-        if dumped not in (None, made.cache_namespace) and not kwargs.keys() & _DUMPED:
+        if "modal_class" in arguments:
+            arguments["class_name"] = arguments.pop("modal_class")
+        loaded = cls(**{**arguments, **kwargs})
+        if dumped not in (None, loaded.cache_namespace) and not kwargs.keys() & _DUMPED:
             raise IdentityMismatchError(
-                f"dumped with document vectors {dumped}; here they would be {made.cache_namespace}."
+                f"dumped with document vectors {dumped}; here they would be "
+                f"{loaded.cache_namespace}."
             )
-        return made
+        return loaded
 
     @dispatcher.span
     def get_query_embedding(self, query: str) -> Embedding:
@@ -158,7 +232,7 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             with looking_up("query"):
                 return super().get_query_embedding(query)
         with self._observed([query]) as seen:
-            seen([embedding := self._embed_to_lists([query], "query")[0]])
+            seen([embedding := self._client.embed_to_lists([query], "query")[0]])
         return embedding
 
     @dispatcher.span
@@ -168,14 +242,14 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
             with looking_up("query"):
                 return await super().aget_query_embedding(query)
         with self._observed([query]) as seen:
-            seen([embedding := (await self._aembed_to_lists([query], "query"))[0]])
+            seen([embedding := (await self._client.aembed_to_lists([query], "query"))[0]])
         return embedding
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self._embed_to_lists([query], "query")[0]
+        return self._client.embed_to_lists([query], "query")[0]
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return (await self._aembed_to_lists([query], "query"))[0]
+        return (await self._client.aembed_to_lists([query], "query"))[0]
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
@@ -185,12 +259,12 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         with batch(texts) as advance:
-            return self._embed_to_lists(texts, "document", advance)
+            return self._client.embed_to_lists(texts, "document", advance)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         join_call()
         with batch(texts) as advance:
-            return await self._aembed_to_lists(texts, "document", advance)
+            return await self._client.aembed_to_lists(texts, "document", advance)
 
     def embed_documents(self, texts: list[str]) -> NoReturn:
         """LangChain's method: says which class LangChain takes."""
@@ -205,13 +279,13 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        texts = validation.check_texts(validation.check_collection(texts), self.truncate)
+        texts = validation.check_texts(texts, self._client.config.truncate)
         with self._bar(len(texts), show_progress) as advance:
             if self._by_llama_index:
                 with batches_of(texts, advance):
                     return super().get_text_embedding_batch(texts, **kwargs)
             with self._observed(texts) as seen:
-                seen(embeddings := self._embed_to_lists(texts, "document", advance))
+                seen(embeddings := self._client.embed_to_lists(texts, "document", advance))
             return embeddings
 
     @dispatcher.span
@@ -219,13 +293,13 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        texts = validation.check_texts(validation.check_collection(texts), self.truncate)
+        texts = validation.check_texts(texts, self._client.config.truncate)
         with self._bar(len(texts), show_progress) as advance:
             if self._by_llama_index:
                 with batches_of(texts, advance):
                     return await super().aget_text_embedding_batch(texts, **kwargs)
             with self._observed(texts) as seen:
-                seen(embeddings := await self._aembed_to_lists(texts, "document", advance))
+                seen(embeddings := await self._client.aembed_to_lists(texts, "document", advance))
             return embeddings
 
     @property
@@ -258,11 +332,24 @@ class KalmModalEmbeddings(KalmClient, BaseEmbedding):
 
     @contextmanager
     def _bar(self, total: int, show_progress: bool) -> Iterator[Progress | None]:
-        if not (show_progress or self.show_progress):
+        if not (show_progress or self._client.config.show_progress):
             yield None
             return
         with progress_bar(total) as advance:
             yield advance
+
+
+def _split(options: LlamaIndexOptions) -> tuple[dict[str, Any], ClientOptions]:
+    """LlamaIndex's arguments and ours."""
+    own = {name: value for name, value in options.items() if name in _LLAMA_INDEX}
+    ours = {name: value for name, value in options.items() if name not in _LLAMA_INDEX}
+    forget(options)
+    if unknown := ours.keys() - ClientConfig.model_fields.keys():
+        forget(ours)
+        raise ConfigurationError(
+            unknown_argument(min(unknown), (*ClientConfig.model_fields, *sorted(_LLAMA_INDEX)))
+        )
+    return own, cast(ClientOptions, ours)
 
 
 def _is_heard(where: Dispatcher) -> bool:

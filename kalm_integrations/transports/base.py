@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kalm_integrations.options import ClientConfig
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Sends one request and translates what comes back.
 
@@ -37,7 +38,9 @@ class Transport(Protocol):
 
 
 def open_transport(config: ClientConfig) -> Transport:
-    """The transport that `config.backend` names. A new transport is added here."""
+    """The transport in `config`, or the one that its backend names."""
+    if config.transport is not None:
+        return config.transport
     backend = config.resolved_backend
     if backend == "modal":
         from kalm_integrations.transports.modal import ModalTransport

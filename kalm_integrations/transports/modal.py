@@ -153,7 +153,7 @@ def deployed(config: ClientConfig) -> Any:
     if hpack.level < logging.INFO:
         hpack.setLevel(logging.INFO)
     return modal.Cls.from_name(
-        config.app_name, config.modal_class, environment_name=config.environment_name
+        config.app_name, config.class_name, environment_name=config.environment_name
     )()
 
 
@@ -265,4 +265,4 @@ def _keep_inherited_channels() -> None:
 
 def _location(config: ClientConfig) -> str:
     where = f" in environment {config.environment_name!r}" if config.environment_name else ""
-    return f"Modal app {config.app_name!r}{where}, class {config.modal_class!r}"
+    return f"Modal app {config.app_name!r}{where}, class {config.class_name!r}"

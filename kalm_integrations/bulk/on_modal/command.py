@@ -46,9 +46,11 @@ def embed(
         JobFailedError: Shards failed, or the job was stopped.
         KalmError: Modal failed, or the input cannot be embedded; nothing that is finished is lost.
     """
-    there = deployment.find(client)
+    there = deployment.find(client.config)
     decided = Terms(
-        identity=_identity(client), vector_dtype=client.vector_dtype, truncate=client.truncate
+        identity=_identity(client),
+        vector_dtype=client.config.vector_dtype,
+        truncate=client.config.truncate,
     )
     folder = None if arguments.output is None else Path(arguments.output)
     remote = Remote.read(arguments.input, arguments.bucket_secret)
@@ -118,7 +120,7 @@ def _at_work(there: Place, store: VolumeStore) -> bool:
 def status(word: str, client: KalmClient) -> tuple[str, State | None, bool]:
     """A job's name, its state (None while its input is read), and whether Modal works at it."""
     name = output.named(word)
-    there = deployment.find(client)
+    there = deployment.find(client.config)
     store = there.store(name)
     state = Reader(store).read()
     if state is None:
@@ -135,7 +137,7 @@ def fetch(word: str, folder: Path, client: KalmClient, screen: Screen) -> tuple[
         JobFailedError: There is no such job, or nothing of it yet.
     """
     name = output.named(word)
-    there = deployment.find(client)
+    there = deployment.find(client.config)
     store = there.store(name)
     state = Reader(store).read()
     if state is None:
@@ -155,7 +157,7 @@ def cancel(word: str, client: KalmClient) -> tuple[str, State | None]:
         JobFailedError: There is no such job.
     """
     name = output.named(word)
-    there = deployment.find(client)
+    there = deployment.find(client.config)
     store = there.store(name)
     if remotes.cancel(there, store):
         return name, Reader(store).read()
@@ -186,7 +188,7 @@ def _fetch(store: VolumeStore, name: str, state: State, folder: Path, screen: Sc
 
 
 def _identity(client: KalmClient) -> dict[str, object]:
-    declared = client.expected_space.declared
+    declared = client.config.expected_space.declared
     # Of a model that nobody described, only a container can tell.
     return (client.vector_identity if declared else client.warm_up()).to_dict()
 
