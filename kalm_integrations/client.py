@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal, Never, Self, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Never, Self, Unpack, get_args
 
 from kalm_integrations import validation
 from kalm_integrations.batching import Batch, plan
@@ -238,13 +238,21 @@ class KalmClient:
         await self.aclose()
 
     def __repr__(self) -> str:
-        return repr(self._config).replace("ClientConfig", type(self).__name__, 1)
+        config = vars(self).get("_config")  # absent while a traceback of the constructor is shown
+        return repr(config).replace("ClientConfig", type(self).__name__, 1)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other._config == self._config
 
     def __hash__(self) -> int:
         return hash(self._config)
+
+    if not TYPE_CHECKING:  # type checkers know `config`
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ClientConfig.model_fields:
+                return getattr(self._config, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ClientConfig.model_fields:

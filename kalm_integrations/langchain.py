@@ -14,12 +14,12 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from typing import Never, Self, Unpack
+from typing import TYPE_CHECKING, Any, Never, Self, Unpack
 
 from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
 from kalm_integrations.client import KalmClient, defaults
 from kalm_integrations.langchain_errors import raised_as_langchains
-from kalm_integrations.options import ClientOptions
+from kalm_integrations.options import ClientConfig, ClientOptions
 from kalm_integrations.signatures import documented, refuse_positional
 
 
@@ -69,8 +69,16 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         with raised_as_langchains():
             return (await self._client.aembed_to_lists([text], "query"))[0]
 
+    if not TYPE_CHECKING:  # as LangChain's tests expect; type checkers know `client.config`
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ClientConfig.model_fields:
+                return getattr(self._client.config, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
-        return repr(self._client).replace("KalmClient", type(self).__name__, 1)
+        client = vars(self).get("_client")  # absent while a traceback of the constructor is shown
+        return repr(client).replace("KalmClient", type(self).__name__, 1)
 
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this

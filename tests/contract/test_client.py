@@ -130,7 +130,7 @@ class TestPlanning:
     @every_way
     def test_a_role_that_is_none_is_refused(self, over: Over, way: Way) -> None:
         transport = ScriptedTransport()
-        with pytest.raises(ConfigurationError, match=r"role='passage': it is one of \('query', "):
+        with pytest.raises(ConfigurationError, match=r"role='passage': must be one of \('query', "):
             way(over(transport), ["a"], role="passage")
         with pytest.raises(ConfigurationError, match="on_error='ignore'"):
             over(transport).iter_embed(["a", ""], on_error="ignore")  # type: ignore[arg-type]
@@ -416,11 +416,11 @@ class NeverReady(ScriptedTransport):
 
 class TestStillStarting:
     def test_a_timeout_says_where_to_look_and_what_waits_longer(self, over: Over) -> None:
-        client = over(NeverReady(delay=lambda _: 30), timeout=0.1, app_name="my-app")
+        client = over(NeverReady(delay=lambda _: 30), timeout=0.1)
         for call in (client.warm_up, lambda: client.embed(["a"])):
             with pytest.raises(DeadlineExceededError) as caught:
                 call()
-            assert "modal app logs my-app" in str(caught.value)
+            assert "modal app logs vllm-embedding-snapshot" in str(caught.value)
             assert "warm_up(timeout=1800)" in str(caught.value)
 
     def test_warm_up_has_a_time_of_its_own(self, over: Over) -> None:
@@ -670,5 +670,5 @@ class TestLife:
         transport = ScriptedTransport()
         client = over(transport)
         client.embed(["a"])
-        client.model_copy(update={"truncate": "end"}).embed(["b"])
+        client.with_options(truncate="end").embed(["b"])
         assert [request.truncate for request in transport.requests] == ["error", "end"]

@@ -180,9 +180,12 @@ class TestErrors:
 
 
 class TestObject:
-    def test_it_is_a_client_too(self) -> None:
+    def test_it_holds_a_client_and_shares_it(self) -> None:
         embeddings = KalmModalEmbeddings(backend="local")
-        assert isinstance(embeddings, KalmClient)
+        assert isinstance(embeddings.client, KalmClient)
+        assert KalmModalEmbeddings(client=embeddings.client).client is embeddings.client
+        with pytest.raises(errors.ConfigurationError, match=r"client= and batch_size="):
+            KalmModalEmbeddings(client=embeddings.client, batch_size=3)
         parts = list(embeddings.iter_embed(["a", "", "b"], on_error="skip"))
         assert [bad.index for part in parts for bad in part.rejected] == [1]
         assert embeddings.warm_up().dimensions == 512
@@ -197,7 +200,7 @@ class TestObject:
         for twin in (pickled, copy.copy(embeddings), copy.deepcopy(embeddings)):
             assert twin == embeddings
             assert hash(twin) == hash(embeddings)
-            assert twin.batch_size == 7
+            assert twin.client.config.batch_size == 7
             assert twin.embed_query("x") == embeddings.embed_query("x")
 
     def test_a_pickle_holds_no_secret_and_reads_the_environment_again(
@@ -206,12 +209,12 @@ class TestObject:
         made = KalmModalEmbeddings(base_url="http://there", api_key="hunter2", batch_size=7)
         pickled = pickle.dumps(made)
         assert b"hunter2" not in pickled
-        assert copy.deepcopy(made).api_key == made.api_key
-        assert pickle.loads(pickled).api_key is None
+        assert copy.deepcopy(made).client.config.api_key == made.client.config.api_key
+        assert pickle.loads(pickled).client.config.api_key is None
         monkeypatch.setenv("KALM_API_KEY", "hunter3")
-        twin = pickle.loads(pickled)
+        twin = pickle.loads(pickled).client.config
         assert (twin.api_key.get_secret_value(), twin.batch_size) == ("hunter3", 7)
 
     def test_settings_are_fixed(self) -> None:
-        with pytest.raises(AttributeError, match="batch_size is fixed: construct another Kalm"):
+        with pytest.raises(AttributeError, match="batch_size is fixed: use with_options"):
             KalmModalEmbeddings(backend="local").batch_size = 3  # type: ignore[misc]

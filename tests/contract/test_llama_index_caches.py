@@ -68,7 +68,6 @@ class TestPipelineCache:
         {"model": "universal-sentence-encoder-multilingual-3"},
         {"dimensions": 512},
         {"expected_identity": models.EMBEDDED.space},
-        {"base_url": "http://not-used"},
     )
 
     @pytest.mark.parametrize("tuning", TUNING, ids=lambda tuning: next(iter(tuning)))
@@ -114,7 +113,7 @@ class TestPipelineCache:
     def test_every_argument_is_known_to_decide_vectors_or_not(self) -> None:
         # A new one must be put into TUNING above, or into a dump.
         tuning = {name for arguments in self.TUNING for name in arguments}
-        assert tuning | llama_index._DUMPED >= ClientConfig.model_fields.keys()
+        assert tuning | llama_index._DUMPED | {"transport"} >= ClientConfig.model_fields.keys()
 
     def test_it_survives_the_process(self, over: Any, tmp_path: Path) -> None:
         path, transport = str(tmp_path / "cache.json"), ScriptedTransport()
@@ -249,13 +248,16 @@ class TestDumps:
         ):
             assert twin.to_dict() == model.to_dict()
             assert twin.vector_identity == model.vector_identity
-            assert twin.query_template == model.query_template
-        assert KalmModalEmbeddings.from_dict(model.to_dict(), batch_size=9).batch_size == 9
+            assert twin.client.config.query_template == model.client.config.query_template
+        assert (
+            KalmModalEmbeddings.from_dict(model.to_dict(), batch_size=9).client.config.batch_size
+            == 9
+        )
 
     def test_a_dump_is_plain_json_with_the_namespace_of_its_vectors(self) -> None:
         model = KalmModalEmbeddings(backend="local", api_key="hunter2", embed_batch_size=5)
         dumped = json.loads(model.to_json())
-        assert dumped.keys() == llama_index._DUMPED | {"cache_namespace"}
+        assert dumped.keys() == llama_index._DUMPED | {"cache_namespace", "modal_class"}
         assert dumped["cache_namespace"] == model.cache_namespace
 
     def test_what_is_not_dumped_comes_from_the_environment_again(
@@ -264,7 +266,7 @@ class TestDumps:
         dumped = KalmModalEmbeddings(**KALM, api_key="old").to_dict()
         monkeypatch.setenv("KALM_API_KEY", "new")
         twin = KalmModalEmbeddings.from_dict(dumped)
-        assert twin.api_key.get_secret_value() == "new"
+        assert twin.client.config.api_key.get_secret_value() == "new"
 
     def test_a_dump_of_other_vectors_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         dumped = KalmModalEmbeddings(backend="local").to_dict()
@@ -272,7 +274,7 @@ class TestDumps:
         with pytest.raises(IdentityMismatchError, match="dumped with document vectors kalm-doc"):
             KalmModalEmbeddings.from_dict(dumped)
         asked_for = KalmModalEmbeddings.from_dict(dumped, document_instruction="d: {text}")
-        assert asked_for.document_template == "d: {text}"
+        assert asked_for.client.config.document_template == "d: {text}"
 
     def test_a_pickle_keeps_the_tuning_and_the_cache(self) -> None:
         model = KalmModalEmbeddings(
@@ -280,7 +282,7 @@ class TestDumps:
         )
         model.get_text_embedding("K2")
         twin = pickle.loads(pickle.dumps(model))
-        assert (twin.batch_size, twin.embed_batch_size) == (7, 5)
+        assert (twin.client.config.batch_size, twin.embed_batch_size) == (7, 5)
         assert twin.embeddings_cache.get("K2") == model.embeddings_cache.get("K2")
         assert isinstance(twin.embeddings_cache.store, SimpleKVStore)
 

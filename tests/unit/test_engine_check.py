@@ -65,6 +65,7 @@ def resolved(*, bidirectional: bool | None = None, **changes: Any) -> Any:
         "embedding_size": 3840,
         "max_model_len": 8192,
         "enable_sleep_mode": True,
+        "dtype": "torch.bfloat16",
     }
     scheduler = {"max_num_batched_tokens": 8192, "policy": "priority"}
     for fields in (model, scheduler):

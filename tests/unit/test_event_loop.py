@@ -227,7 +227,7 @@ def test_importing_and_constructing_start_no_thread():
         from kalm_integrations import KalmClient
         from kalm_integrations.transports.base import open_transport
         client = KalmClient(backend="local")
-        open_transport(client.model_copy())
+        open_transport(client.config)
         print(threading.active_count(), client.vector_identity.dimensions)
     """)
     assert out == "1 512\n"

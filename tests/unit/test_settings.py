@@ -27,7 +27,7 @@ MTEB_STS = "Instruct: Retrieve semantically similar text \n Query: {text}"
 FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
     "backend": ("auto", "local", "local", "local"),
     "app_name": ("vllm-embedding-snapshot", "mine", "mine", "another"),
-    "modal_class": ("VLLMEmbeddingSnapshot", "Mine", "Mine", "Another"),
+    "class_name": ("VLLMEmbeddingSnapshot", "Mine", "Mine", "Another"),
     "environment_name": (None, "staging", "staging", "main"),
     "model": (None, SPACE.model, SPACE.model, None),
     "dimensions": (None, "512", 512, None),
@@ -49,12 +49,24 @@ FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
 BY_FIELD = pytest.mark.parametrize("name", FIELDS)
 
 
+ELSEWHERE = {"base_url": "http", "app_name": "modal", "class_name": "modal"} | {
+    "environment_name": "modal"
+}
+"""Arguments that the embedded engine has no use for, and a backend that has."""
+
+
 def local(**arguments: Any) -> ClientConfig:
     return ClientConfig(**({"backend": "local"} | arguments))
 
 
+def with_(**arguments: Any) -> ClientConfig:
+    """`local`, or another backend where it needs one."""
+    backend = next((ELSEWHERE[name] for name in arguments if name in ELSEWHERE), "local")
+    return local(**({"backend": backend, "model": SPACE.model} | arguments))
+
+
 def test_every_argument_is_in_the_table_above_except_the_callback_and_a_pair():
-    others = {"on_usage", "modal_key", "modal_secret"}
+    others = {"on_usage", "transport", "modal_key", "modal_secret"}
     assert FIELDS.keys() | others == ClientConfig.model_fields.keys()
 
 
@@ -84,14 +96,13 @@ def test_a_variable_that_cannot_work_is_named(monkeypatch):
 
 
 def test_the_class_on_modal_is_named_as_everywhere(monkeypatch):
-    # The attribute has another name, since LlamaIndex's base has a method class_name.
-    assert local(class_name="Mine").modal_class == "Mine"
+    assert with_(class_name="Mine").class_name == "Mine"
     monkeypatch.setenv("KALM_CLASS_NAME", "Theirs")
-    assert local().modal_class == "Theirs"
-    assert local(class_name="Mine").modal_class == "Mine"
+    assert ClientConfig(backend="modal").class_name == "Theirs"
+    assert with_(class_name="Mine").class_name == "Mine"
     monkeypatch.setenv("KALM_CLASS_NAME", "")
     with pytest.raises(ConfigurationError, match=r"^class_name: "):
-        local(class_name="")
+        with_(class_name="")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +196,7 @@ def test_an_argument_goes_before_a_variable_even_one_that_is_wrong(name, monkeyp
     _, variable, _, argument = FIELDS[name]
     for content in (variable, "not a {valid} value"):
         monkeypatch.setenv(ClientConfig.variables()[name], content)
-        assert getattr(local(**{name: argument}), name) == argument
+        assert getattr(with_(**{name: argument}), name) == argument
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"backend"}))
@@ -205,8 +216,8 @@ def test_settings_are_fixed_once_they_were_checked(name):
 
 def test_an_updated_copy_is_checked_like_any_other():
     made = local(batch_size=7, api_key="k1")
-    copied = made.model_copy(update={"truncate": "end", "class_name": "Mine"})
-    assert (copied.truncate, copied.batch_size, copied.modal_class) == ("end", 7, "Mine")
+    copied = made.model_copy(update={"truncate": "end", "timeout": 7})
+    assert (copied.truncate, copied.batch_size, copied.timeout) == ("end", 7, 7.0)
     assert copied.api_key == SecretStr("k1")
     assert "k2-secret" not in repr(made.model_copy(update={"api_key": "k2-secret"}))
     for wrong in ({"batch_size": 0}, {"query_instrution": "question"}, {"dimensions": 64}):
@@ -224,7 +235,7 @@ def test_an_argument_that_does_not_go_with_others_is_named_with_its_variable(mon
     ):
         with monkeypatch.context() as patch, pytest.raises(ConfigurationError) as caught:
             patch.setenv(name, value)
-            local()
+            local(backend="http" if "URL" in name else "local")
         assert f"(from {name})" in str(caught.value)
         assert "hunter2" not in str(caught.value)
 
@@ -388,7 +399,7 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
     {"max_retries": 0},
     {"base_url": "http://there"},
     {"app_name": "mine"},
-    {"modal_class": "Mine"},
+    {"class_name": "Mine"},
     {"environment_name": "staging"},
     {"api_key": "k"},
     {"modal_key": "id", "modal_secret": "secret"},
@@ -402,7 +413,7 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
 
 def test_every_argument_is_known_to_move_document_vectors_or_not():
     known = {name for arguments in MOVES_DOCUMENTS + KEEPS_DOCUMENTS for name in arguments}
-    assert known | {"backend"} == ClientConfig.model_fields.keys()
+    assert known | {"backend", "transport"} == ClientConfig.model_fields.keys()
 
 
 def test_the_cache_namespace_changes_with_whatever_may_move_document_vectors():
@@ -412,7 +423,7 @@ def test_the_cache_namespace_changes_with_whatever_may_move_document_vectors():
 
 @pytest.mark.parametrize("arguments", KEEPS_DOCUMENTS)
 def test_the_cache_namespace_stays_where_document_vectors_do(arguments):
-    assert local(**arguments).cache_namespace == local().cache_namespace
+    assert with_(**arguments).cache_namespace == local().cache_namespace
 
 
 def test_two_ways_to_say_one_instruction_share_a_cache():
