@@ -81,6 +81,8 @@ def _form(field: FieldInfo, note: str) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
+    if isinstance(field.json_schema_extra, dict):
+        return {"choices": field.json_schema_extra["enum"]}
     if int in kinds:
         low, high = (
             next(getattr(limit, name) for limit in field.metadata if hasattr(limit, name))

@@ -66,7 +66,9 @@ class DeploySettings(EnvironmentSettings):
 
     variable_prefix = "KALM_DEPLOY_"
 
-    engine: Annotated[str, AfterValidator(_engine_name)] = "vllm"
+    engine: Annotated[
+        str, AfterValidator(_engine_name), Field(json_schema_extra={"enum": list(ENGINES)})
+    ] = "vllm"
     """"vllm": KaLM on a GPU. "embedded": the small model on a CPU, to see everything else work."""
 
     model: str = KALM.space.model

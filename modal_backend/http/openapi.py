@@ -101,7 +101,7 @@ class InvalidText(_Answer):
 
 
 class ErrorFields(_Answer):
-    """OpenAI's fields, and `invalid`, which is ours."""
+    """OpenAI's fields, and two of ours: `invalid` and `retry_after`."""
 
     code: str
     """Stable; see docs/errors.md."""
@@ -110,6 +110,8 @@ class ErrorFields(_Answer):
     param: str | None
     invalid: list[InvalidText]
     """Texts that cannot be embedded, by their index in `input`."""
+    retry_after: float | None
+    """Seconds after which a retry may succeed, as in the header."""
 
 
 class ErrorBody(_Answer):

@@ -510,7 +510,7 @@ class TestTheService:
             over(server.url)
             variables(KALM_TIMEOUT="0.3")
             shown = stopped_at("credentials", doctor(), *self.after)
-        assert "no answer within timeout=0.3 s" in shown
+        assert "no response within timeout=0.3 s" in shown
         assert "Unset KALM_TIMEOUT" in shown
 
 

@@ -148,7 +148,7 @@ class TestOurs:
             monkeypatch.setenv(f"KALM_{name}", value)
         with KalmClient() as client:
             assert np.allclose(client.embed(TEXTS).vectors, expected, atol=1e-3)
-            assert KEY not in repr(client) + str(client.model_dump())
+            assert KEY not in repr(client) + str(client.config.model_dump())
 
     def test_the_roles_and_the_caller_s_wait_arrive(self, url: str) -> None:
         with (

@@ -47,9 +47,8 @@ class TestPersistence:
         environment = {f"KALM_{name.upper()}": value for name, value in settings.items()}
         there = second_process(SCRIPT, tmp_path, **environment)
         assert there.keys() == STORES.keys()
-        cosines = (
-            embeddings.embed(QUESTIONS, role="query").vectors @ embeddings.embed(FACTS).vectors.T
-        )
+        client = embeddings.client
+        cosines = client.embed(QUESTIONS, role="query").vectors @ client.embed(FACTS).vectors.T
         for kind, process in ((kind, process) for kind in STORES for process in (here, there)):
             for found, right in zip(process[kind], cosines, strict=True):
                 order = np.argsort(-right)[:3]

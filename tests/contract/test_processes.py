@@ -19,19 +19,18 @@ def test_parent_and_children_have_connections_of_their_own(http: Service) -> Non
     http.peers.clear()
     out = http.run("""
         client = KalmClient(max_concurrency=1)
-        right(0)  # by the I/O thread
-        right(1)  # by the lane, as all that follow
+        right(0)
         def child():
-            return right(2) and right(3) and ended_well(fork(grandchild)) and right(4)
+            return right(1) and ended_well(fork(grandchild)) and right(2)
         def grandchild():
-            return right(5) and right(6)
-        print(ended_well(fork(child)), right(7))
+            return right(3)
+        print(ended_well(fork(child)), right(4))
     """)
     assert out == ["True True"]
-    *parent, child, child_lane, grandchild, grandchild_lane, child_again, parent_again = http.peers
-    assert child_lane == child_again
-    assert parent[1] == parent_again  # a child's end ends nothing of its parent's
-    assert len({*parent, child, child_lane, grandchild, grandchild_lane}) == 6
+    parent, child, grandchild, child_again, parent_again = http.peers
+    assert child == child_again
+    assert parent == parent_again  # a child's end ends nothing of its parent's
+    assert len({parent, child, grandchild}) == 3
 
 
 def test_a_child_does_not_hold_the_connections_that_its_parent_closes(http: Service) -> None:
@@ -74,7 +73,7 @@ def test_forks_by_threads_and_when_the_end_has_begun(http: Service) -> None:
         right(0)
         with ThreadPoolExecutor(4) as pool:
             print(all(pool.map(child, range(8))), right(1))
-        background_loop._stop_at_exit()
+        event_loop._stop_at_exit()
         print(child(2))
     """)
     assert out == ["True True", "True"]
