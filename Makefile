@@ -32,7 +32,7 @@ help:
 	@echo 'make quickstart              index the docstrings of the standard library, ask three questions'
 	@echo 'make quickstart Q="..."      ask a question of your own'
 	@echo 'make quickstart DOCS=path    index a folder of Markdown and text files'
-	@echo 'make test                    ruff, mypy, pytest'
+	@echo 'make test                    ruff, mypy, import-linter, pytest'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
 	@echo 'make notebooks               run the notebooks of examples/ again, in place'
 	@echo 'make image-lock              resolve the packages of the image with vLLM again, after a change of pins'
@@ -48,6 +48,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 	@# Two at a time, file by file: much of it waits for processes. In order, as the long files come first.
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
