@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator, Generator, Iterable
 from inspect import Parameter
 from typing import Any, Final, Self
 
-from kalm_integrations.client import KalmClient, OnError
+from kalm_integrations.client import KalmClient, OnError, Progress
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.options import ClientConfig, ClientOptions, forget
 from kalm_integrations.prompts import Role
-from kalm_integrations.result import EmbeddedBatch
+from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 
 CLIENT: Final = Parameter(
     "client", Parameter.KEYWORD_ONLY, default=None, annotation=KalmClient | None
@@ -52,6 +52,26 @@ class ClientAdapter:
     def query_cache_namespace(self) -> str:
         """As `KalmClient.query_cache_namespace`."""
         return self._client.query_cache_namespace
+
+    def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role = "document",
+        on_progress: Progress | None = None,
+    ) -> EmbeddingResult:
+        """As `KalmClient.embed`."""
+        return self._client.embed(texts, role=role, on_progress=on_progress)
+
+    async def aembed(
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role = "document",
+        on_progress: Progress | None = None,
+    ) -> EmbeddingResult:
+        """As `KalmClient.aembed`."""
+        return await self._client.aembed(texts, role=role, on_progress=on_progress)
 
     def iter_embed(
         self, texts: Iterable[str], *, role: Role = "document", on_error: OnError = "raise"

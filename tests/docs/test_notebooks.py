@@ -127,7 +127,7 @@ def test_the_backend_is_switched_in_one_cell(path: Path, backend: str) -> None:
         from kalm_integrations import KalmClient
 
         made = KalmClient(**names["SERVICE" if "SERVICE" in names else "NEW"])
-    assert made.resolved_backend == backend
+    assert getattr(made, "client", made).config.resolved_backend == backend
     assert made.expected_space == (EMBEDDED if backend == "local" else KALM).space
 
 

@@ -33,16 +33,19 @@ PARTS: Final = {
         "texts[…] …",
         "is too long: … tokens, over the limit of …",
     ],
-    "no answer for 5 s: the service may be starting, which can take minutes; waiting for up to "
+    "no response for 5 s: the service may be starting, which can take minutes; waiting for up to "
     "timeout=600 s": [
-        "no answer for %g s: the service may be starting, which can take minutes; waiting for up "
+        "no response for %g s: the service may be starting, which can take minutes; waiting for up "
         "to timeout=%g s"
     ],
     "Modal app …, class … is not what this client needs": [
         "Modal app …, class …",
-        "{place} is not what this client needs",
+        "{location} is not what this client needs",
     ],
-    "a container of Modal app … failed": ["a container of {place} failed", "Modal app …, class …"],
+    "a container of Modal app … failed": [
+        "a container of {location} failed",
+        "Modal app …, class …",
+    ],
 }
 
 

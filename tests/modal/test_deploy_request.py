@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from modal_emulator import Emulator, gpu_choices
 
 from modal_backend import image
+from modal_backend.engines.registry import ENGINES
 from modal_backend.settings import DeploySettings
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +195,7 @@ def test_every_field_of_the_request(emulator: Emulator, name: str) -> None:
     assert own.items() <= built.env.items()
     (install,) = [words for words in built.installs if "--compile-bytecode" in words]
     if name == "embedded":
-        assert set(built.packages) >= {*image.DOORS, *image.BULK, *image.EMBEDDED}
+        assert set(built.packages) >= {*image.SERVER, *image.BULK, *ENGINES["embedded"].packages}
     else:
         assert "FROM nvidia/cuda:13.0.2-devel-ubuntu22.04" in built.commands
         assert {"--no-deps", "--requirements"} <= set(install)

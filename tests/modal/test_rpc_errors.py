@@ -255,7 +255,7 @@ def test_what_a_deployment_says(caused: Row, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("answer", "error", "said"),
     [
-        ("5", InvalidResponseError, "embed_packed answered with int"),
+        ("5", InvalidResponseError, "embed_packed returned int"),
         ("{}", InvalidResponseError, "has no packed vectors"),
         ("{'packed': 'text'}", InvalidResponseError, "has no packed vectors"),
         ("{'packed': b'short'}", CorruptedAnswerError, "not packed vectors"),
@@ -270,7 +270,7 @@ def test_an_answer_that_is_none(answer: str, error: type[KalmError], said: str) 
 
 
 def test_a_service_that_does_not_say_who_it_is() -> None:
-    with pytest.raises(InvalidResponseError, match="describe told no identity"):
+    with pytest.raises(InvalidResponseError, match="describe returned no identity"):
         misfit("Strange").warm_up()
 
 
