@@ -127,8 +127,9 @@ def test_the_backend_is_switched_in_one_cell(path: Path, backend: str) -> None:
         from kalm_integrations import KalmClient
 
         made = KalmClient(**names["SERVICE" if "SERVICE" in names else "NEW"])
-    assert getattr(made, "client", made).config.resolved_backend == backend
-    assert made.expected_space == (EMBEDDED if backend == "local" else KALM).space
+    config = getattr(made, "client", made).config
+    assert config.resolved_backend == backend
+    assert config.expected_space == (EMBEDDED if backend == "local" else KALM).space
 
 
 def test_langchain_answers_with_a_chat_model(chat_model: Mapping[str, str]) -> None:
