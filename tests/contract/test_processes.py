@@ -74,7 +74,7 @@ def test_forks_by_threads_and_when_the_end_has_begun(http: Service) -> None:
         right(0)
         with ThreadPoolExecutor(4) as pool:
             print(all(pool.map(child, range(8))), right(1))
-        io_thread._stop_at_exit()
+        event_loop._stop_at_exit()
         print(child(2))
     """)
     assert out == ["True True", "True"]
