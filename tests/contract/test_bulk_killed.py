@@ -11,6 +11,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,8 +24,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-ROWS = 4_000
-SHARD = 250
+ROWS = 2_000
+SHARD = 125
 KALM = [sys.executable, "-m", "kalm_integrations.cli"]
 
 
@@ -166,7 +167,9 @@ def test_a_full_disk_costs_the_shard_that_did_not_fit_and_no_other(
     assert is_undisturbed(tmp_path / "out", undisturbed)
 
 
-PORT = 8471
+with socket.socket() as _free:
+    _free.bind(("127.0.0.1", 0))
+    PORT = _free.getsockname()[1]
 OVER_HTTP = {
     "KALM_BACKEND": "http",
     "KALM_BASE_URL": f"http://127.0.0.1:{PORT}",

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,12 @@ class TestMoments:
             assert len(client.embed(["a"])) == 1
 
 
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(create_app(EmbeddingService(SlowEngine(0)), keys=BearerKeys(None))) as url:
+        yield url
+
+
 class TestServer:
     @pytest.mark.parametrize(
         ("accept", "kind"),
@@ -271,9 +277,8 @@ class TestServer:
             ("*/*", "application/json"),
         ],
     )
-    def test_accept(self, accept: str, kind: str) -> None:
-        with serving(create_app(EmbeddingService(SlowEngine(0)), keys=BearerKeys(None))) as url:
-            answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None, Accept=accept)
+    def test_accept(self, url: str, accept: str, kind: str) -> None:
+        answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None, Accept=accept)
         assert answer.headers["Content-Type"] == kind
 
     def test_every_end_is_counted_and_named(self) -> None:
