@@ -31,6 +31,7 @@ from programs import KEY, TEXTS, local, over_http
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.version import __version__
 from modal_backend import image
+from modal_backend.engines.registry import ENGINES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -219,7 +220,7 @@ class TestBuilt:
         assert vllm in image.VLLM
         tested = (ROOT / "tests/vllm/requirements.txt").read_text().splitlines()
         assert vllm.replace("==", "-cpu==") in tested
-        assert EXTRAS["local"] == list(image.EMBEDDED)
+        assert EXTRAS["local"] == list(ENGINES["embedded"].packages)
 
     def test_no_extra_is_forgotten_here(self) -> None:
         assert {*INSTALLED, "vllm", "dev"} == {"", *EXTRAS}
