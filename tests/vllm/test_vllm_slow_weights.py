@@ -77,7 +77,12 @@ def start(gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
         emulator.deploy(
             "modal_backend.app",
             cwd=ROOT,
-            env={"KALM_DEPLOY_MODEL": MODEL, "KALM_DEPLOY_ENFORCE_EAGER": "1"},
+            env={
+                "KALM_DEPLOY_MODEL": MODEL,
+                "KALM_DEPLOY_ENFORCE_EAGER": "1",
+                # On a busy machine callers that wait would start a second one.
+                "KALM_DEPLOY_MAX_CONTAINERS": "1",
+            },
         )
         in_hub_cache(gemma, emulator.volume("hf-embedding-cache") / "hub", MODEL)
         with Records() as records, ThreadPoolExecutor(2) as threads:
