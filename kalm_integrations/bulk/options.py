@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from kalm_integrations.lines import TEXT_COLUMN
 if TYPE_CHECKING:
     from kalm_integrations.argparsing import Parser, Verbs
     from kalm_integrations.bulk.job_spec import Options
-    from kalm_integrations.bulk.manifest import Manifest
     from kalm_integrations.bulk.scan import Scan
     from kalm_integrations.client import KalmClient
     from modal_backend.costs import Choice
@@ -102,7 +100,7 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
     """
     from kalm_integrations.bulk.job import embed_corpus, estimate
     from kalm_integrations.bulk.job_spec import SHARD_ROWS, Options
-    from kalm_integrations.bulk.progress import Progress
+    from kalm_integrations.bulk.progress import Progress, outcome
     from kalm_integrations.client import KalmClient
     from kalm_integrations.terminal import write
 
@@ -231,44 +229,3 @@ def _forecast_text(said: dict[str, Any], found: Scan, on_error: str) -> str:
     else:
         lines.append("--gpu NAME adds time and cost; `kalm cost` compares GPUs")
     return "\n".join(lines)
-
-
-def outcome(
-    done: Manifest, folder: Path, *, as_json: bool, more: Mapping[str, Any] | None = None
-) -> str:
-    """What is said of a job that has come to its end.
-
-    Args:
-        done: Its record.
-        folder: Its output.
-        as_json: As one document.
-        more: Further fields of that.
-    """
-    from kalm_integrations.bulk import shards
-    from kalm_integrations.bulk.progress import counted, duration
-
-    rows, rejected = (sum(getattr(s, n) for s in done.shards) for n in ("rows", "rejected"))
-    if as_json:
-        content = {
-            "output": str(folder),
-            "rows": rows,
-            "rejected": rejected,
-            "tokens": done.tokens,
-            "shards": len(done.shards),
-            "seconds": done.seconds,
-            "dollars": done.dollars,
-            "runs": done.runs,
-            "identity": done.job.identity,
-            **(more or {}),
-        }
-        return json.dumps(content, indent=2)
-    said = (
-        f"{counted(rows, 'row')} in {counted(len(done.shards), 'shard')}, {done.tokens:,} tokens, "
-        f"{duration(done.seconds)}"
-    )
-    if done.dollars is not None:
-        said += f", ${done.dollars:,.2f}"
-    said += f": {folder / shards.FOLDER}"
-    if rejected:
-        said += f"\n{counted(rejected, 'row')} rejected: {folder / shards.REJECTED} has the reasons"
-    return said

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
+from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Manifest, Shard
 from kalm_integrations.bulk.scan import Scan
 from kalm_integrations.terminal import write
@@ -148,3 +151,41 @@ def duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def outcome(
+    done: Manifest, folder: Path, *, as_json: bool, more: Mapping[str, Any] | None = None
+) -> str:
+    """What is said of a job that has come to its end.
+
+    Args:
+        done: Its record.
+        folder: Its output.
+        as_json: As one document.
+        more: Further fields of that.
+    """
+    rows, rejected = (sum(getattr(s, n) for s in done.shards) for n in ("rows", "rejected"))
+    if as_json:
+        content = {
+            "output": str(folder),
+            "rows": rows,
+            "rejected": rejected,
+            "tokens": done.tokens,
+            "shards": len(done.shards),
+            "seconds": done.seconds,
+            "dollars": done.dollars,
+            "runs": done.runs,
+            "identity": done.job.identity,
+            **(more or {}),
+        }
+        return json.dumps(content, indent=2)
+    said = (
+        f"{counted(rows, 'row')} in {counted(len(done.shards), 'shard')}, {done.tokens:,} tokens, "
+        f"{duration(done.seconds)}"
+    )
+    if done.dollars is not None:
+        said += f", ${done.dollars:,.2f}"
+    said += f": {folder / shards.FOLDER}"
+    if rejected:
+        said += f"\n{counted(rejected, 'row')} rejected: {folder / shards.REJECTED} has the reasons"
+    return said

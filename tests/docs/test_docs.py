@@ -43,6 +43,13 @@ def rows(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def test_every_path_of_the_architecture_page_exists() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`([\w./-]+(?:\.(?:py|txt|toml)|/))`", page)
+    assert len(named) > 50
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def prose(page: Path) -> str:
     """A page without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace, client: KalmClient, options: Options) -> 
 
 
 def _outcome(name: str, state: State | None, arguments: argparse.Namespace) -> str:
-    from kalm_integrations.bulk.options import outcome
+    from kalm_integrations.bulk.progress import outcome
 
     if state is None:
         return json.dumps({"job": name}, indent=2) if arguments.json else name
