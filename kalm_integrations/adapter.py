@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable
 from inspect import Parameter
-from typing import Any, Final, Self
+from typing import Any, Final
 
-from kalm_integrations.client import KalmClient, OnError, Progress
+from kalm_integrations.client import ContextManaged, KalmClient, OnError, Progress
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.options import ClientConfig, ClientOptions, forget
@@ -19,11 +19,11 @@ CLIENT: Final = Parameter(
 """The argument in front of the options."""
 
 
-class ClientAdapter:
+class ClientAdapter(ContextManaged):
     """A framework's embedding model that embeds with `client`.
 
-    Adapters may share one client, and with it the connections and the limit on requests in
-    flight. Closing any of them closes the client's connections; the next call opens new ones.
+    Adapters may share one client, and with it the connections and the limit on concurrent
+    requests. Closing any of them closes the client's connections; the next call opens new ones.
     """
 
     _client: KalmClient
@@ -100,18 +100,6 @@ class ClientAdapter:
     async def aclose(self) -> None:
         """As `KalmClient.aclose`."""
         await self._client.aclose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ClientConfig.model_fields:

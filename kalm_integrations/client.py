@@ -46,8 +46,32 @@ def defaults() -> dict[str, Any]:
     return {name: field.default for name, field in ClientConfig.model_fields.items()}
 
 
+class ContextManaged:
+    """Closes its connections when a `with` or `async with` block ends."""
+
+    def close(self) -> None:
+        """Close the connections. A later call opens new ones."""
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """`close`, without blocking the running event loop."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
 @documented(ClientOptions, defaults=defaults)
-class KalmClient:
+class KalmClient(ContextManaged):
     """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
 
     Constructing it opens nothing. One object serves any number of threads and event loops. It
@@ -224,18 +248,6 @@ class KalmClient:
     async def aclose(self) -> None:
         """`close`, without blocking the running event loop."""
         await asyncio.wrap_future(self._dispatcher.close())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     def __repr__(self) -> str:
         config = vars(self).get("_config")  # absent while a traceback of the constructor is shown

@@ -22,7 +22,14 @@ from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
-from kalm_integrations.models import EMBEDDED, KALM, NAMED_SPACES, ModelProfile, profile_of
+from kalm_integrations.models import (
+    DEFAULT_APP,
+    EMBEDDED,
+    KALM,
+    NAMED_SPACES,
+    ModelProfile,
+    profile_of,
+)
 from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.base import Transport
@@ -74,7 +81,6 @@ def _clean_secret(value: SecretStr | None) -> SecretStr | None:
     return SecretStr(secret) if secret else None
 
 
-DEFAULT_APP = "vllm-embedding-snapshot"
 DEFAULT_CLASS = "VLLMEmbeddingSnapshot"
 FIRST_START = 1800.0
 """Seconds that a start on Modal may take: the default of `kalm deploy --startup-timeout`."""
@@ -142,7 +148,7 @@ class ClientOptions(TypedDict, total=False):
     """Maximum number of texts in one request, 1 to 2048. Default: 128."""
 
     max_concurrency: int
-    """Maximum number of requests in flight, 1 to 256, over all calls of this object. Queries have
+    """Maximum number of concurrent requests, 1 to 256, over all calls of this object. Queries have
     as many of their own, so that they never wait behind documents. Default: 16."""
 
     timeout: float
