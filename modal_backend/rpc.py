@@ -93,14 +93,14 @@ def describe(
         return described | {"error": error_fields(error)}
 
 
-async def _answer(service: EmbeddingService, asked: Mapping[str, Any]) -> EmbedResponse:
-    """What `asked` gets.
+async def _answer(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
+    """The response to the request in `fields`.
 
     Raises:
         KalmError: Always one of these, whatever a stranger sent and whatever broke.
     """
     try:
-        request = EmbedRequest.from_fields(asked)
+        request = EmbedRequest.from_fields(fields)
         # A single string would pass for the list of its letters.
         texts: list[Any] = list(validation.check_collection(request.texts))
         return await service.embed(replace(request, texts=texts))

@@ -1,4 +1,4 @@
-"""One HTTP request at a time over a pool of connections to one server: credentials, redirects,
+"""HTTP requests over a pool of connections to one server: credentials, redirects,
 request ids, size limits, and connection errors as ours."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -82,6 +83,13 @@ class Service:
             return
 
 
+class Completed:
+    """What the async driver may await; the sync one ignores it."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a caller sees of a call, and what the service did for it."""
@@ -125,9 +133,9 @@ def _run(
 
         def clear(self) -> None: ...
 
-        def wait(self) -> Any:
+        def wait(self) -> Completed:
             service.advance()
-            return asyncio.sleep(0) if collect is not _collect_sync else None
+            return Completed()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "background_loop", lambda: service)
@@ -142,8 +150,13 @@ def _run(
     )
 
 
-def _collect_sync(dispatcher: Dispatcher, batches: Iterator[Batch], results: list[int]) -> None:
-    for part in dispatcher.run(batches, CALL):
+def _collect_sync(
+    dispatcher: Dispatcher,
+    batches: Iterator[Batch],
+    results: list[int],
+    busy: Callable[[], bool] = lambda: False,
+) -> None:
+    for part in dispatcher.run(batches, CALL, busy):
         results += part.indices.tolist()
 
 
@@ -258,21 +271,6 @@ def test_a_request_that_was_cancelled_from_outside_is_a_failure(
 
 
 def test_no_further_batch_is_read_while_the_caller_is_busy() -> None:
-    service = Service([Request(1)] * 6)
-    dispatcher = Dispatcher(ClientConfig(backend="local", max_concurrency=4))
-    batches = iter([Batch(["text"], [[n]]) for n in range(6)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "background_loop", lambda: service)
-
-        class Event:
-            def set(self) -> None: ...
-
-            def clear(self) -> None: ...
-
-            def wait(self) -> None:
-                service.advance()
-
-        patch.setattr(dispatch.threading, "Event", Event)
-        results = list(dispatcher.run(batches, CALL, busy=lambda: True))
-    assert len(results) == 6
-    assert service.most_running == 1
+    outcome = _run([Request(1)] * 6, 4, None, partial(_collect_sync, busy=lambda: True))
+    assert len(outcome.results) == 6
+    assert outcome.most_running == 1
