@@ -116,20 +116,19 @@ def _profile(frame: FrameType, event: str, result: object) -> None:
 
 def holds_query(value: Any) -> bool:
     """Whether `value` is or contains the text or its vector."""
-    match value:
-        case str():
-            return TEXT in value
-        case bytes() | bytearray() | memoryview():
-            return TEXT.encode() in bytes(value) or len(value) > NUMBERS * 2
-        case np.ndarray():
-            return value.size >= NUMBERS
-        case list() | tuple():
-            return len(value) >= NUMBERS or any(map(holds_query, value))
-        case dict():
-            return any(map(holds_query, value.values()))
-    if not dataclasses.is_dataclass(value):
-        return False
-    return any(holds_query(getattr(value, each.name)) for each in dataclasses.fields(value))
+    if isinstance(value, str):
+        return TEXT in value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return TEXT.encode() in bytes(value) or len(value) > NUMBERS * 2
+    if isinstance(value, np.ndarray):
+        return value.size >= NUMBERS
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, each.name) for each in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return len(value) >= NUMBERS or any(map(holds_query, value))
+    return False
 
 
 if __name__ == "__main__":
