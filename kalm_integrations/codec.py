@@ -1,9 +1,8 @@
-"""Responses as bytes: packed vectors.
+"""Responses as bytes: safetensors with one tensor, which contain nothing executable.
 
-Vectors travel as safetensors: a standard of the field, compact, nothing executable in it. The
-metadata identifies the request they answer and carries a checksum of all other bytes, so that a
-response that was swapped, duplicated, cut off or damaged on its way is never taken for the right
-one. Source of the format: https://huggingface.co/docs/safetensors.
+The metadata has the digest of the request and a checksum of all other bytes, so that a response
+that was swapped, duplicated, cut off or damaged is detected.
+Source of the format: https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
 
 
 def pack(response: EmbedResponse) -> bytes:
-    """Serialize `response`: the tensor "vectors", with identity, usage, digest and checksum as
-    metadata."""
+    """Serialize `response`: tensor "vectors"; identity, usage, digest and checksum as metadata."""
     return b"".join(packed_parts(response))
 
 
@@ -71,8 +69,7 @@ def unpack(body: bytes | bytearray) -> EmbedResponse:
     """The inverse of `pack`. The vectors are a view of `body`.
 
     Raises:
-        CorruptedAnswerError: `body` is not what `pack` produces: damaged, cut off, of another
-            type, or not safetensors at all. Nothing in it is ever executed.
+        CorruptedAnswerError: `body` is not what `pack` produces.
     """
     try:
         view = memoryview(body)
@@ -113,7 +110,7 @@ class _Head:
     usage: Usage
 
 
-@lru_cache(maxsize=256)  # the heads of queries differ in their number of tokens only
+@lru_cache(maxsize=256)  # heads of queries differ only in their number of tokens
 def _read_head(after_digest: bytes) -> _Head:
     head = json.loads(_HEAD_START + after_digest)
     tensor, metadata = head["vectors"], head["__metadata__"]

@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
+from functools import partial
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.errors import InvalidInputError
-from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_current, is_exiting
+from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.options import ClientConfig
-from kalm_integrations.result import EmbeddedBatch
+from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.session import Call, Session
 from kalm_integrations.transports.base import open_transport
 
@@ -58,27 +59,24 @@ class Dispatcher:
             busy: While this is true, no further batch is read before a result has arrived.
         """
         completed = threading.Event()
-        results = self._dispatch(batches, call, completed.set, busy)
-        with closing(results):
+        with closing(self._dispatch(batches, call, completed.set, busy)) as results:
             for result in results:
                 if result is None:
                     completed.wait()
                     completed.clear()
                 else:
-                    self._report_usage(result)
                     yield result
 
     async def arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
         """`run`, without blocking the running event loop."""
         loop, completed = asyncio.get_running_loop(), asyncio.Event()
-        results = self._dispatch(batches, call, lambda: loop.call_soon_threadsafe(completed.set))
-        with closing(results):
+        notify = partial(loop.call_soon_threadsafe, completed.set)
+        with closing(self._dispatch(batches, call, notify)) as results:
             for result in results:
                 if result is None:
                     await completed.wait()
                     completed.clear()
                 else:
-                    self._report_usage(result)
                     yield result
 
     def ensure_ready(self, timeout: float) -> Future[SpaceIdentity | None]:
@@ -97,10 +95,10 @@ class Dispatcher:
         self,
         batches: Iterator[Batch],
         call: Call,
-        wake: Callable[[], object],
+        notify: Callable[[], object],
         busy: Callable[[], bool] = lambda: False,
     ) -> Generator[EmbeddedBatch | None]:
-        """Yield results, or None when the caller has to wait until `wake` is called."""
+        """Yield results, or None when the caller has to wait until `notify` is called."""
         running: set[Future[EmbeddedBatch]] = set()
         completed: deque[Future[EmbeddedBatch]] = deque()
         failure: BaseException | None = None
@@ -109,47 +107,47 @@ class Dispatcher:
         def complete(future: Future[EmbeddedBatch]) -> None:
             completed.append(future)
             with suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
-                wake()
-
-        def start(batch: Batch) -> None:
-            future = background_loop().submit(self._send(batch, call))
-            running.add(future)
-            future.add_done_callback(complete)
+                notify()
 
         try:
-            while True:
+            while reading or running:
                 result = None
                 if completed:
                     future = completed.popleft()
                     running.discard(future)
-                    error = CancelledError() if future.cancelled() else future.exception()
-                    if error is None:
+                    problem = CancelledError() if future.cancelled() else future.exception()
+                    if problem is None:
                         result = future.result()
                     else:
-                        reading, failure = False, _more_severe(failure, error)
-                        if not isinstance(error, InvalidInputError):
+                        reading, failure = False, _more_severe(failure, problem)
+                        if not isinstance(problem, InvalidInputError):
                             _cancel(running)
                 full = len(running) >= self._config.max_concurrency or bool(running and busy())
                 if reading and not full:  # a free slot is filled before the caller gets a result
-                    batch, error = _read(batches)
-                    reading, failure = batch is not None, _more_severe(failure, error)
+                    batch = None
+                    try:
+                        batch = next(batches, None)
+                    except Exception as error:  # noqa: BLE001 (raised after the results)
+                        failure = _more_severe(failure, error)
+                    reading = batch is not None
                     if batch is not None:
-                        start(batch)
+                        future = background_loop().submit(self._send(batch, call))
+                        running.add(future)
+                        future.add_done_callback(complete)
                 if result is not None:
+                    self._report(result.usage)
                     yield result
                 elif not completed and running and (full or not reading):
                     yield None
-                elif not (completed or reading):
-                    break
             if failure is not None:
                 raise failure
         finally:
             _cancel(running)
 
-    def _report_usage(self, result: EmbeddedBatch) -> None:
-        if self._config.on_usage is not None and result.usage.requests:
+    def _report(self, usage: Usage) -> None:
+        if self._config.on_usage is not None and usage.requests:
             try:
-                self._config.on_usage(result.usage)
+                self._config.on_usage(usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 
@@ -166,7 +164,7 @@ class Dispatcher:
             session = Session(self._config, open_transport(self._config))
             self._loop, self._session = loop, session
             loop.resources.add(session)
-            self._finalizer = weakref.finalize(self, _close_later, loop, session)
+            self._finalizer = weakref.finalize(self, loop.close_soon, session)
             self._finalizer.atexit = False
         return self._session
 
@@ -183,22 +181,9 @@ def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:
         future.cancel()
 
 
-def _read(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
-    """The next batch, if there is one, or what its source failed with."""
-    try:
-        return next(batches, None), None
-    except Exception as error:  # noqa: BLE001 (raised after the results)
-        return None, error
-
-
 def _more_severe(first: BaseException | None, second: BaseException | None) -> BaseException | None:
     """The failure to raise: the first, unless only the second concerns more than some texts."""
     if first is None or second is None:
         return first or second
     only_texts = isinstance(first, InvalidInputError) and not isinstance(second, InvalidInputError)
     return second if only_texts else first
-
-
-def _close_later(loop: BackgroundLoop, session: Session) -> None:
-    if is_current(loop):
-        loop.discard(session)

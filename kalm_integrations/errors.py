@@ -1,9 +1,7 @@
-"""Every error of this package: what happened, its class, what to do next.
+"""The errors of this package: class, code, HTTP status, whether to retry, what to do next.
 
-One table, used on both sides of the wire: a service answers with an error's `status`, `code` and
-message, and the client raises the same class again. `remedy` is advice for Python callers: it is
-appended when an error is shown, and never sent. Only `retry.py` reads `retryable` and
-`most_retries`.
+A service sends an error's `status`, `code` and message, and the client raises the same class. The
+`remedy` is advice for Python callers: `str` appends it, and it is never sent.
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ class KalmError(Exception):
     """Base class of every error that this package raises on purpose.
 
     Attributes:
-        partial: What had been embedded when the call failed, by index in the caller's list;
-            None where the call embeds nothing.
+        status: HTTP status of the response that reports it.
+        code: Stable name in the body of that response.
         retryable: Whether the same request may succeed later. The client has retried already.
-        most_retries: No more of them, whatever `max_retries` allows.
+        most_retries: Upper bound, whatever `max_retries` allows.
         remedy: What to do next.
-        status: The HTTP status that a service answers with.
-        code: The stable name in that answer's body.
+        partial: What was embedded before the call failed, by index in the caller's list; None
+            where the call embeds nothing.
     """
 
     status: ClassVar[int] = 500
@@ -54,13 +52,10 @@ class ConfigurationError(KalmError, ValueError):
 
 
 class EngineLoadError(KalmError):
-    """The engine could not be loaded, or its files are not the ones that were tested.
-
-    Attributes:
-        permanent: Whether loading it again on the same machine would fail in the same way.
-    """
+    """The engine could not be loaded, or its files differ from the tested ones."""
 
     permanent: bool = False
+    """Whether loading it again on the same machine would fail in the same way."""
 
     status = 503
     code = "engine_not_loaded"
@@ -69,21 +64,19 @@ class EngineLoadError(KalmError):
 
 @dataclass(frozen=True, slots=True)
 class InvalidText:
-    """One text that cannot be embedded: its index in the list of the call, and why."""
+    """A text that cannot be embedded, and the reason."""
 
     index: int
     reason: str
 
 
 class _TextsError(Exception):
-    """What errors about particular texts share.
+    """An error about particular texts.
 
     Attributes:
-        invalid: Every offending text that was found, by its index in the caller's list.
-            Empty where the error concerns the request as a whole.
+        invalid: Every text concerned, by index in the caller's list; empty where the error is
+            about the request as a whole.
     """
-
-    SHOWN: ClassVar[int] = 5
 
     def __init__(self, message: str = "", invalid: Sequence[InvalidText] = ()) -> None:
         super().__init__(message)
@@ -91,19 +84,13 @@ class _TextsError(Exception):
 
     @classmethod
     def of(cls, invalid: Sequence[InvalidText]) -> Self:
-        """The error that names each of `invalid` by its index."""
-        shown = "; ".join(f"texts[{bad.index}] {bad.reason}" for bad in invalid[: cls.SHOWN])
-        more = len(invalid) - cls.SHOWN
-        return cls(shown + (f"; and {more} more." if more > 0 else "."), invalid)
+        """The error whose message names the first five of `invalid` by index."""
+        message = "; ".join(f"texts[{each.index}] {each.reason}" for each in invalid[:5])
+        return cls(message + (f"; and {len(invalid) - 5} more." if invalid[5:] else "."), invalid)
 
 
 class InvalidInputError(_TextsError, KalmError, ValueError):
-    """Texts that cannot be embedded. Never retried.
-
-    Attributes:
-        invalid: Every offending text that was found, by its index in the caller's list.
-            Empty where the argument as a whole is wrong (a bare string, for instance).
-    """
+    """Texts that cannot be embedded. Never retried."""
 
     status = 400
     code = "invalid_input"
@@ -115,7 +102,6 @@ class InvalidInputError(_TextsError, KalmError, ValueError):
 class InvalidArgumentError(InvalidInputError):
     """The argument as a whole is not a list of texts, so that no index can be named."""
 
-    status = 400
     code = "invalid_argument"
     remedy = 'Pass a list of strings, for instance ["first text", "second text"].'
 
@@ -123,7 +109,6 @@ class InvalidArgumentError(InvalidInputError):
 class InputTooLongError(InvalidInputError):
     """Texts over the model's length, with truncate="error"."""
 
-    status = 400
     code = "input_too_long"
     remedy = (
         'Split these texts, or pass truncate="end" to embed their beginnings, or embed the '
@@ -136,14 +121,14 @@ class BadRowsError(InvalidInputError):
 
     code = "bad_rows"
     remedy = (
-        "Mend these rows, or have such rows left out (--on-error skip) or kept without a vector "
-        "(--on-error null), or long texts cut (KALM_TRUNCATE=end). If the job had begun, that is "
-        "another job, for another --output."
+        "Fix these rows, skip them (--on-error skip), keep them without a vector (--on-error null) "
+        "or cut long texts (KALM_TRUNCATE=end). If the job has begun, a changed option makes "
+        "another job, which needs another --output."
     )
 
 
 class RequestTooLargeError(KalmError):
-    """The service takes no request of this size. The client splits it and goes on."""
+    """The request is too large for the service. The client splits it."""
 
     status = 413
     code = "request_too_large"
@@ -159,11 +144,7 @@ class DeadlineExceededError(KalmError, TimeoutError):
 
 
 class ServiceUnavailableError(KalmError):
-    """The service cannot answer just now.
-
-    Attributes:
-        retry_after: Seconds that the service asked to wait, or None.
-    """
+    """The service cannot respond at the moment."""
 
     status = 503
     code = "service_unavailable"
@@ -173,26 +154,27 @@ class ServiceUnavailableError(KalmError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        """Seconds to wait, if the service named any."""
 
 
 class RateLimitError(ServiceUnavailableError):
-    """Too many requests at a time, or in a minute."""
+    """Too many concurrent requests, or too many per minute."""
 
     status = 429
     code = "rate_limited"
-    remedy = "The client has retried; lower max_concurrency, or ask for a higher limit."
+    remedy = "The client has retried; lower max_concurrency, or request a higher limit."
 
 
 class ConnectionFailedError(ServiceUnavailableError):
-    """The service was not reached, or the connection broke before the whole answer was there."""
+    """The service was not reached, or the connection broke before the response was complete."""
 
     code = "connection_failed"
     remedy = "The client has retried; check base_url, the network and whether the service runs."
 
 
 class ContainerFailedError(ServiceUnavailableError):
-    """A container of the service could not start, or died with the request in it. Retried
-    at most once, because every start is billed."""
+    """A container of the service could not start, or failed during the request. Retried at most
+    once, because every container start is billed."""
 
     code = "container_failed"
     most_retries = 1
@@ -203,7 +185,7 @@ class ContainerFailedError(ServiceUnavailableError):
 
 
 class CanaryFailedError(KalmError):
-    """The service found its own vectors wrong, and serves none."""
+    """The service failed its own test of its vectors, and returns none."""
 
     status = 503
     code = "canary_failed"
@@ -227,15 +209,9 @@ class ModalTokenError(AuthenticationError):
     code = "no_modal_token"
     remedy = "Run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET."
 
-
-def without_sign_in_advice(message: str) -> str:
-    """Modal's message without the sentences on how to get a token: `ModalTokenError` names one way,
-    and Modal's client another command for the same.
-
-    Args:
-        message: Of an exception of Modal's client.
-    """
-    return message.partition(" If you have token credentials,")[0]
+    def __init__(self, message: str) -> None:
+        # Modal's client appends advice of its own, with another command.
+        super().__init__(message.partition(" If you have token credentials,")[0])
 
 
 class PermissionDeniedError(KalmError):
@@ -262,43 +238,38 @@ class NotDeployedError(NotFoundError):
 
 
 class TransportError(KalmError):
-    """A transport or engine failed in a way that it has no name for; the cause is chained."""
+    """An unexpected failure of a transport or an engine; the cause is chained."""
 
     code = "unexpected"
     remedy = "This is a bug: please report it with the traceback."
 
 
 class InvalidResponseError(_TextsError, KalmError):
-    """The service's answer is not the vectors that were requested: wrong count, dimensions,
-    type, values that are not finite, or no unit length. Nothing of that request is returned.
-
-    Attributes:
-        invalid: The texts whose vectors are wrong, by index in the caller's list; empty where
-            the answer as a whole is wrong.
-    """
+    """The response does not hold the requested vectors: wrong count, dimensions or type, values
+    that are not finite, or no unit length. Nothing of that request is returned."""
 
     code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is fixed."
 
 
 class CorruptedAnswerError(InvalidResponseError):
-    """The answer was damaged on its way, or belongs to another request. Nothing of it is
-    returned; the request is retried twice."""
+    """The response was damaged in transit, or belongs to another request. It is discarded; the
+    request is retried twice."""
 
     code = "corrupted_answer"
     retryable = True
     most_retries = 2
     remedy = (
-        "Something between this client and the service mixes up answers or changes bytes: call "
+        "Something between this client and the service mixes up responses or changes bytes: call "
         "the service directly, or fix the proxy between them."
     )
 
 
 class JobFailedError(KalmError):
-    """A bulk job on Modal ended before all of it was embedded. What is finished stays."""
+    """A bulk job on Modal ended before all rows were embedded. Finished shards stay."""
 
     code = "job_failed"
-    remedy = "Mend what is named here; the same command then goes on with what is left."
+    remedy = "Fix the problem above, then run the same command again to resume."
 
 
 class IdentityMismatchError(KalmError):
@@ -306,23 +277,23 @@ class IdentityMismatchError(KalmError):
 
     code = "identity_mismatch"
     remedy = (
-        "Vectors of two spaces must not meet in one index. Use the service, model=, dimensions= "
-        "and document_instruction= that the index was made with; for a new index, the service's "
-        "identity can be expected_identity=."
+        "Do not mix vectors of two spaces in one index. Use the service, model=, dimensions= "
+        "and document_instruction= of the index; for a new index, pass the service's identity as "
+        "expected_identity=."
     )
 
 
 def subclasses(kind: type[KalmError]) -> list[type[KalmError]]:
-    """`kind` and everything below it in this module: the table, as a list."""
-    below = [leaf for child in kind.__subclasses__() for leaf in subclasses(child)]
-    return list(dict.fromkeys([kind, *below])) if kind.__module__ == __name__ else []
+    """`kind` and its subclasses in this module, of all levels: the table as a list."""
+    children = [each for child in kind.__subclasses__() for each in subclasses(child)]
+    return list(dict.fromkeys([kind, *children])) if kind.__module__ == __name__ else []
 
 
 def by_code(code: object) -> type[KalmError] | None:
-    """The error of a code that a service may send; None for codes that only clients use."""
+    """The class of a code that a service may send; None for any other value."""
     return _BY_CODE.get(code) if isinstance(code, str) else None
 
 
 CLIENT_ONLY = (JobFailedError, IdentityMismatchError, CorruptedAnswerError)
-"""What only a client can find out."""
+"""Raised by clients only; no service sends their codes."""
 _BY_CODE = {kind.code: kind for kind in subclasses(KalmError) if kind not in CLIENT_ONLY}

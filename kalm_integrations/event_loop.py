@@ -1,8 +1,8 @@
-"""The background thread of a process that owns the event loop and all connections.
+"""The background event loop: one daemon thread per process, which owns all connections.
 
-Sync callers, async callers of any loop, Jupyter, threads and worker processes all hand their
-coroutines to it, so that none of them needs a loop of its own, and a second `asyncio.run` finds
-the connections alive. It starts with the first call, never on import or construction.
+Every call runs its coroutines there: sync callers, threads, worker processes, Jupyter and async
+callers of any loop. So connections survive the caller's loop. The thread starts with the first
+call, never on import or construction. This module also handles fork and exit, for all transports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import selectors
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Protocol, TypeVar
 
@@ -29,33 +29,32 @@ class Closable(Protocol):
     """Something that is open on the loop."""
 
     async def close(self) -> None:
-        """Close it; once it is closed, do nothing."""
+        """Close it; do nothing if it is closed."""
         ...
 
 
 class _EventLoop(asyncio.SelectorEventLoop):
-    """An event loop that resolves host names on daemon threads, and that a fork can abandon.
+    """An event loop that resolves host names on daemon threads and can be detached after a fork.
 
-    asyncio's own lookups delay the interpreter's exit for as long as the name server takes, and
-    are refused once the main thread has ended, although other threads may go on embedding.
+    asyncio's own lookups delay the interpreter's exit until the name server responds, and are
+    refused once the main thread has ended, although other threads may still embed.
     """
 
     def __init__(self) -> None:
-        self._watched = selectors.DefaultSelector()
-        super().__init__(self._watched)
+        self._registered = selectors.DefaultSelector()
+        super().__init__(self._registered)
         self.slow_callback_duration = math.inf  # under -X dev: a first import takes a while
 
     def detach_after_fork(self) -> None:
-        """In a forked child: give up the parent's connections.
+        """In a forked child: release the parent's connections, which would stay open otherwise.
 
-        They would stay open for the child's life, whatever the parent does with its own. Closing
-        them as sockets might change the selector, which is shared with the parent; so their file
-        descriptors are kept and point to nothing.
+        Closing the sockets might change the selector, which the parent shares; so their file
+        descriptors are redirected to the null device.
         """
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for key in (self._watched.get_map() or {}).values():  # None once the loop is closed
-            os.dup2(nothing, key.fd, inheritable=False)
-        os.close(nothing)
+        null = os.open(os.devnull, os.O_RDWR)
+        for key in (self._registered.get_map() or {}).values():  # None once the loop is closed
+            os.dup2(null, key.fd, inheritable=False)
+        os.close(null)
 
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> list[Any]:
         result: Future[list[Any]] = Future()
@@ -77,15 +76,15 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self.loop = _EventLoop()
         self.resources: set[Closable] = set()
-        """What is open on the loop, to be closed when it ends."""
+        """Closed when the loop ends."""
         self._thread = threading.Thread(target=self._run, name="kalm-io", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `coroutine` on the thread, with the caller's context variables.
 
-        Cancelling the future cancels the coroutine. While the interpreter exits, daemon threads
-        may still call; they get a future that never completes, and end with the process.
+        Cancelling the future cancels the coroutine. A daemon thread that calls while the
+        interpreter exits gets a future that never completes, and ends with the process.
 
         Raises:
             RuntimeError: The caller is the thread itself, which would wait for itself, or the
@@ -104,7 +103,12 @@ class BackgroundLoop:
                 coroutine.close()
                 return
             task = self.loop.create_task(_run_into(future, coroutine))
-            future.add_done_callback(lambda done: self._cancel(task, done))
+
+            def cancel(done: Future[T]) -> None:
+                if done.cancelled():
+                    self._call(task.cancel)
+
+            future.add_done_callback(cancel)
 
         try:
             self.loop.call_soon_threadsafe(start)
@@ -113,34 +117,24 @@ class BackgroundLoop:
             raise RuntimeError("the interpreter is exiting: nothing can be embedded now") from None
         return future
 
-    def _cancel(self, task: asyncio.Task[None], future: Future[Any]) -> None:
-        """Cancel a task whose future was cancelled, from any thread."""
-        if future.cancelled():
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and all tasks with it
-                self.loop.call_soon_threadsafe(task.cancel)
+    def close_soon(self, resource: Closable) -> None:
+        """Close `resource`, if the loop still runs in this process. Takes no lock: finalizers call
+        it, at any time and on any thread."""
+        if self is _current:
 
-    def discard(self, resource: Closable) -> None:
-        """Close `resource` soon. May be called from anywhere, including finalizers."""
+            async def close() -> None:
+                self.resources.discard(resource)
+                await resource.close()
 
-        async def close() -> None:
-            self.resources.discard(resource)
-            await resource.close()
-
-        closing = close()
-        try:
-            asyncio.run_coroutine_threadsafe(closing, self.loop)
-        except RuntimeError:  # the loop has ended, and closed it
-            closing.close()
+            self._call(lambda: self.loop.create_task(close()))
 
     def stop(self) -> None:
-        """Cancel what runs, close what is open, end the loop, join the thread."""
-        if not self.loop.is_closed():
-            with contextlib.suppress(RuntimeError):  # the loop closed in between
-                self.loop.call_soon_threadsafe(self.loop.stop)
+        """Cancel all tasks, close all resources, end the loop, join the thread."""
+        self._call(self.loop.stop)
         self._thread.join(_STOP_TIMEOUT)
 
     def pause_until(self, resume: threading.Event) -> None:
-        """Stop the thread between two callbacks, where it imports nothing and holds no lock."""
+        """Pause the thread between two callbacks, where it imports nothing and holds no lock."""
         paused = threading.Event()
 
         def pause() -> None:
@@ -151,6 +145,11 @@ class BackgroundLoop:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(pause)
                 paused.wait(_FORK_TIMEOUT)
+
+    def _call(self, callback: Callable[[], object]) -> None:
+        """Call `callback` on the thread, unless the loop has ended."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(callback)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -169,15 +168,15 @@ class BackgroundLoop:
 
 
 async def _run_into(future: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
-    """Set the result at once; `run_coroutine_threadsafe` takes two more rounds of the loop."""
+    """Set the result at once; `run_coroutine_threadsafe` takes two more iterations of the loop."""
     try:
         result = await coroutine
     except asyncio.CancelledError:
-        if not _exiting:  # else a daemon thread waits: woken, it would only print a traceback
+        if not _exiting:  # then daemon threads wait; resumed, one would only print a traceback
             future.cancel()
         raise
     except BaseException as error:
-        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+        with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
             future.set_exception(error)
         if not isinstance(error, Exception):
             raise
@@ -185,7 +184,7 @@ async def _run_into(future: Future[T], coroutine: Coroutine[Any, Any, T]) -> Non
         with contextlib.suppress(InvalidStateError):
             future.set_result(result)
     finally:
-        del future  # or an exception would hold its traceback, and that this frame, for ever
+        del future  # otherwise the exception, its traceback and this frame form a cycle
 
 
 _lock = threading.Lock()
@@ -203,27 +202,17 @@ def background_loop() -> BackgroundLoop:
         return _current
 
 
-def is_current(loop: BackgroundLoop) -> bool:
-    """Whether `loop` is this process's. Takes no lock, because finalizers call it at any time."""
-    return loop is _current
-
-
 def is_exiting() -> bool:
-    """Whether the interpreter is exiting, and all calls end with it."""
+    """Whether the interpreter is exiting. All connections are closed then."""
     return _exiting
 
 
-class _Fork(threading.local):
-    """The fork that this thread is making."""
-
-    done = threading.Event()
-
-
-_fork = _Fork()
+_fork = threading.local()
+"""`done`: set after the fork that this thread begins."""
 
 
 def _before_fork() -> None:
-    # What is half imported or locked at the fork would stay so in the child.
+    # A half-finished import or a held lock would stay so in the child.
     _fork.done = threading.Event()
     if _current is not None:
         _current.pause_until(_fork.done)
@@ -234,8 +223,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # A forked child has the parent's objects but not its threads. The parent's loop must stay
-    # untouched, even by the garbage collector: its selector is shared with the parent.
+    # A forked child has the parent's objects but not its threads. Nothing may change the parent's
+    # loop, not even the garbage collector: parent and child share its selector.
     global _lock, _current, _exiting
     if _current is not None:
         _current.loop.detach_after_fork()

@@ -1,13 +1,13 @@
 """Requests, responses and errors as they travel between a client and a service.
 
-Everything here is data. `codec` turns a response into bytes; HTTP and RPC carry the rest as JSON or
-built-in types, so that a caller needs none of these classes.
+`codec` serializes a response. HTTP carries everything else as JSON, RPC as built-in types, so that
+callers need none of these classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Literal, Self
 
@@ -48,9 +48,9 @@ IDENTITY_HEADER: Final = "X-Kalm-Identity"
 TIMEOUT_HEADER: Final = "X-Kalm-Timeout"
 """Seconds that the HTTP caller still waits."""
 REQUEST_ID_HEADER: Final = "X-Request-Id"
-"""Names a request in the logs of both sides and of proxies in between, some of which replace it."""
+"""Id of a request in the logs of client, service and proxies; some proxies replace it."""
 ECHO_HEADER: Final = "X-Kalm-Request-Id"
-"""The same id in a header that no proxy sets: a response must carry the id of its request."""
+"""The same id in a header that no proxy sets; the response repeats it."""
 WARNING_HEADER: Final = "X-Kalm-Warning"
 """Codes of the service's warnings, separated by commas; absent when there is none."""
 
@@ -65,7 +65,7 @@ class EmbedRequest:
         dimensions: Requested dimensions; None for the model's native number.
         truncate: What to do with a text longer than the model reads.
         dtype: Type of the vectors in the response.
-        timeout: Seconds that the caller still waits: work that has not started by then is dropped.
+        timeout: Seconds that the caller still waits; work that has not started by then is dropped.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -79,8 +79,7 @@ class EmbedRequest:
 
     @classmethod
     def from_fields(cls, fields: object) -> Self:
-        """The inverse of `dataclasses.asdict`, for fields that anyone may have sent. The texts
-        themselves are not checked.
+        """The inverse of `dataclasses.asdict`, for untrusted fields. Does not check the texts.
 
         Raises:
             ConfigurationError: These are not the fields of a request of this version.
@@ -95,15 +94,14 @@ class EmbedRequest:
             raise ConfigurationError(f"{first['loc'][0]}: {first['msg']}.") from None
 
     def digest(self) -> str:
-        """A digest of everything that decides the vectors, and of their order.
+        """A digest of everything that determines the vectors and their order.
 
-        xxh3 is not a cryptographic hash: it detects mix-ups, not forgeries, which TLS prevents. It
-        takes 0.1 ms where BLAKE2 takes 2 ms.
+        xxh3 detects mix-ups, not forgeries, which TLS prevents. It takes 0.1 ms; BLAKE2 takes 2 ms.
         """
         lengths = ",".join(map(str, map(len, self.texts)))
         head = f"{self.role} {self.dimensions} {self.truncate} {lengths} "
         digest = xxhash.xxh3_128(head.encode())
-        # The service refuses lone surrogates and names their text; the digest only has to exist.
+        # The service rejects lone surrogates by index; the digest must not fail before that.
         digest.update("".join(self.texts).encode(errors="surrogatepass"))
         return digest.hexdigest()
 
@@ -153,18 +151,14 @@ class ServiceDescription:
 
 
 class ErrorBody(BaseModel):
-    """The one form in which a service reports an error, over HTTP and RPC alike.
-
-    Python callers get advice from the error's class; it is not sent, since callers in other
-    languages have no use for it.
-    """
+    """How a service reports an error, over HTTP and RPC."""
 
     model_config = ConfigDict(frozen=True)
 
     code: str
     """Stable name of the error; `errors` has the table."""
     message: str
-    """What happened, and which input it concerns."""
+    """What happened and which input is concerned, without advice for Python callers."""
     invalid: tuple[InvalidText, ...] = ()
     """The texts that cannot be embedded, by index within the request."""
     retry_after: float | None = None
@@ -212,11 +206,6 @@ def read_warnings(description: object) -> tuple[ServiceWarning, ...]:
         for each in (listed if isinstance(listed, list) else [])
         if isinstance(each, Mapping)
     )
-
-
-def request_fields(request: EmbedRequest) -> dict[str, Any]:
-    """`request` as an argument of an RPC call: built-in types only."""
-    return asdict(request)
 
 
 @cache

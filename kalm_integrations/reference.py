@@ -1,11 +1,11 @@
-"""Reference texts: what the real KaLM computes for them is known, and checked here.
+"""Reference texts, and checks of their vectors against what is known of the real KaLM.
 
-- *order*: a question is nearer to its answer than to every other answer, within a language and
-  across languages, the question with the model card's default instruction;
+- *order*: a question, with the model card's default instruction, is nearer to its answer than to
+  every other answer, within a language and across languages;
 - *published values*: the vectors of two texts begin and end with the published numbers;
 - *published similarities*: four texts without an instruction have the published cosines.
 
-The last two allow for the rounding errors of the engine's quantization (`TOLERANCES`).
+The last two allow for rounding errors, by quantization (`TOLERANCES`).
 """
 
 from __future__ import annotations
@@ -19,27 +19,22 @@ from numpy.typing import NDArray
 from kalm_integrations import prompts
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import KALM, KALM_FP8
+from kalm_integrations.validation import invalid_rows
 
 if TYPE_CHECKING:
     from kalm_integrations.client import KalmClient
 
 DIMENSIONS: Final = KALM.dimensions[0]
 OUTLIERS: Final = 2
-"""How many of the 12 published values may be off by more than `Tolerance.value`."""
-_UNIT: Final = 2e-3  # float16, in which vectors may have travelled, rounds a length by 5e-4
+"""How many of the 12 published values may differ by more than `Tolerance.value`."""
 
 Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Largest allowed absolute differences from what is published.
-
-    Attributes:
-        value: Of a published value.
-        outlier: Of up to `OUTLIERS` published values.
-        similarity: Of a published cosine.
-    """
+    """Largest allowed absolute differences: of a published value, of up to `OUTLIERS` published
+    values, of a published cosine."""
 
     value: float
     outlier: float
@@ -47,10 +42,9 @@ class Tolerance:
 
 
 # Vectors of one text with cosine c differ in each value by about sqrt(2 * (1 - c) / 3840): 3e-4 in
-# bf16 (c = .99986), 1.3e-3 in fp8 (c = .997; 2.5e-3 at its lowest, .988), 7e-3 with mean pooling
-# (.908). With normal noise, the values' rule accepts in bf16 1.0000 at .9995, .9999 at .999, .10 at
-# .99, 1e-5 at .908; in fp8 1.0000 at .997, .999 at .988, .07 at .908 and 7e-5 at .6. Noise in
-# proportion to a value, or with heavy tails (t, 3 degrees): above .999 in bf16, .99 in fp8.
+# bf16 (c = .99986), 1.3e-3 in fp8 (c = .997; lowest .988), 7e-3 with mean pooling (c = .908). With
+# normal noise, the rule for values accepts a share of .9999 at c = .999 and 1e-5 at .908 in bf16,
+# and of .999 at .988 and .07 at .908 in fp8.
 TOLERANCES: Final = {
     KALM.space.quantization: Tolerance(value=2e-3, outlier=6e-3, similarity=0.02),
     KALM_FP8.space.quantization: Tolerance(value=6e-3, outlier=12e-3, similarity=0.05),
@@ -62,7 +56,7 @@ WIDEST: Final = TOLERANCES[KALM_FP8.space.quantization]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A question, and the one answer that is about the same thing."""
+    """A question and its answer."""
 
     languages: str
     question: str
@@ -71,7 +65,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A text as it is embedded, and the first and last values of its vector."""
+    """A text, and the first and last values of its vector."""
 
     sentence: str
     first: tuple[float, float, float]
@@ -79,7 +73,7 @@ class Published:
 
     @property
     def text(self) -> str:
-        """With the instruction that it was published with."""
+        """The text as it is embedded, with its instruction."""
         return prompts.apply(prompts.task_template(_PUBLISHED_TASK), self.sentence)
 
 
@@ -97,10 +91,9 @@ class Verdict:
     """The result of `judge`.
 
     Attributes:
-        checks: Each check that was made, with the largest difference that it found.
-        failures: Each failure: the check, what was expected and what was found.
-        similarities: The cosines found, in the order of `SIMILARITIES`; empty if the vectors have
-            the wrong form.
+        checks: Each check, with the largest difference.
+        failures: Each failure: the check, the expected and the actual value.
+        similarities: Cosines in the order of `SIMILARITIES`; empty if no check was possible.
     """
 
     checks: tuple[str, ...]
@@ -112,7 +105,7 @@ class Verdict:
         if not self.similarities:
             return text
         pairs = zip(self.similarities, SIMILARITIES, strict=True)
-        cosines = ", ".join(f"{found:.3f} ({pair.cosine:.3f})" for found, pair in pairs)
+        cosines = ", ".join(f"{cosine:.3f} ({pair.cosine:.3f})" for cosine, pair in pairs)
         return f"{text}; similarities (published): {cosines}"
 
 
@@ -148,7 +141,7 @@ PAIRS: Final = (
         "Le paludisme se transmet par la piqûre de moustiques infectés.",
     ),
 )
-"""Each about something of its own, so that no other answer could be meant."""
+"""Each is about a different subject, so that no other answer fits."""
 
 _PUBLISHED_TASK: Final = "Classifying the category of french news."
 PUBLISHED: Final = (
@@ -163,8 +156,8 @@ PUBLISHED: Final = (
         (-0.0043335, 0.00509644, -0.04174805),
     ),
 )
-"""The model card's own example: what sentence-transformers printed for it in bf16, on the original
-weights. Its output is kept beside a public port of the model; the card shows none."""
+"""The model card's example. sentence-transformers printed the values in bf16, with the original
+weights; a public port of the model keeps them."""
 
 _CAPITAL: Final = "What is the capital of China?"
 _GRAVITY: Final = "Explain gravity"
@@ -185,32 +178,27 @@ SIMILARITIES: Final = (
 
 TEXTS: Final = (
     *(prompts.apply(prompts.RETRIEVAL, pair.question) for pair in PAIRS),
-    # Backwards: vectors that are all a place aside would otherwise be in order.
+    # Reversed: otherwise vectors that are all shifted by one would be in order.
     *(pair.answer for pair in reversed(PAIRS)),
     *(published.text for published in PUBLISHED),
     *(_CAPITAL, _GRAVITY, _CAPITAL_ANSWER, _GRAVITY_ANSWER),
 )
-"""To be embedded as they are: the instructions are in them."""
+"""Embedded as they are, since they contain their instructions."""
 
 
 def applies_to(space: SpaceIdentity) -> bool:
-    """Whether a service of `space` must pass."""
+    """Whether vectors of `space` must pass."""
     return space.model == KALM.space.model
 
 
 def embed(client: KalmClient) -> Vectors:
-    """The vectors of `TEXTS`, as they are and native, whatever `client` adds and cuts.
-
-    Raises:
-        KalmError: The service did not give them.
-    """
-    plain_client = client.with_options(
+    """Embed `TEXTS` as they are, with native dimensions, whatever the options of `client`."""
+    with client.with_options(
         dimensions=None,
         document_instruction="none",
         vector_dtype="float32",
         show_progress=False,
-    )
-    with plain_client as plain:
+    ) as plain:
         return plain.embed(TEXTS, role="document").vectors
 
 
@@ -218,29 +206,20 @@ def judge(vectors: NDArray[Any], quantization: str | None) -> Verdict:
     """Compare the vectors of `TEXTS` with what is known of them.
 
     Args:
-        vectors: In the order of `TEXTS`, native dimensions, unit length.
-        quantization: Of the identity that the service reports; None if it reports none.
-
-    Returns:
-        The checks made, and each failure in words.
+        vectors: In the order of `TEXTS`, with native dimensions.
+        quantization: Of the service's identity; None if it reports none.
     """
     shape = (len(TEXTS), DIMENSIONS)
     if vectors.shape != shape:
         return Verdict((), (f"form: vectors of shape {vectors.shape} instead of {shape}",))
-    lengths = np.linalg.norm(vectors, axis=1)
-    # "not close" rather than "far", here and below: a comparison with NaN is false.
-    invalid = np.flatnonzero(~(np.abs(lengths - 1) <= _UNIT))
-    if invalid.size:
-        row = int(invalid[0])
-        length = f"length {lengths[row]:.4f} instead of 1 ± {_UNIT}"
-        return Verdict((), (f"form: the vector of {TEXTS[row]!r} has {length}",))
+    if invalid := invalid_rows(vectors):
+        return Verdict((), (f"form: {TEXTS[invalid[0].index]!r} {invalid[0].reason}",))
     tolerance = TOLERANCES.get(quantization or "", WIDEST)
     by_text = dict(zip(TEXTS, vectors, strict=True))
     cosines = tuple(float(by_text[pair.first] @ by_text[pair.second]) for pair in SIMILARITIES)
-    reports = (_order(vectors), _values(by_text, tolerance), _similarities(cosines, tolerance))
-    checks = tuple(check for check, _ in reports)
-    failures = tuple(failure for _, found in reports for failure in found)
-    return Verdict(checks, failures, cosines)
+    results = (_order(vectors), _values(by_text, tolerance), _similarities(cosines, tolerance))
+    failures = tuple(failure for _, failures in results for failure in failures)
+    return Verdict(tuple(check for check, _ in results), failures, cosines)
 
 
 def _order(vectors: NDArray[Any]) -> tuple[str, list[str]]:
@@ -260,15 +239,15 @@ def _order(vectors: NDArray[Any]) -> tuple[str, list[str]]:
 
 def _values(by_text: dict[str, NDArray[Any]], tolerance: Tolerance) -> tuple[str, list[str]]:
     vectors = [by_text[published.text] for published in PUBLISHED]
-    found = np.array([[*vector[:3], *vector[-3:]] for vector in vectors])
+    actual = np.array([[*vector[:3], *vector[-3:]] for vector in vectors])
     expected = np.array([published.first + published.last for published in PUBLISHED])
-    off = np.abs(found - expected)
-    outside = ~(off <= tolerance.value)
+    off = np.abs(actual - expected)
+    outside = off > tolerance.value
     check = f"{off.size} published values (off by up to {off.max():.4f})"
-    if outside.sum() <= OUTLIERS and (off <= tolerance.outlier).all():
+    if outside.sum() <= OUTLIERS and off.max() <= tolerance.outlier:
         return check, []
     texts = ", ".join(
-        f"{PUBLISHED[row].sentence!r} has {_ends(found[row])} instead of {_ends(expected[row])}"
+        f"{PUBLISHED[row].sentence!r} has {_ends(actual[row])} instead of {_ends(expected[row])}"
         for row in np.flatnonzero(outside.any(axis=1))
     )
     return check, [
@@ -281,13 +260,13 @@ def _values(by_text: dict[str, NDArray[Any]], tolerance: Tolerance) -> tuple[str
 def _similarities(cosines: tuple[float, ...], tolerance: Tolerance) -> tuple[str, list[str]]:
     off = np.array([abs(c - pair.cosine) for pair, c in zip(SIMILARITIES, cosines, strict=True)])
     check = f"{off.size} published similarities (off by up to {off.max():.4f})"
-    outside = ~(off <= tolerance.similarity)
-    if not outside.any():
+    outside = int((off > tolerance.similarity).sum())
+    if not outside:
         return check, []
     farthest = int(off.argmax())
     pair = SIMILARITIES[farthest]
     return check, [
-        f"published similarities: {outside.sum()} of {off.size} are off by more than "
+        f"published similarities: {outside} of {off.size} are off by more than "
         f"{tolerance.similarity}, the farthest by {off.max():.4f}: {pair.first!r} and "
         f"{pair.second!r} have {cosines[farthest]:.4f} instead of {pair.cosine:.4f}"
     ]

@@ -1,4 +1,4 @@
-"""When to try again: the only place that decides it."""
+"""The retry policy: whether a failed request is sent again, and when. Nothing else decides it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,48 @@ from kalm_integrations.errors import KalmError, ServiceUnavailableError
 
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
+EARNED = 0.2  # of a retry, for each request that succeeds
 
 
-class RetryBudget:
-    """Bounds the retries of a session: a full pot at first, a fifth of a retry for each success.
+class RetryPolicy:
+    """Decides for all requests of one session.
 
-    Every request in flight may use all its retries once; a service that fails for hours is not
-    hit with a multiple of the load that it cannot take.
+    A failure is retried if its class is `retryable`, at most `max_retries` times a request (fewer
+    if its class says so), within the deadline, and within a budget. The budget is full at first:
+    each of the requests that run at a time may use all its retries once. A service that fails for
+    hours gets no multiple of the load that it cannot take.
+
+    Args:
+        max_retries: Most retries of a request.
+        max_concurrency: Most requests at a time.
     """
 
-    def __init__(self, full: float) -> None:
-        self._full = self._left = full
+    def __init__(self, max_retries: int, max_concurrency: int) -> None:
+        self._max_retries = max_retries
+        self._full = self._budget = float(max_retries * max_concurrency)
 
-    def spend(self) -> bool:
-        """Take one retry, if there is one."""
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+    def delay(self, retry: int, error: KalmError, time_left: float) -> float | None:
+        """Seconds to wait before a retry, which this takes from the budget; None: do not retry.
 
-    def earn(self) -> None:
-        """A request succeeded."""
-        self._left = min(self._full, self._left + 0.2)
+        Exponential backoff with full jitter, so that clients that failed together do not return
+        together; never sooner than the service requires.
 
+        Args:
+            retry: Number of the retry; 0 is the first.
+            error: What the last attempt failed with.
+            time_left: Seconds until the deadline.
+        """
+        if not error.retryable or retry >= min(self._max_retries, error.most_retries):
+            return None
+        retry_after = error.retry_after if isinstance(error, ServiceUnavailableError) else None
+        # A service may send anything as its time, even NaN.
+        delay = retry_after if retry_after is not None and retry_after > 0 else 0.0
+        delay += random.uniform(0, min(LONGEST_DELAY, FIRST_DELAY * 2.0**retry))  # noqa: S311
+        if delay >= time_left or self._budget < 1:
+            return None
+        self._budget -= 1
+        return delay
 
-def delay_before(retry: int, error: KalmError, max_retries: int) -> float | None:
-    """Seconds to wait before retry number `retry` (0 is the first), or None: do not retry.
-
-    Exponential backoff with full jitter, so that clients that failed together do not come back
-    together; never sooner than the service asked.
-    """
-    if not error.retryable or retry >= min(max_retries, error.most_retries):
-        return None
-    asked = (error.retry_after if isinstance(error, ServiceUnavailableError) else None) or 0.0
-    asked = asked if asked > 0 else 0.0  # a service may say anything, even NaN
-    jitter = random.uniform(0, min(LONGEST_DELAY, FIRST_DELAY * 2.0**retry))  # noqa: S311
-    return asked + jitter
+    def succeeded(self) -> None:
+        """Return a part of a retry to the budget."""
+        self._budget = min(self._full, self._budget + EARNED)

@@ -1,4 +1,4 @@
-"""Text for a terminal: in its width, in its character set, and without anything that steers it."""
+"""Text for a terminal: its width, its character set, no control characters."""
 
 from __future__ import annotations
 
@@ -8,33 +8,26 @@ import textwrap
 from typing import Final, TextIO
 
 _PLAIN: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
-_WIDEST: Final = 100
-_LEAST: Final = 60
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Print at once, also to a terminal that has no check marks.
-
-    Args:
-        text: Without the line's end.
-        stream: None is stdout.
-    """
+    """Print a line and flush; replace check marks and arrows that the stream cannot encode."""
     stream = stream or sys.stdout
     try:
         "".join(map(chr, _PLAIN)).encode(stream.encoding or "ascii")
     except UnicodeEncodeError:
-        text = text.translate(_PLAIN)  # rather than a question mark for each of them
+        text = text.translate(_PLAIN)
     stream.write(f"{text}\n")
     stream.flush()
 
 
 def width() -> int:
-    """Columns that text may fill: the terminal's, within reason; what is no terminal is wide."""
-    return max(_LEAST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
+    """The terminal's columns, from 60 to 100; 100 without a terminal."""
+    return max(60, min(100, shutil.get_terminal_size((100, 0)).columns))
 
 
 def wrapped(text: str, head: str = "") -> str:
-    """`text` in the terminal's width, after `head`."""
+    """`head` and `text`, wrapped to `width` and indented below `head`."""
     return textwrap.fill(
         text,
         width(),
@@ -46,6 +39,6 @@ def wrapped(text: str, head: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with its lines kept and every other control character replaced."""
-    tidy = "\n".join(" ".join(line.split()) for line in text.splitlines())
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in tidy)
+    """`text` with its line breaks, without other control characters."""
+    lines = "\n".join(" ".join(line.split()) for line in text.splitlines())
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in lines)

@@ -1,5 +1,4 @@
-"""Which texts can be embedded, and which vectors may be returned. Client and service share these
-rules.
+"""The rules for texts and vectors, shared by client and service.
 
 | text | decision |
 |---|---|
@@ -9,7 +8,8 @@ rules.
 | a lone surrogate | refused: not Unicode text, no tokenizer accepts it |
 | over 262,144 characters, with truncate="error" | refused: longer than any model's length |
 
-A vector is accepted if its length is 1 within `NORM_TOLERANCE`; no other rule for length exists.
+Vectors have finite values and length 1, within `NORM_TOLERANCE` (`invalid_rows`). A response holds
+the requested vectors, of the expected space (`ResponseValidator`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MAX_CHARACTERS: Final = 262_144
 """Counting characters is free, tokenizing a huge text is not. Text has 1 to 5 characters per token;
 this is 8 for each of the 32,768 tokens that the largest deployment reads."""
 NORM_TOLERANCE: Final = 2e-3
-"""How far a vector's length may be from 1: float16 rounds by up to 5e-4; an unnormalized vector is
-off by far more."""
+"""Largest difference of a vector's length from 1: float16 rounds by up to 5e-4; an unnormalized
+vector is off by far more."""
 
 _TOO_LONG: Final = "is too long: "
 _MIN_SQUARE, _MAX_SQUARE = (1 - NORM_TOLERANCE) ** 2, (1 + NORM_TOLERANCE) ** 2
@@ -54,7 +54,7 @@ _MIN_SQUARE, _MAX_SQUARE = (1 - NORM_TOLERANCE) ** 2, (1 + NORM_TOLERANCE) ** 2
 
 
 def check_texts(texts: object, truncate: Truncate) -> list[str]:
-    """All of `texts`, as plain strings.
+    """Return all of `texts` as plain strings.
 
     Raises:
         InvalidArgumentError: `texts` is not an ordered collection.
@@ -87,7 +87,7 @@ def check_collection(texts: object) -> Iterable[object]:
 def partition_valid(
     texts: Iterable[tuple[int, object]], truncate: Truncate
 ) -> tuple[list[tuple[int, str]], list[InvalidText]]:
-    """Split (index, text) pairs into those that can be embedded, and the others with the reason."""
+    """Split (index, text) pairs into texts that can be embedded, and the others with a reason."""
     valid: list[tuple[int, str]] = []
     invalid: list[InvalidText] = []
     for index, text in texts:
@@ -96,7 +96,7 @@ def partition_valid(
             invalid.append(InvalidText(index, reason))
         elif type(text) is str:
             valid.append((index, text))
-        else:  # a subclass may measure, compare or pickle itself in its own way
+        else:  # a subclass may redefine its length, comparison or pickling
             valid.append((index, str.__str__(text)))
     return valid, invalid
 
@@ -145,7 +145,7 @@ def _describe(value: object) -> str:
 
 
 def invalid_rows(vectors: NDArray[Any]) -> list[InvalidText]:
-    """The rows that are not finite vectors of unit length, and what is wrong with each.
+    """The rows that are not finite vectors of unit length, each with the reason.
 
     Args:
         vectors: One per row, of any floating-point type.
@@ -176,13 +176,13 @@ def invalid_rows(vectors: NDArray[Any]) -> list[InvalidText]:
 
 
 class ResponseValidator:
-    """Checks every response to one client. What the client does not know beforehand (dimensions,
-    identity) the first response decides for all others. Thread-safe."""
+    """Checks every response to one client, on one event loop. What the client does not know
+    (dimensions, identity) is set by the first response."""
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._dimensions = config.vector_dimensions
-        self._identity: dict[None, SpaceIdentity] = {}  # one or none; setdefault is atomic
+        self._identity: SpaceIdentity | None = None
         self._warned = False
         self._unverified = False
         """Whether vectors without an identity were accepted."""
@@ -191,7 +191,7 @@ class ResponseValidator:
         """Check that `response` holds the vectors of `request`.
 
         Raises:
-            CorruptedAnswerError: It was made from another request.
+            CorruptedAnswerError: It belongs to another request.
             IdentityMismatchError: The vectors are of another space, or of an unknown one.
             InvalidResponseError: Wrong count, dimensions or type; or, with their rows in
                 `invalid`, vectors that are not finite or not of unit length.
@@ -219,40 +219,40 @@ class ResponseValidator:
         """Check the identity that the service reports; None if it reports none.
 
         Raises:
-            IdentityMismatchError: It is not the expected one, or not the same as before.
+            IdentityMismatchError: It is not the expected one, or has changed.
         """
-        if not self._identity:
+        if self._identity is None:
             self._check_first(served)
-        before = (
-            self._identity.get(None) if served is None else self._identity.setdefault(None, served)
-        )
-        if served is not before and served != before:
-            differences = before.differences(served) if before and served else ""
+            self._identity = served
+        elif served is None:
             raise IdentityMismatchError(
-                f"the service changed from {_name(before)} to {_name(served)}: {differences}."
+                f"the service changed from {_name(self._identity)} to no identity."
+            )
+        elif served is not self._identity and served != self._identity:
+            raise IdentityMismatchError(
+                f"the service changed from {_name(self._identity)} to {_name(served)}: "
+                f"{self._identity.differences(served)}."
             )
 
     def _check_first(self, served: SpaceIdentity | None) -> None:
         expected = self._config.expected_space
-        if served is None:
-            if self._config.expected_identity is not None:
+        if served is not None:
+            if served != expected if expected.declared else served.model != expected.model:
                 raise IdentityMismatchError(
-                    f"expected {_name(expected)}, but the service reports no identity."
+                    f"expected {_name(expected)}, but the service has {_name(served)}: "
+                    f"{expected.differences(served)}."
                 )
-            if not self._warned:
-                self._warned = True
-                log.warning(
-                    "unverified: the service reports no identity; only the model's name, the "
-                    "dimensions and the vectors' length are checked"
-                )
-            return
-        same = served == expected if expected.declared else served.model == expected.model
-        if not same:
+        elif self._config.expected_identity is not None:
             raise IdentityMismatchError(
-                f"expected {_name(expected)}, but the service has {_name(served)}: "
-                f"{expected.differences(served)}."
+                f"expected {_name(expected)}, but the service reports no identity."
+            )
+        elif not self._warned:
+            self._warned = True
+            log.warning(
+                "unverified: the service reports no identity; only the model's name, the "
+                "dimensions and the vectors' length are checked"
             )
 
 
-def _name(space: SpaceIdentity | None) -> str:
-    return "no identity" if space is None else f"{space.model} ({space.fingerprint})"
+def _name(space: SpaceIdentity) -> str:
+    return f"{space.model} ({space.fingerprint})"

@@ -16,7 +16,6 @@ from kalm_integrations.errors import (
     ConfigurationError,
     KalmError,
     ModalTokenError,
-    without_sign_in_advice,
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import KALM
@@ -116,7 +115,7 @@ def _check_secrets(settings: DeploySettings) -> None:
 def _ours(error: Exception, then: str = "Nothing was deployed.") -> KalmError:
     said = f"Modal: {str(error).strip().rstrip('.')}."
     if isinstance(error, modal.exception.AuthError):
-        return ModalTokenError(without_sign_in_advice(said))
+        return ModalTokenError(said)
     return KalmError(f"{said} {then}")
 
 

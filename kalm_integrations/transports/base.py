@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Transport(Protocol):
-    """Sends one request and translates what comes back.
+    """Sends one request and translates the response.
 
-    A transport neither retries nor validates vectors: the session does. It raises `KalmError`s,
-    with indices counted within the request. It is used on one event loop, and opens nothing
-    before the first call.
+    It neither retries nor validates vectors: the session does. It raises `KalmError`s, with indices
+    within the request. It runs on one event loop, and opens nothing before the first call.
     """
 
     @property
@@ -29,7 +28,7 @@ class Transport(Protocol):
         ...
 
     async def ensure_ready(self) -> ServiceDescription | None:
-        """Wait until the service can embed; None if it could not be asked what it serves."""
+        """Wait until the service can embed; None if it could not be identified."""
         ...
 
     async def close(self) -> None:
@@ -60,7 +59,7 @@ def open_transport(config: ClientConfig) -> Transport:
 
 
 async def describe_service(config: ClientConfig) -> ServiceDescription:
-    """What the service reports about itself, compared with nothing. On the background loop only."""
+    """What the service reports about itself, unchecked. On the background loop only."""
     transport = open_transport(config)
     try:
         return await transport.ensure_ready() or ServiceDescription(identity=None)

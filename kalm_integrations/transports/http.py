@@ -1,8 +1,8 @@
 """backend="http": our own server, or any that speaks OpenAI's embeddings API.
 
-The first request asks `/v1/models` which server this is. Our server gets our extensions and answers
-with packed vectors and its identity; any other gets OpenAI's fields only, and answers in base64. If
-the probe fails, the responses decide: one that carries an identity comes from our server.
+A probe of `/v1/models` identifies the server before the first request. Our server gets our fields
+and returns packed vectors with its identity; any other server gets OpenAI's fields only and returns
+base64. If the probe fails, the responses decide: one with an identity comes from our server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kalm_integrations.transports.http_connection import HttpConnection, HttpRes
 if TYPE_CHECKING:
     from kalm_integrations.options import ClientConfig
 
-_NUMBER_BYTES: Final = 32  # of one number, written out in JSON with its comma
+_NUMBER_BYTES: Final = 32  # of one number in JSON, with its comma
 _MAX_DIMENSIONS: Final = 16_384
 _MIN_TIMEOUT: Final = 0.001  # seconds; less is not sent
 _JSON: Final = json.JSONEncoder(ensure_ascii=False)
@@ -83,9 +83,7 @@ class HttpTransport:
             return unpack(reply.body)
         if media_type == "application/json":
             self._is_kalm = None
-            raise IdentityMismatchError(
-                "the service reported an identity before, and does so no longer."
-            )
+            raise IdentityMismatchError("the service no longer reports an identity.")
         raise openai_compat.unexpected_content(reply, self._connection.secrets)
 
     async def ensure_ready(self) -> ServiceDescription | None:
@@ -112,7 +110,7 @@ class HttpTransport:
         plain = fields | {"encoding_format": "base64"}
         reply = await self._post(plain, {"Accept": "application/json"}, len(request.texts))
         if IDENTITY_HEADER in reply.headers:
-            # `/v1/models` failed; these vectors came without their identity and are not used.
+            # The probe failed. These vectors are not used, since they lack their identity.
             self._is_kalm = True
             return None
         return openai_compat.decode(reply, fields["model"], request.dtype, self._connection.secrets)
@@ -120,15 +118,16 @@ class HttpTransport:
     def _probe_done(self, probe: asyncio.Task[ServiceDescription | None]) -> None:
         self._probe = None
         if not probe.cancelled():
-            probe.exception()  # retrieved, in case no caller is left
+            probe.exception()  # retrieved, in case every caller has left
 
     async def _identify_server(self) -> ServiceDescription | None:
         reply = await self._connection.request("GET", "models", headers={}, limit=2**20)
         if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
             if IDENTITY_HEADER in reply.headers:  # ours, under another path
                 raise NotFoundError(f"our server is there, but not at {self._connection.base_url}.")
-            return None  # decides nothing: a proxy may have answered
-        self._check_status(reply)
+            return None  # inconclusive: the response may be a proxy's
+        if reply.status != 200:
+            raise openai_compat.read_error(reply, self._connection.secrets)
         try:
             (model, *_) = json.loads(reply.body)["data"]
             fields = model.get("identity")
@@ -149,17 +148,14 @@ class HttpTransport:
             limit=2**20 + texts * _MAX_DIMENSIONS * _NUMBER_BYTES,
             from_kalm=self._is_kalm is True,
         )
-        self._check_status(reply)
-        return reply
-
-    def _check_status(self, reply: HttpResponse) -> None:
         if reply.status != 200:
             raise openai_compat.read_error(reply, self._connection.secrets)
+        return reply
 
 
 def api_root(base_url: str) -> URL:
     """The URL under which `/embeddings` is, whether `base_url` ends with `/v1` or not."""
     url = URL(base_url.rstrip("/"))
-    if url.name == "embeddings":  # where requests go, often copied
+    if url.name == "embeddings":  # the full URL of requests, often copied
         url = url.parent
     return url if url.name == "v1" else url / "v1"

@@ -1,5 +1,5 @@
-"""HTTP requests over a pool of connections to one server: credentials, redirects,
-request ids, size limits, and connection errors as ours."""
+"""HTTP requests over a pool of connections to one server: credentials, redirects, request ids, size
+limits and connection errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _MAX_REDIRECTS: Final = 50  # Modal answers 303 every 150 s while a container starts
 _READ_BUFFER: Final = 2**20
-_MAX_SHOWN: Final = 200  # characters of what a server sent, in an error message
+_MAX_QUOTED: Final = 200  # characters of a response in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class HttpResponse:
         status: HTTP status.
         headers: Case-insensitive.
         body: Never decompressed.
-        request_id: Of its request, to look up in logs.
+        request_id: Of the request.
     """
 
     status: int
@@ -66,12 +66,12 @@ class HttpConnection:
         self._proxy = _proxy(base_url)  # redirects stay on this server
         self._headers = _credentials(config)
         self.secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
-        """What error messages must not show."""
+        """Redacted in error messages."""
         if self._proxy is not None and (password := URL(self._proxy).password):
             self.secrets.append(password)
         self._pool: aiohttp.ClientSession | None = None
         self._distrusted: aiohttp.ClientSession | None = None
-        """The pool on which a response arrived that belongs to another request."""
+        """The pool whose connections got a response to another request."""
         self._closed = False
 
     async def request(
@@ -90,26 +90,27 @@ class HttpConnection:
             method: "GET" or "POST".
             path: Below `base_url`.
             body: JSON.
-            headers: Beside credentials and ids.
+            headers: In addition to credentials and ids.
             limit: Most bytes of the response's body.
             from_kalm: Whether the server is known to echo request ids.
 
         Raises:
-            KalmError: The server was not reached, the response was cut off or too long, or belongs
-                to another request. Its status is not looked at.
+            KalmError: The server was not reached, or the response was cut off, too long, or of
+                another request. The response may have any status.
         """
         url = self.base_url / path
         request_id = next(self._request_ids)
-        sent = {
-            **self._headers,
-            **headers,
-            REQUEST_ID_HEADER: request_id,
-            ECHO_HEADER: request_id,
-        }
+        ids = {REQUEST_ID_HEADER: request_id, ECHO_HEADER: request_id}
+        headers = {**self._headers, **headers, **ids}
         try:
             for _ in range(_MAX_REDIRECTS):
                 async with self._session().request(
-                    method, url, data=body, headers=sent, allow_redirects=False, proxy=self._proxy
+                    method,
+                    url,
+                    data=body,
+                    headers=headers,
+                    allow_redirects=False,
+                    proxy=self._proxy,
                 ) as response:
                     if response.status in (301, 302, 303, 307, 308):
                         method, body, url = self._redirect(response, method, body, url)
@@ -132,27 +133,27 @@ class HttpConnection:
         except UnicodeError as error:
             raise ConfigurationError(f"{url.host} is not a valid host name.") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            # aiohttp's messages show what it could not parse, and its errors the request's headers.
+            # aiohttp's messages quote unparsable input; its errors hold the request's headers.
             cause = shorten(redact(str(error), self.secrets) or type(error).__name__)
             raise ConnectionFailedError(f"{method} {url}: {cause}.") from ConnectionError(cause)
         raise ConnectionFailedError(f"more than {_MAX_REDIRECTS} redirects from {url}.")
 
     async def close(self) -> None:
-        """Close all connections. Requests that are under way fail."""
+        """Close all connections. Requests in progress fail."""
         self._closed = True
         for pool in (self._pool, self._distrusted):
             if pool is not None:
                 await pool.close()
 
     def _check_echo(self, headers: Mapping[str, str], request_id: str, from_kalm: bool) -> None:
-        """Check that a response of our server belongs to its request; others echo nothing."""
+        """Check that a response of our server belongs to its request; others echo no id."""
         echoed = headers.get(ECHO_HEADER)
         if echoed is None and (from_kalm or IDENTITY_HEADER in headers):
             echoed = headers.get(REQUEST_ID_HEADER)
         if echoed in (None, request_id):
             return
         # Other responses on these connections may be late or duplicated too: from now on each
-        # request gets a new connection. Requests that are under way keep theirs.
+        # request gets a new connection. Requests in progress keep theirs.
         if self._distrusted is None:
             self._distrusted, self._pool = self._pool, None
         raise CorruptedAnswerError(
@@ -168,7 +169,7 @@ class HttpConnection:
             same = target.origin() == url.origin() and not target.user and not target.password
         except ValueError:
             same = False
-        if not same:  # credentials and texts stay with the server they are meant for
+        if not same:  # which must not get the credentials and texts
             raise ConfigurationError(
                 f"{url} redirects to another server, {redact(location, self.secrets)}: if that is "
                 "correct, pass it as base_url."
@@ -208,22 +209,22 @@ class HttpConnection:
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
-    """`text` without `secrets`, plain or as JSON or a URL writes them. Redact before shortening, or
-    half of a secret may stay.
-    """
-    for secret in (secret for secret in secrets if len(secret) > 3):  # shorter ones are words
-        for form in (secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")):
-            text = text.replace(form, "***")
+    """`text` without `secrets`, plain or encoded for JSON or a URL. Redact before shortening:
+    otherwise part of a secret may remain."""
+    for secret in secrets:
+        if len(secret) > 3:  # shorter ones are also words
+            for form in (secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")):
+                text = text.replace(form, "***")
     return text
 
 
 def shorten(text: str) -> str:
-    """At most 200 characters of `text`."""
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+    """`text`, cut after 200 characters."""
+    return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
 
 
 class _Secret(str):
-    """A header's value that tracebacks with local variables, aiohttp's too, do not show."""
+    """The value of a header, hidden in tracebacks with local variables, aiohttp's included."""
 
     __slots__ = ()
 
@@ -232,7 +233,7 @@ class _Secret(str):
 
 
 def _proxy(url: URL) -> str | None:
-    """The proxy that the environment (or the system) names for `url`."""
+    """The proxy for `url` in the environment or the system's settings."""
     return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
 
 

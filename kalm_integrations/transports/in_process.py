@@ -21,8 +21,8 @@ class InProcessTransport:
     """Calls a service in this process.
 
     Args:
-        service: The service, on this event loop; None for the embedded engine's, which all
-            clients of a process share, and so one copy of the weights.
+        service: The service, on this event loop; None for that of the embedded engine, which all
+            clients of a process share.
     """
 
     can_be_cold: Final = False
@@ -45,7 +45,7 @@ async def _embedded_service() -> EmbeddingService:
     loading = _services.get(loop)
     if loading is None or (loading.done() and loading.exception()):  # failed: load again
         loading = _services[loop] = asyncio.create_task(_load())
-    # Shielded: one caller's deadline must not end the loading for all.
+    # Shielded: one caller's deadline must not cancel the loading for all.
     return await asyncio.shield(loading)
 
 

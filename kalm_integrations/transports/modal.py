@@ -1,7 +1,7 @@
-"""backend="modal": the app that `kalm deploy` made, over Modal's RPC.
+"""backend="modal": the app of `kalm deploy`, over Modal's RPC.
 
-Modal's client retries lost inputs and broken connections by itself; what it does not retry (rate
-limits, containers that fail) is left to the one retry layer, in the session.
+Modal's client retries lost inputs and broken connections by itself. Everything else (rate limits,
+containers that fail) is retried by the session.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kalm_integrations.codec import unpack
@@ -27,7 +28,6 @@ from kalm_integrations.errors import (
     PermissionDeniedError,
     RateLimitError,
     RequestTooLargeError,
-    without_sign_in_advice,
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.install_hints import install_command
@@ -37,7 +37,6 @@ from kalm_integrations.protocol import (
     ServiceDescription,
     read_error,
     read_warnings,
-    request_fields,
 )
 from kalm_integrations.transports.http import HttpTransport
 
@@ -48,17 +47,18 @@ T = TypeVar("T")
 
 
 class ModalTransport:
-    """Calls the class's packed method. Modal's own client, one per process, has the connections."""
+    """Calls the method `embed_packed` of the app's class. Modal's client, one per process, owns the
+    connections."""
 
     can_be_cold: Final = True
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._methods: dict[str, Any] = {}
-        """Looked up once: a lookup takes two calls of Modal's servers."""
+        """Kept, because a lookup takes two calls to Modal's servers."""
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        reply = await self._call("embed_packed", request_fields(request))
+        reply = await self._call("embed_packed", asdict(request))
         packed = reply.get("packed")
         if not isinstance(packed, bytes):
             raise InvalidResponseError("the response of embed_packed has no packed vectors.")
@@ -99,7 +99,7 @@ class ModalTransport:
             self._methods[method] = remote
         try:
             return await self._methods[method].remote.aio(*arguments)
-        except KalmError as error:  # raised by a hook: the method returns its errors
+        except KalmError as error:  # raised when the container started: methods return theirs
             raise ContainerFailedError(
                 f"a container of {_location(self._config)} failed: {type(error).__name__}: {error}"
             ) from error
@@ -172,7 +172,7 @@ async def http_url(config: ClientConfig) -> str:
 
 @asynccontextmanager
 async def _connect_timeout(config: ClientConfig) -> AsyncIterator[None]:
-    """Limit the time to reach Modal, whose client tries for a minute by itself."""
+    """Limit the time to reach Modal to `connect_timeout`; its client tries for a minute."""
     limit = config.connect_timeout
     try:
         async with asyncio.timeout(limit) as timer:
@@ -185,7 +185,7 @@ async def _connect_timeout(config: ClientConfig) -> AsyncIterator[None]:
 
 
 async def translated(work: Awaitable[T], config: ClientConfig) -> T:
-    """The result of a call of Modal's client, with its exceptions translated.
+    """The result of a call to Modal's client, with its exceptions translated.
 
     Raises:
         KalmError: Always one of these.
@@ -198,7 +198,7 @@ async def translated(work: Awaitable[T], config: ClientConfig) -> T:
         raise error_of(error, config) from error
 
 
-_KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
+_TRANSLATIONS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
     ("AuthError", ModalTokenError, "Modal refused the token, or there is none"),
     ("NotFoundError", NotDeployedError, "{location} is not what this client needs"),
     ("PermissionDeniedError", PermissionDeniedError, "Modal forbids it"),
@@ -219,16 +219,14 @@ _KINDS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
     ("StreamTerminatedError", ConnectionFailedError, "Modal was not reached"),
     ("ClientClosed", ConnectionFailedError, "the connection to Modal was closed"),
 )
-"""Exception of Modal's client (or of grpclib, below it) → our error and its meaning. The first one
-that matches
-counts."""
+"""Exception of Modal's client or of grpclib → our error and its meaning. The first match counts."""
 
 
 def error_of(error: Exception, config: ClientConfig) -> KalmError:
     """Translate an exception of Modal's client.
 
-    The packed method returns its errors. An exception that is not from Modal's client was raised in
-    a container, and not by the method: it could not start, or runs other code.
+    Our methods return their errors. So an exception of another package was raised in a container
+    that could not start, or that runs other code.
     """
     names = {
         kind.__name__
@@ -236,33 +234,33 @@ def error_of(error: Exception, config: ClientConfig) -> KalmError:
         if kind.__module__.partition(".")[0] in ("modal", "grpclib")
     }
     ours, meaning = next(
-        ((ours, meaning) for name, ours, meaning in _KINDS if name in names),
+        ((ours, meaning) for name, ours, meaning in _TRANSLATIONS if name in names),
         (ContainerFailedError, "a container of {location} failed"),
     )
     meaning = meaning.format(location=_location(config), install=install_command("modal"))
-    message = without_sign_in_advice(str(error)).strip().rstrip(".")
+    message = str(error).strip().rstrip(".")
     parts = (meaning, type(error).__name__, message)
     return ours(": ".join(part for part in parts if part) + ".")
 
 
 _process = os.getpid()
-_abandoned: list[Any] = []
+_inherited: list[Any] = []
 
 
 def _keep_inherited_channels() -> None:
-    """In a forked child: keep the channels that Modal's client inherited and is about to drop.
+    """In a forked child: keep the channels that Modal's client inherited and would drop.
 
-    A channel that is garbage-collected removes its socket from the selector that the child shares
-    with its parent, whose next call would then wait for half a minute.
+    A channel that is garbage-collected removes its socket from the selector that parent and child
+    share; the parent's next call would then wait for half a minute.
     """
     global _process
     if _process != os.getpid():
         from grpclib.client import Channel
 
         _process = os.getpid()
-        _abandoned.extend(found for found in gc.get_objects() if issubclass(type(found), Channel))
+        _inherited.extend(each for each in gc.get_objects() if issubclass(type(each), Channel))
 
 
 def _location(config: ClientConfig) -> str:
-    where = f" in environment {config.environment_name!r}" if config.environment_name else ""
-    return f"Modal app {config.app_name!r}{where}, class {config.class_name!r}"
+    environment = f" in environment {config.environment_name!r}" if config.environment_name else ""
+    return f"Modal app {config.app_name!r}{environment}, class {config.class_name!r}"

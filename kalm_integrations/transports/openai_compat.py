@@ -1,4 +1,4 @@
-"""Responses of an OpenAI-compatible server, in our terms: vectors, or one of our errors."""
+"""Translates responses of OpenAI-compatible servers to vectors or `KalmError`s."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ _BY_STATUS: Final[dict[int, type[KalmError]]] = {
 }
 UNREADABLE: Final = (
     ValueError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     OverflowError,
     RecursionError,
 )
-"""What reading JSON of unknown content may raise."""
+"""Exceptions of reading JSON of unknown content."""
 
 
 def decode(
@@ -93,9 +93,9 @@ def decode(
 
 
 def read_error(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
-    """The error that a response other than 200 stands for, by its code, else by its status.
+    """The error in a response other than 200, by its code, else by its status.
 
-    `secrets` are redacted in its message: some servers repeat a wrong key.
+    `secrets` are redacted in its message: some servers quote a wrong key.
     """
     body = _error_body(redact(response.body.decode(errors="replace"), secrets))
     status = response.status
@@ -115,8 +115,7 @@ def read_error(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
 
 
 def unexpected_content(response: HttpResponse, secrets: Sequence[str]) -> InvalidResponseError:
-    """The error for a response that is 200 and yet not embeddings: a login page, a cut-off
-    document."""
+    """The error for a response with status 200 but without embeddings, such as a login page."""
     content_type = redact(response.headers.get("Content-Type", "no type"), secrets)
     excerpt = _excerpt(redact(response.body.decode(errors="replace"), secrets))
     return InvalidResponseError(
@@ -130,8 +129,7 @@ def media_type(headers: Mapping[str, str]) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by Retry-After-Ms, which some servers send too, or by Retry-After, in seconds
-    or as a date; None without either."""
+    """Seconds to wait, from Retry-After-Ms or Retry-After (seconds or a date); None without."""
     value = headers.get("Retry-After", "")
     for text, seconds in ((headers.get("Retry-After-Ms", ""), 0.001), (value, 1.0)):
         try:
@@ -167,7 +165,7 @@ def _error_body(text: str) -> ErrorBody:
         return ErrorBody.model_validate(
             {"code": code, "message": message, "invalid": fields.get("invalid") or ()}
         )
-    except ValidationError:  # another server's, with fields of its own
+    except ValidationError:  # of another server, with other fields
         return ErrorBody(code=code if isinstance(code, str) else "", message=message)
 
 
