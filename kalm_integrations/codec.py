@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -77,16 +76,15 @@ def unpack(body: bytes | bytearray) -> EmbedResponse:
         if body[8 : _CHECKSUM.start] != _HEAD_START or body[_CHECKSUM] != checksum:
             raise ValueError("the checksum is missing or wrong")
         start = 8 + int.from_bytes(body[:8], "little")
-        head = _read_head(bytes(body[_DIGEST.stop : start]))
-        if len(body) != start + head.size:
+        dtype, shape, identity, usage = _read_head(bytes(body[_DIGEST.stop : start]))
+        size = shape[0] * shape[1]
+        if len(body) != start + size * dtype.itemsize:
             raise ValueError(f"{len(body)} bytes")
-        flat = (
-            np.frombuffer(body, head.dtype, offset=start) if head.size else np.empty(0, head.dtype)
-        )
+        flat = np.frombuffer(body, dtype, offset=start) if size else np.empty(0, dtype)
         return EmbedResponse(
-            vectors=flat.reshape(head.rows, head.columns),
-            identity=head.identity,
-            usage=head.usage,
+            vectors=flat.reshape(shape),
+            identity=identity,
+            usage=usage,
             digest=body[_DIGEST].decode(),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -100,14 +98,7 @@ def _checksum(*parts: bytes | bytearray | memoryview) -> bytes:
     return checksum.hexdigest().encode()
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    dtype: np.dtype[np.floating[Any]]
-    rows: int
-    columns: int
-    size: int
-    identity: SpaceIdentity | None
-    usage: Usage
+_Head = tuple[np.dtype[np.floating[Any]], tuple[int, int], SpaceIdentity | None, Usage]
 
 
 @lru_cache(maxsize=256)  # heads of queries differ only in their number of tokens
@@ -119,15 +110,9 @@ def _read_head(after_digest: bytes) -> _Head:
     size = rows * columns * dtype.itemsize
     if tensor["data_offsets"] != [0, size] or len(head) != 2:
         raise ValueError(f"data_offsets {tensor['data_offsets']}")
-    identity = metadata.get("identity")
-    return _Head(
-        dtype,
-        rows,
-        columns,
-        size,
-        None if identity is None else _read_identity(identity),
-        Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1),
-    )
+    identity = _read_identity(metadata["identity"]) if "identity" in metadata else None
+    usage = Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1)
+    return dtype, (rows, columns), identity, usage
 
 
 @lru_cache(maxsize=16)  # every response has the same one

@@ -126,27 +126,19 @@ class EmbedResponse:
 
 @dataclass(frozen=True, slots=True)
 class ServiceWarning:
-    """A problem that an operator has to fix, although vectors are served.
-
-    Attributes:
-        code: A stable name; docs/troubleshooting.md lists them.
-        message: What happened and what it means.
-    """
+    """A problem that an operator has to fix, although vectors are served."""
 
     code: str
+    """Stable name; docs/troubleshooting.md lists them."""
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceDescription:
-    """What a service reports about itself.
-
-    Attributes:
-        identity: The space that it serves; None if it reports none.
-        warnings: Problems that its operator has to fix.
-    """
+    """What a service reports about itself."""
 
     identity: SpaceIdentity | None
+    """The space that it serves; None if it reports none."""
     warnings: tuple[ServiceWarning, ...] = ()
 
 
@@ -164,19 +156,10 @@ class ErrorBody(BaseModel):
     retry_after: float | None = None
     """Seconds after which a retry may succeed."""
 
-    @classmethod
-    def of(cls, error: KalmError) -> Self:
-        """The body that describes `error`."""
-        return cls(
-            code=error.code,
-            message=error.message,
-            invalid=getattr(error, "invalid", ()),
-            retry_after=getattr(error, "retry_after", None),
-        )
-
-    def to_error(self) -> KalmError:
-        """The error that this body describes; `TransportError` for an unknown code."""
-        kind = by_code(self.code) or TransportError
+    def to_error(self, kind: type[KalmError] | None = None) -> KalmError:
+        """The error that this body describes, of class `kind` or of the class of its code;
+        `TransportError` for an unknown code."""
+        kind = kind or by_code(self.code) or TransportError
         message = self.message.strip()
         if issubclass(kind, InvalidInputError | InvalidResponseError):
             return kind.of(self.invalid) if self.invalid else kind(message)
@@ -186,8 +169,13 @@ class ErrorBody(BaseModel):
 
 
 def error_fields(error: KalmError) -> dict[str, Any]:
-    """`error` as `ErrorBody`, in built-in types only."""
-    return ErrorBody.of(error).model_dump(mode="json")
+    """`error` as `ErrorBody`, in built-in types."""
+    return ErrorBody(
+        code=error.code,
+        message=error.message,
+        invalid=getattr(error, "invalid", ()),
+        retry_after=getattr(error, "retry_after", None),
+    ).model_dump(mode="json")
 
 
 def read_error(fields: object) -> KalmError:

@@ -78,7 +78,7 @@ class HttpTransport:
                 raise DeadlineExceededError("the deadline passed before the request was sent.")
             headers[TIMEOUT_HEADER] = f"{timeout:.3f}"
         reply = await self._post(fields, headers, len(request.texts))
-        media_type = openai_compat.media_type(reply.headers)
+        media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if media_type == MEDIA_TYPE:
             return unpack(reply.body)
         if media_type == "application/json":

@@ -104,14 +104,14 @@ def read_error(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
     message = shorten(body.message.strip())
-    if issubclass(kind, InvalidInputError | InvalidResponseError) and body.invalid:
-        return kind.of([InvalidText(each.index, shorten(each.reason)) for each in body.invalid])
-    if issubclass(kind, InvalidInputError):
-        return kind(message)
-    message = f"HTTP {status}, request {response.request_id}: {message or 'no explanation.'}"
-    if issubclass(kind, ServiceUnavailableError):
-        return kind(message, retry_after(response.headers))
-    return kind(message)
+    if not issubclass(kind, InvalidInputError):
+        message = f"HTTP {status}, request {response.request_id}: {message or 'no explanation.'}"
+    return ErrorBody(
+        code=body.code,
+        message=message,
+        invalid=tuple(InvalidText(each.index, shorten(each.reason)) for each in body.invalid),
+        retry_after=retry_after(response.headers),
+    ).to_error(kind)
 
 
 def unexpected_content(response: HttpResponse, secrets: Sequence[str]) -> InvalidResponseError:
@@ -121,11 +121,6 @@ def unexpected_content(response: HttpResponse, secrets: Sequence[str]) -> Invali
     return InvalidResponseError(
         f"the response is not embeddings but {shorten(content_type)}: {excerpt}."
     )
-
-
-def media_type(headers: Mapping[str, str]) -> str:
-    """The Content-Type without its parameters."""
-    return headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -139,7 +139,7 @@ FAULTS = {
         [packed(lambda a: replace(a, identity=replace(EMBEDDED.space, revision="new")))],
         errors.IdentityMismatchError, "the service changed .*'new'", NEVER_RETRIED,
     ),
-    "JSON instead of packed": Fault([plain()], errors.IdentityMismatchError, "reported an identity before", NEVER_RETRIED),
+    "JSON instead of packed": Fault([plain()], errors.IdentityMismatchError, "no longer reports an identity", NEVER_RETRIED),
     "a login page": Fault(
         [reply(200, "<title>Sign in</title>", "text/html")], Invalid, "text/html: the page 'Sign in'", NEVER_RETRIED
     ),
