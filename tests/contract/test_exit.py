@@ -1,4 +1,4 @@
-"""Ctrl-C, and the end of the interpreter with calls in flight: soon, quiet, nothing left."""
+"""Ctrl-C and the interpreter's exit during calls: prompt, quiet, and without leftovers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class TestCtrlC:
             "list(client.iter_embed(TEXTS))",
         ],
     )
-    def test_ends_a_long_call_soon_and_the_client_goes_on(self, http: Service, call: str) -> None:
+    def test_ends_a_request_and_the_client_stays_usable(self, http: Service, call: str) -> None:
         self._interrupt(http, call)
 
     def test_ends_a_long_computation(self, local: Service) -> None:
         self._interrupt(local, "client.embed(TEXTS)")
 
-    def test_asyncio_takes_the_first_one_for_itself(self, http: Service) -> None:
-        """Where a blocking call holds its loop up, only the second reaches it."""
+    def test_a_second_one_ends_a_blocking_call_in_a_coroutine(self, http: Service) -> None:
+        """asyncio handles the first one itself, once its loop is no longer blocked."""
         with http.start("""
             async def block():
                 client.embed(["never"])
@@ -53,7 +53,7 @@ class TestCtrlC:
             program.interrupt()
             assert program.finish() == ["interrupted True"]
 
-    def test_twice(self, http: Service) -> None:
+    def test_ends_each_of_two_calls(self, http: Service) -> None:
         with http.start("""
             for _ in range(2):
                 try:
@@ -74,8 +74,8 @@ class TestCtrlC:
     @pytest.mark.parametrize(
         "call", ["client.embed(['never'])", "asyncio.run(client.aembed(['never']))"]
     )
-    def test_that_nobody_catches(self, http: Service, call: str) -> None:
-        """Hammered on, too: whatever the moment, the program ends, with what Python says of it."""
+    def test_that_is_not_caught_ends_the_program(self, http: Service, call: str) -> None:
+        """Pressed repeatedly: at any moment the program ends, with Python's own traceback."""
         with http.start(call) as program:
             self._wait_for_the_call(program, http)
             for _ in range(10):
@@ -100,7 +100,7 @@ class TestCtrlC:
             self._wait_for_the_call(program, service)
             program.interrupt()
             assert program.line() == "interrupted True"
-            program.wait_until(lambda: not service.waiting)  # the server has seen it
+            program.wait_until(lambda: not service.waiting)  # the server has noticed
             program.tell()
             assert program.finish() == []
 
@@ -121,7 +121,7 @@ class TestExit:
         ],
         ids=["a thread waits", "an iterator is open"],
     )
-    def test_with_calls_in_flight(self, service: Service, start: str) -> None:
+    def test_cancels_calls_in_progress(self, service: Service, start: str) -> None:
         self._end_during(service, start)
 
     @pytest.mark.parametrize(
@@ -132,12 +132,11 @@ class TestExit:
         ],
         ids=["a loop waits", "an iterator is open"],
     )
-    def test_with_asynchronous_calls_in_flight(self, http: Service, start: str) -> None:
+    def test_cancels_asynchronous_calls_in_progress(self, http: Service, start: str) -> None:
         self._end_during(http, start)
 
-    def test_while_threads_call_again_and_again(self, service: Service) -> None:
-        """Calls that begin in the midst of the end are neither answered nor complained of."""
-        out = service.run("""
+    def test_silently_ends_daemon_threads_that_keep_calling(self, http: Service) -> None:
+        out = http.run("""
             def work():
                 while True: right(1)
             right(0)
@@ -146,8 +145,8 @@ class TestExit:
         """)
         assert out == []
 
-    def test_at_once(self, http: Service) -> None:
-        """`os._exit` runs nothing of ours: the system closes what was open."""
+    def test_without_cleanup_leaves_nothing(self, http: Service) -> None:
+        """`os._exit` skips our handlers: the operating system closes the connections."""
         with http.start("""
             threading.Thread(target=client.embed, args=(["never"],)).start()
             sys.stdin.readline()
@@ -157,7 +156,7 @@ class TestExit:
             program.tell()
             assert program.finish() == []
 
-    def test_of_a_thread(self, http: Service) -> None:
+    def test_of_a_thread_leaves_the_client_usable(self, http: Service) -> None:
         out = http.run("""
             def work():
                 right(0)
@@ -169,7 +168,7 @@ class TestExit:
         """)
         assert out == ["True"]
 
-    def test_of_the_main_thread_while_others_go_on(self, service: Service) -> None:
+    def test_of_the_main_thread_leaves_other_threads_working(self, service: Service) -> None:
         out = service.run("""
             def work():
                 threading.main_thread().join()
@@ -178,7 +177,7 @@ class TestExit:
         """)
         assert out == ["True"]
 
-    def test_callbacks_at_exit_may_embed(self, service: Service) -> None:
+    def test_callbacks_may_still_embed(self, service: Service) -> None:
         out = service.run("""
             right(2)
             atexit.register(lambda: print("again", right(0)))
@@ -203,10 +202,10 @@ class TestExit:
             assert program.finish() == []
 
 
-class TestNamesOfHosts:
-    """They are looked up on threads, which must not hold the process back."""
+class TestHostNames:
+    """They are resolved on threads, which must not delay the exit."""
 
-    def test_others_go_on_when_the_main_thread_has_ended(self, by_name: Service) -> None:
+    def test_are_resolved_after_the_main_thread_has_ended(self, by_name: Service) -> None:
         out = by_name.run("""
             def work():
                 threading.main_thread().join()
@@ -216,23 +215,24 @@ class TestNamesOfHosts:
         assert out == ["True ['MainThread', 'Thread-1 (work)', 'kalm-io']"]
 
     def test_the_exit_does_not_wait_for_a_name_server(self, by_name: Service) -> None:
-        began = time.monotonic()
+        # To the main thread, and again if it comes just before that thread blocks.
         out = by_name.run("""
             import socket
-            def never(*_, **__):
-                print("asked")
+            interrupted = threading.Event()
+            def never_resolves(*_, **__):
+                while not interrupted.wait(1):
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 time.sleep(3600)
-            socket.getaddrinfo = never
-            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            socket.getaddrinfo = never_resolves
             try:
                 client.embed(["text 0"])
             except KeyboardInterrupt:
-                print("interrupted", threads())
+                interrupted.set()
+                print(threads())
         """)
-        assert out == ["asked", "interrupted ['MainThread', 'kalm-dns', 'kalm-io']"]
-        assert time.monotonic() - began < 600
+        assert out == ["['MainThread', 'kalm-dns', 'kalm-io']"]
 
-    def test_a_name_that_is_not_known(self, by_name: Service) -> None:
+    def test_that_are_unknown_are_a_connection_error(self, by_name: Service) -> None:
         out = by_name.run("""
             client = KalmClient(base_url="http://no-such-host.invalid", max_retries=0)
             try:

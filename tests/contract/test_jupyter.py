@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jupyter_client.manager import AsyncKernelManager
-from programs import LIMIT, PREAMBLE, Service, over_http
-
-
-@pytest.fixture(scope="module")
-def http() -> Iterator[Service]:
-    with over_http() as service:
-        yield service
+from programs import LIMIT, PREAMBLE, Service
 
 
 class Notebook:
@@ -25,20 +19,20 @@ class Notebook:
         self._client = client
 
     async def run(self, cell: str) -> str:
-        """What a cell shows: its last expression, or the name of its error."""
-        shown: list[str] = []
+        """A cell's output: its last expression, or the name of its error."""
+        outputs: list[str] = []
 
-        def show(message: Any) -> None:
+        def collect(message: Any) -> None:
             content = message["content"]
             if message["msg_type"] == "execute_result":
-                shown.append(content["data"]["text/plain"])
+                outputs.append(content["data"]["text/plain"])
             elif message["msg_type"] == "error":
-                shown.append(content["ename"])
+                outputs.append(content["ename"])
             elif message["msg_type"] == "stream":
-                shown.append(content["text"])
+                outputs.append(content["text"])
 
-        await self._client.execute_interactive(cell, output_hook=show, timeout=LIMIT)
-        return " ".join(shown)
+        await self._client.execute_interactive(cell, output_hook=collect, timeout=LIMIT)
+        return " ".join(outputs)
 
     async def interrupt(self, service: Service) -> None:
         """The stop button, once the service has the request."""
@@ -50,7 +44,7 @@ class Notebook:
 async def notebook(
     service: Service, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Notebook]:
-    """A kernel with a client; when the block ends it must end well, and leave nothing."""
+    """A kernel with a client; at the end it must shut down and leave no connection."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder))
     monkeypatch.setenv("IPYTHONDIR", str(folder))
     for name, value in service.environment.items():
@@ -79,7 +73,7 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_cells_may_block_await_and_be_interrupted(
+async def test_cells_may_block_await_be_interrupted_and_be_shut_down(
     http: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with notebook(http, tmp_path, monkeypatch) as cells:
@@ -100,13 +94,9 @@ async def test_cells_may_block_await_and_be_interrupted(
         await until(lambda: not http.waiting)
         assert await cells.run("right(4), await asyncio.to_thread(right, 5)") == "(True, True)"
         assert await cells.run("threads().count('kalm-io')") == "1"
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+        assert "Traceback" not in (tmp_path / "stderr").read_text()
 
-
-async def test_a_kernel_shuts_down_with_calls_in_flight(
-    http: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with notebook(http, tmp_path, monkeypatch) as cells:
+        # The kernel shuts down during these calls.
         await cells.run("task = asyncio.ensure_future(client.aembed(['never']))")
         await cells.run(
             "threading.Thread(target=client.embed, args=(['never'],), daemon=True).start()"

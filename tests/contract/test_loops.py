@@ -1,43 +1,31 @@
-"""Event loops: several, nested, blocked, cancelled; one thread of ours serves them all."""
+"""Several, nested, blocked and cancelled event loops share one background thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from textwrap import dedent, indent
 
 import pytest
-from programs import Service, over_http, services
+from programs import Service
 
 
-@pytest.fixture(scope="module", params=["local", "http"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with services(request.param) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def http() -> Iterator[Service]:
-    with over_http() as service:
-        yield service
-
-
-def test_one_loop_after_the_other_and_blocking_calls_in_between(service: Service) -> None:
-    service.peers.clear()
-    out = service.run("""
+def test_connections_outlive_the_callers_event_loop(http: Service) -> None:
+    http.peers.clear()
+    out = http.run("""
         async def main(i):
             return is_of((await client.aembed([f"text {i}"])).vectors[0], i)
         print(asyncio.run(main(0)), right(1), asyncio.run(main(2)), right(3))
         print([name for name in threads() if name == "kalm-io"])
     """)
     assert out == ["True True True True", "['kalm-io']"]
-    assert service.peers[:2] == service.peers[2:]  # the connections outlive each loop
+    assert http.peers[:2] == http.peers[2:]
 
 
-def test_a_blocking_call_in_a_coroutine(service: Service) -> None:
-    """It holds its own loop up, which is the caller's choice, and waits for nothing there."""
-    out = service.run("""
+def test_a_blocking_call_in_a_coroutine_does_not_wait_for_that_coroutines_loop(
+    http: Service,
+) -> None:
+    out = http.run("""
         async def main():
-            asyncio.get_running_loop().slow_callback_duration = 60  # -X dev would tell of it
+            asyncio.get_running_loop().slow_callback_duration = 60  # -X dev would report it
             others = [asyncio.create_task(client.aembed([f"text {i}"])) for i in range(8)]
             await asyncio.sleep(0)
             print(right(9), any(task.done() for task in others))
@@ -48,8 +36,7 @@ def test_a_blocking_call_in_a_coroutine(service: Service) -> None:
     assert out == ["True False", "True"]
 
 
-def test_a_loop_in_a_thread_of_a_loop(http: Service) -> None:
-    """async, which calls sync in a thread, which runs async, which calls sync."""
+def test_sync_and_async_calls_may_be_nested(http: Service) -> None:
     out = http.run("""
         async def inner(i):
             assert right(i)
@@ -63,7 +50,7 @@ def test_a_loop_in_a_thread_of_a_loop(http: Service) -> None:
     assert out == ["True"]
 
 
-def test_loops_of_many_threads_at_a_time(http: Service) -> None:
+def test_concurrent_loops_of_many_threads_get_their_own_vectors(http: Service) -> None:
     out = http.run("""
         from concurrent.futures import ThreadPoolExecutor
         async def several(first):
@@ -71,22 +58,22 @@ def test_loops_of_many_threads_at_a_time(http: Service) -> None:
             results = await asyncio.gather(*calls)
             return [is_of(result.vectors[0], first + i) for i, result in enumerate(results)]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda i: asyncio.run(several(i % 16)), range(40)))
-        print(all(map(all, found)), threads())
+            results = list(pool.map(lambda i: asyncio.run(several(i % 16)), range(40)))
+        print(all(map(all, results)), threads())
     """)
     assert out == ["True ['MainThread', 'kalm-io']"]
 
 
-BEGINNING = """
+START = """
 client = KalmClient(batch_size=1)
-async def told():
+async def signalled():
     await asyncio.to_thread(sys.stdin.readline)
 async def main():
 """
 CANCELLED = {
     "a task": """
         task = asyncio.create_task(client.aembed(["never"]))
-        await told()
+        await signalled()
         task.cancel()
         await asyncio.wait([task])
         print(task.cancelled())
@@ -96,7 +83,7 @@ CANCELLED = {
             async with asyncio.TaskGroup() as group:
                 group.create_task(client.aembed(["never"]))
                 group.create_task(client.aembed(["never again"]))
-                await told()
+                await signalled()
                 raise KeyError
         except* KeyError as error:
             print(len(error.exceptions) == 1)
@@ -104,8 +91,8 @@ CANCELLED = {
     "a timeout": """
         try:
             async with asyncio.timeout(None) as timer:
-                telling = asyncio.create_task(told())
-                telling.add_done_callback(lambda _: timer.reschedule(0))
+                waiting = asyncio.create_task(signalled())
+                waiting.add_done_callback(lambda _: timer.reschedule(0))
                 await client.aembed(["never"])
         except TimeoutError:
             print(True)
@@ -113,12 +100,12 @@ CANCELLED = {
     "an iterator": """
         parts = client.aiter_embed(["text 0", "never"])
         print(is_of((await anext(parts)).vectors[0], 0))
-        await told()
+        await signalled()
         await parts.aclose()
     """,
     "a loop": """
         task = asyncio.create_task(client.aembed(["never"]))
-        await told()
+        await signalled()
         print(True)
     """,
 }
@@ -130,9 +117,9 @@ print(right(1))
 
 
 @pytest.mark.parametrize("what", CANCELLED)
-def test_what_is_cancelled_is_not_in_flight_any_more(http: Service, what: str) -> None:
+def test_cancelling_a_call_cancels_its_requests(http: Service, what: str) -> None:
     body = indent(dedent(CANCELLED[what]), "    ")
-    with http.start(BEGINNING + body + END) as program:
+    with http.start(START + body + END) as program:
         program.wait_until(lambda: "never" in http.waiting)
         program.tell()
         assert program.line() == "True"
@@ -141,8 +128,8 @@ def test_what_is_cancelled_is_not_in_flight_any_more(http: Service, what: str) -
         assert program.finish() == ["True"]
 
 
-def test_a_thread_whose_waiter_was_cancelled_goes_on_and_is_heard(http: Service) -> None:
-    """A thread cannot be cancelled; its answer is not lost on another."""
+def test_a_cancelled_wait_for_a_thread_mixes_up_no_vectors(http: Service) -> None:
+    """The thread itself cannot be cancelled."""
     out = http.run("""
         async def main():
             task = asyncio.create_task(asyncio.to_thread(right, 0))

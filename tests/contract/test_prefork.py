@@ -1,4 +1,4 @@
-"""Servers that fork their workers, for real, after the app has embedded in their master."""
+"""Real servers that fork their workers after the app has embedded in the master process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import signal
 import socket
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from programs import TEXTS, Program, Service, over_http
+from programs import TEXTS, Program, Service
 from scripted import vector_of
 
 SHARED = """
@@ -54,14 +53,8 @@ SERVERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def http() -> Iterator[Service]:
-    with over_http() as service:
-        yield service
-
-
 @pytest.mark.parametrize("name", SERVERS)
-def test_each_worker_answers_rightly_and_none_is_left(
+def test_workers_return_the_right_vectors_and_end_with_the_server(
     http: Service, tmp_path: Path, name: str
 ) -> None:
     app, command = SERVERS[name]
@@ -70,7 +63,7 @@ def test_each_worker_answers_rightly_and_none_is_left(
         fd = listening.fileno()
         arguments = ["-m", *command.format(fd=fd).split()]
         with http.start_command(arguments, cwd=tmp_path, pass_fds=[fd]) as program:
-            workers = ask_until_two_have_answered(listening.getsockname()[1], program)
+            workers = workers_of(listening.getsockname()[1], program)
             assert program.process.pid not in workers
             program.process.send_signal(signal.SIGTERM)
             out, err = program.process.communicate()
@@ -79,8 +72,10 @@ def test_each_worker_answers_rightly_and_none_is_left(
             assert "Warning" not in out + err
 
 
-def ask_until_two_have_answered(port: int, program: Program) -> set[int]:
-    def ask(text: str) -> int:
+def workers_of(port: int, program: Program) -> set[int]:
+    """The processes that responded, at least two."""
+
+    def query(text: str) -> int:
         url = f"http://127.0.0.1:{port}/?text={text.replace(' ', '+')}"
         with urllib.request.urlopen(url, timeout=30) as response:
             content: Any = json.load(response)
@@ -89,10 +84,10 @@ def ask_until_two_have_answered(port: int, program: Program) -> set[int]:
 
     workers: set[int] = set()
 
-    def asked() -> bool:
+    def two_responded() -> bool:
         with ThreadPoolExecutor(8) as pool:
-            workers.update(pool.map(ask, TEXTS))
+            workers.update(pool.map(query, TEXTS))
         return len(workers) >= 2
 
-    program.wait_until(asked)
+    program.wait_until(two_responded)
     return workers

@@ -1,4 +1,4 @@
-"""Processes that are forked, spawned and pooled, over both backends."""
+"""Forked, spawned and pooled processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from programs import SOON, Service
 
 
-def test_a_child_forked_after_first_use_works_and_so_does_its_parent(service: Service) -> None:
+def test_a_child_forked_after_the_first_call_works_and_so_does_its_parent(service: Service) -> None:
     out = service.run("""
         print(right(0))
         print(ended_well(fork(lambda: right(1) and threads()[-1] == "kalm-io")))
@@ -29,11 +29,11 @@ def test_parent_and_children_have_connections_of_their_own(http: Service) -> Non
     assert out == ["True True"]
     parent, child, grandchild, child_again, parent_again = http.peers
     assert child == child_again
-    assert parent == parent_again  # a child's end ends nothing of its parent's
+    assert parent == parent_again  # a child's exit leaves its parent's connections open
     assert len({parent, child, grandchild}) == 3
 
 
-def test_a_child_does_not_hold_the_connections_that_its_parent_closes(http: Service) -> None:
+def test_a_child_does_not_keep_its_parents_connections_open(http: Service) -> None:
     with http.start("""
         right(0)
         read, write = os.pipe()
@@ -50,8 +50,8 @@ def test_a_child_does_not_hold_the_connections_that_its_parent_closes(http: Serv
         assert program.finish() == ["True"]
 
 
-def test_the_end_of_a_child_that_used_nothing_is_quiet(service: Service) -> None:
-    out = service.run("""
+def test_a_child_that_calls_nothing_exits_quietly(http: Service) -> None:
+    out = http.run("""
         right(0)
         print(ended_well(fork(lambda: True)), right(1))
         print(ended_well(fork(lambda: client.close() is None and gc.collect() >= 0)), right(2))
@@ -59,8 +59,8 @@ def test_the_end_of_a_child_that_used_nothing_is_quiet(service: Service) -> None
     assert out == ["True True", "True True"]
 
 
-def test_forks_by_threads_and_when_the_end_has_begun(http: Service) -> None:
-    """These children end at once: what they are in the midst of is their parent's."""
+def test_forks_work_in_threads_and_during_the_exit(http: Service) -> None:
+    """These children end at once, since the work in progress is their parent's."""
     out = http.run("""
         from concurrent.futures import ThreadPoolExecutor
         from kalm_integrations import event_loop
@@ -79,8 +79,7 @@ def test_forks_by_threads_and_when_the_end_has_begun(http: Service) -> None:
     assert out == ["True True", "True"]
 
 
-def test_forks_in_the_midst_of_calls(http: Service) -> None:
-    """Each vector, in each process, is of the text that was sent."""
+def test_every_process_gets_its_own_vectors_when_forked_during_calls(http: Service) -> None:
     out = http.run("""
         right(0)
         wrong, stop = [], threading.Event()
@@ -101,8 +100,8 @@ def test_forks_in_the_midst_of_calls(http: Service) -> None:
     assert out == ["[True, True, True, True, True]", "[] MainThread"]
 
 
-def test_a_fork_during_the_first_call_of_another_thread(http: Service) -> None:
-    """What that call was importing is whole in the children too."""
+def test_a_child_forked_during_the_first_call_of_another_thread_works(http: Service) -> None:
+    """The modules that the call imports are complete in the child."""
     out = http.run("""
         first = threading.Thread(target=client.warm_up)
         first.start()
@@ -117,7 +116,7 @@ def test_a_fork_during_the_first_call_of_another_thread(http: Service) -> None:
     assert out == ["[True, True, True, True]", "True"]
 
 
-def test_a_fork_while_another_thread_waits_for_its_answer(http: Service) -> None:
+def test_a_childs_exit_does_not_end_a_request_of_its_parent(http: Service) -> None:
     with http.start("""
         right(0)
         threading.Thread(target=client.embed, args=(["never"],), daemon=True).start()
@@ -129,23 +128,18 @@ def test_a_fork_while_another_thread_waits_for_its_answer(http: Service) -> None
         program.wait_until(lambda: http.waiting == ["never"])
         program.tell()
         assert program.line() == "True True"
-        assert http.waiting == ["never"]  # the child's end did not end it
+        assert http.waiting == ["never"]
         program.tell()
         assert program.finish() == []
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_pools_of_processes(http: Service, method: str) -> None:
-    run_pool(http, method)
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_pools_of_processes_with_engines_of_their_own(local: Service, method: str) -> None:
-    run_pool(local, method)
-
-
-def run_pool(service: Service, method: str) -> None:
-    """The adapter travels to the workers in a pickle; its key, in the environment."""
+@pytest.mark.parametrize(
+    ("backend", "method"), [("http", "fork"), ("http", "spawn"), ("local", "fork")]
+)
+def test_a_pickled_adapter_works_in_a_pool_of_processes(
+    request: pytest.FixtureRequest, backend: str, method: str
+) -> None:
+    service: Service = request.getfixturevalue(backend)
     out = service.run(f"""
         import logging
         from concurrent.futures import ProcessPoolExecutor
@@ -154,7 +148,7 @@ def run_pool(service: Service, method: str) -> None:
         texts = [f"text {{i}}" for i in range(12)]
         embeddings.embed_query(texts[0])
         context = multiprocessing.get_context({method!r})
-        # Two workers that load their engines may take a while, and would say so.
+        # Workers that load their engines may take a while, and would log it.
         with ProcessPoolExecutor(2, context, logging.disable) as pool:
             vectors = list(pool.map(embeddings.embed_query, texts))
         print([is_of(vector, i) for i, vector in enumerate(vectors)].count(True))
