@@ -8,7 +8,9 @@ from typing import Self
 
 
 class LoopbackServer:
-    """Calls `_serve` for each connection while its block runs; `url` is where it listens."""
+    """Calls `_serve` for each connection within its `with` block."""
+
+    url: str
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()

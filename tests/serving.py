@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from loopback_server import LoopbackServer
 from scripted import vector_of, vectors_of
 
 from kalm_integrations.codec import MEDIA_TYPE, pack
@@ -58,55 +59,26 @@ Step = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass
-class FaultyServer:
-    """A server that does to `/v1/embeddings` what its steps say, and then answers as it should.
+class FaultyServer(LoopbackServer):
+    """A server that responds to `/v1/embeddings` with its steps, and then correctly.
 
     Args:
         steps: For the first, second, ... request to `/v1/embeddings`.
-        ours: Whether it speaks as our server, or as any that has OpenAI's API.
+        ours: Whether it responds as our server, or as any with OpenAI's API.
     """
 
     steps: Iterable[Step | None] = ()
     ours: bool = True
     received: list[Received] = field(default_factory=list, repr=False)
     """Answers to a GET, where a redirect led, are those to the POST before it."""
-    url: str = ""
 
     @property
     def posted(self) -> list[Received]:
         return [request for request in self.received if request.method == "POST"]
 
-    def __enter__(self) -> FaultyServer:
+    def __post_init__(self) -> None:
         self._steps = iter(self.steps)
-        self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
-        started = threading.Event()
-
-        async def start() -> None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-            started.set()
-
-        def run() -> None:
-            self._loop.run_until_complete(start())
-            self._loop.run_forever()
-
-        self._thread = threading.Thread(target=run)
-        self._thread.start()
-        started.wait()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        async def stop() -> None:
-            self._server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -71,7 +71,7 @@ TEXTS[10] = TEXTS[3] = "bad"
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_a_text_whose_vector_is_wrong_is_named_and_can_be_skipped(concurrency: int) -> None:
+def test_a_text_with_an_invalid_vector_is_named_and_can_be_skipped(concurrency: int) -> None:
     with (
         serving(app_of(PoisonedEngine())) as url,
         KalmClient(
@@ -96,7 +96,7 @@ def check_named_and_skipped(client: KalmClient) -> None:
     assert np.array_equal(vectors[others], vectors_of([TEXTS[i] for i in others]))
 
 
-def test_no_text_is_skipped_for_a_service_that_is_broken() -> None:
+def test_no_text_is_skipped_if_all_vectors_are_invalid() -> None:
     """A corpus must not end as nulls because of it."""
     with (
         serving(app_of(ScriptedEngine(lambda vectors: vectors * np.nan))) as url,
@@ -106,7 +106,9 @@ def test_no_text_is_skipped_for_a_service_that_is_broken() -> None:
             list(client.iter_embed(TEXTS, on_error="skip"))
 
 
-def test_the_same_where_only_the_client_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vector_that_only_the_client_checks_is_named_and_can_be_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A server that is not ours, or a transport of the caller's own, checks nothing."""
 
     def spoil(answer: Any) -> Any:
@@ -120,7 +122,7 @@ def test_the_same_where_only_the_client_notices(monkeypatch: pytest.MonkeyPatch)
     check_named_and_skipped(client)
 
 
-def test_a_code_that_only_clients_use_is_not_believed() -> None:
+def test_a_code_of_the_client_is_ignored_in_a_response() -> None:
     from test_http_faults import openai_error
 
     for kind in CLIENT_ONLY:

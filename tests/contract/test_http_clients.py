@@ -1,4 +1,4 @@
-"""One running server, and clients that are not ours: their vectors equal our own adapters'."""
+"""One running server: other clients get the same vectors as ours."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class TestOurs:
                 asyncio.run(model.aget_query_embedding(TEXTS[0])), expected[0], atol=1e-3
             )
 
-    def test_settings_from_the_environment(
+    def test_the_environment_configures_the_client(
         self, url: str, expected: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name, value in {"BASE_URL": url, "API_KEY": KEY, "MODEL": MODEL}.items():
@@ -150,7 +150,7 @@ class TestOurs:
             assert np.allclose(client.embed(TEXTS).vectors, expected, atol=1e-3)
             assert KEY not in repr(client) + str(client.config.model_dump())
 
-    def test_the_roles_and_the_caller_s_wait_arrive(self, url: str) -> None:
+    def test_role_timeout_and_credentials_are_sent(self, url: str) -> None:
         with (
             FaultyServer() as server,
             KalmClient(
@@ -173,7 +173,7 @@ class TestOurs:
                 client.embed([f"text {i}"])
             assert len(server._tasks) == 1
 
-    def test_a_connection_that_the_server_closed_meanwhile_costs_nothing(
+    def test_a_connection_closed_by_the_server_is_replaced_without_a_retry(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         async def answer_and_close(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -192,7 +192,7 @@ class TestOurs:
             assert len(server.posted) == 4
         assert not caplog.records  # no retry
 
-    def test_connections_close_with_their_client(self) -> None:
+    def test_connections_close_when_the_client_is_collected(self) -> None:
         with FaultyServer() as server:
             client = KalmClient(base_url=server.url, model=MODEL)
             client.embed(["a"])
@@ -205,7 +205,7 @@ class TestOurs:
                 time.sleep(0.01)
             assert not server._tasks
 
-    def test_a_script_that_closes_nothing_ends_without_a_word(self) -> None:
+    def test_a_script_without_close_exits_quietly(self) -> None:
         with FaultyServer() as server:
             code = (
                 "from kalm_integrations import KalmClient\n"
@@ -220,7 +220,7 @@ class TestOurs:
             )
         assert (done.stdout, done.stderr) == ("(1, 512)\n", "")
 
-    def test_a_text_that_only_the_engine_can_refuse_is_named(self, url: str) -> None:
+    def test_a_text_rejected_by_the_engine_is_named_by_index(self, url: str) -> None:
         with KalmClient(base_url=url, api_key=KEY, model=MODEL, batch_size=2) as client:
             texts = ["a", "b", "c", "word " * 15_000]
             with pytest.raises(InputTooLongError) as caught:
@@ -229,25 +229,25 @@ class TestOurs:
             parts = list(client.iter_embed(texts, on_error="skip"))
             assert sorted(i for part in parts for i, _ in part) == [0, 1, 2]
 
-    def test_a_wrong_key(self, url: str) -> None:
+    def test_a_wrong_key_is_an_authentication_error(self, url: str) -> None:
         with KalmClient(base_url=url, api_key="wrong", model=MODEL) as client:
             with pytest.raises(AuthenticationError, match="KALM_API_KEY"):
                 client.embed(["a"])
 
-    def test_kalm_is_expected_unless_told_otherwise(self, url: str) -> None:
+    def test_kalm_is_the_default_model(self, url: str) -> None:
         with KalmClient(base_url=url, api_key=KEY) as client:
             with pytest.raises(IdentityMismatchError, match="expected tencent/KaLM"):
                 client.warm_up()
             with pytest.raises((IdentityMismatchError, NotFoundError)):
                 client.embed(["a"])
 
-    def test_warm_up(self, url: str) -> None:
+    def test_warm_up_returns_the_identity(self, url: str) -> None:
         with KalmClient(base_url=url, api_key=KEY, model=MODEL) as client:
             assert client.warm_up().space == EMBEDDED.space
 
 
 class TestPlainServers:
-    def test_vectors_and_one_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_vectors_are_accepted_with_one_warning(self, caplog: pytest.LogCaptureFixture) -> None:
         with (
             FaultyServer(ours=False) as server,
             KalmClient(base_url=server.url, model="some/model", batch_size=2) as client,
@@ -261,7 +261,7 @@ class TestPlainServers:
         for ours in (b"truncate", b"priority", b"embed_dtype"):
             assert ours not in sent
 
-    def test_an_expected_identity_cannot_be_met(self) -> None:
+    def test_an_expected_identity_is_an_error(self) -> None:
         with (
             FaultyServer(ours=False) as server,
             KalmClient(
@@ -271,7 +271,7 @@ class TestPlainServers:
         ):
             client.embed(TEXTS)
 
-    def test_what_it_cannot_do_is_refused(self) -> None:
+    def test_truncation_is_rejected(self) -> None:
         with (
             FaultyServer(ours=False) as server,
             KalmClient(base_url=server.url, model=MODEL, truncate="end") as client,
@@ -279,7 +279,7 @@ class TestPlainServers:
         ):
             client.embed(TEXTS)
 
-    def test_no_texts_of_a_model_that_nobody_knows(self) -> None:
+    def test_no_texts_of_an_unknown_model_have_no_dimensions(self) -> None:
         with KalmClient(base_url="http://127.0.0.1:9", model="some/model") as client:
             assert client.embed([]).vectors.shape == (0, 0)
 
@@ -304,14 +304,14 @@ class TestNetwork:
             with KalmClient(base_url=url, api_key=KEY, model=MODEL) as client:
                 assert np.allclose(client.embed(TEXTS).vectors, expected, atol=1e-3)
 
-    def test_https_to_a_server_of_plain_http(self, app: Any) -> None:
+    def test_https_to_a_plain_http_server_is_a_configuration_error(self, app: Any) -> None:
         with serving(app) as url:
             safe = url.replace("http://", "https://")
             with KalmClient(base_url=safe, model=MODEL) as client:
                 with pytest.raises(ConfigurationError, match="begins with http://"):
                     client.embed(TEXTS)
 
-    def test_proxies_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_proxies_of_the_environment_are_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with FaultyServer() as proxy:
             monkeypatch.setenv("HTTP_PROXY", proxy.url)
             monkeypatch.setenv("http_proxy", proxy.url)
@@ -326,7 +326,7 @@ class TestNetwork:
                 client.embed(["direct"])
                 assert len(server.posted) == 1
 
-    def test_a_host_that_does_not_exist(self) -> None:
+    def test_an_unknown_host_is_a_connection_error(self) -> None:
         with KalmClient(base_url="http://kalm.invalid", model=MODEL, max_retries=0) as client:
             with pytest.raises(ConnectionFailedError, match=r"kalm\.invalid"):
                 client.embed(TEXTS)

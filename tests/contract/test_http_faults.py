@@ -87,12 +87,12 @@ async def redirect(request: Received, writer: asyncio.StreamWriter) -> None:
 
 @dataclass
 class Fault:
-    """`steps` go on for ever if there is one; `asked` counts requests to /v1/embeddings."""
+    """`steps` repeat; `requests` counts requests to /v1/embeddings."""
 
     steps: list[Step]
     error: type[errors.KalmError]
     message: str
-    asked: int
+    requests: int
     ours: bool = True
     timeout: float = 30
 
@@ -174,7 +174,9 @@ def call(client: KalmClient, way: str) -> errors.KalmError | None:
 
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(name: str, way: str) -> None:
+def test_a_persistent_fault_raises_its_error_and_keeps_finished_vectors(
+    name: str, way: str
+) -> None:
     fault = FAULTS[name]
     steps = [None, *fault.steps * 200]
     with FaultyServer(steps, ours=fault.ours) as server:
@@ -185,7 +187,7 @@ def test_fault(name: str, way: str) -> None:
     import re
 
     assert re.search(fault.message, str(error)), error
-    assert len(server.posted) == fault.asked
+    assert len(server.posted) == fault.requests
     assert error.partial is not None
     assert error.partial.indices.tolist() == [0, 1, 2, 3, 4]
     assert np.array_equal(error.partial.vectors, vectors_of(TEXTS[:5]))
@@ -197,7 +199,7 @@ async def answer_and_reset(request: Received, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-PASSING: dict[str, list[Step]] = {
+TEMPORARY: dict[str, list[Step]] = {
     "reset after the answer": [answer_and_reset],
     "429 with seconds": [openai_error(429, "slow down", Retry_After="0.2")],
     "503 twice": [reply(503), reply(503)],
@@ -209,9 +211,9 @@ PASSING: dict[str, list[Step]] = {
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("name", PASSING)
-def test_what_passes_costs_nothing(name: str, way: str) -> None:
-    with FaultyServer([None, *PASSING[name]]) as server:
+@pytest.mark.parametrize("name", TEMPORARY)
+def test_a_temporary_fault_is_retried_without_loss(name: str, way: str) -> None:
+    with FaultyServer([None, *TEMPORARY[name]]) as server:
         client = client_of(server)
         assert call(client, way) is None
         client.close()
@@ -232,7 +234,7 @@ def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
     assert openai_compat.retry_after(headers) == seconds
 
 
-def test_retry_after_as_a_date() -> None:
+def test_retry_after_may_be_a_date() -> None:
     when = formatdate(time.time() + 2, usegmt=True)
     with FaultyServer([openai_error(429, "later", Retry_After=when)]) as server:
         client = client_of(server)
@@ -242,7 +244,7 @@ def test_retry_after_as_a_date() -> None:
     assert 0.9 < time.monotonic() - start < 60  # dates are whole seconds
 
 
-def test_shuffled_indices_are_put_in_order() -> None:
+def test_shuffled_indices_are_sorted() -> None:
     def shuffle(content: dict[str, Any]) -> None:
         content["data"] = content["data"][::-1]
 
@@ -252,7 +254,7 @@ def test_shuffled_indices_are_put_in_order() -> None:
         client.close()
 
 
-def test_nobody_listens() -> None:
+def test_a_refused_connection_is_reported_as_such() -> None:
     with FaultyServer() as server:
         pass
     client = client_of(server)
@@ -262,7 +264,7 @@ def test_nobody_listens() -> None:
     assert "Connect call failed" in str(error)
 
 
-def test_the_frameworks_store_holds_no_row_that_it_should_not() -> None:
+def test_a_vector_store_gets_no_row_of_a_failed_call() -> None:
     with FaultyServer([None, poisoned(NAN)]) as server:
         settings: dict[str, Any] = {"model": EMBEDDED.space.model, "batch_size": 5}
         embeddings = KalmModalEmbeddings(base_url=server.url, max_concurrency=1, **settings)

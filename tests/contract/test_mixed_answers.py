@@ -59,13 +59,13 @@ def outcome(client: KalmClient, number: int, texts: int = 2) -> Any:
 
 async def outcomes(client: KalmClient, at_a_time: int) -> list[Any]:
     """Of `CALLS` calls."""
-    seen: list[Any] = []
+    results: list[Any] = []
     for start in range(0, CALLS, at_a_time):
         calls = (
             asyncio.to_thread(outcome, client, number) for number in range(start, start + at_a_time)
         )
-        seen += await asyncio.gather(*calls)
-    return seen
+        results += await asyncio.gather(*calls)
+    return results
 
 
 def flipped(bit: int) -> Fault:
@@ -84,17 +84,17 @@ def reversed_rows(body: bytes) -> bytes:
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 8])
 @pytest.mark.parametrize("fault", [swapped, bodies_swapped, stale_first])
-async def test_an_answer_to_another_request_is_never_accepted(
+async def test_a_response_to_another_request_is_never_accepted(
     server: str, fault: Fault, at_a_time: int
 ) -> None:
     """The fault never ends: a call gets its own vectors by a retry, or an error."""
     with MixingProxy(server, fault) as proxy, KalmClient(base_url=proxy.url, **OURS) as client:
-        seen = await outcomes(client, at_a_time)
-    assert set(seen) <= {"right", CorruptedAnswerError, ConnectionFailedError}
+        results = await outcomes(client, at_a_time)
+    assert set(results) <= {"right", CorruptedAnswerError, ConnectionFailedError}
 
 
 @pytest.mark.parametrize("at_a_time", [1, 8])
-async def test_answers_that_come_twice_cost_retries_and_no_call(
+async def test_duplicated_responses_cause_retries_but_no_failure(
     server: str, at_a_time: int
 ) -> None:
     """After the first of them each request has a connection of its own."""
@@ -106,7 +106,7 @@ async def test_answers_that_come_twice_cost_retries_and_no_call(
 
 
 @pytest.mark.parametrize("bit", [3, 100, 259, 262, 1_000, 3_001, 6_000, 10_007])
-def test_a_flipped_bit_is_retried_wherever_it_is(server: str, bit: int) -> None:
+def test_a_response_with_a_flipped_bit_is_retried(server: str, bit: int) -> None:
     with (
         MixingProxy(server, flipped(bit)) as proxy,
         KalmClient(base_url=proxy.url, **OURS) as client,
@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_retried_wherever_it_is(server: str, bit: int) -> None:
         assert proxy.answers == 8
 
 
-def test_rows_in_another_order_are_retried(server: str) -> None:
+def test_a_response_with_swapped_rows_is_retried(server: str) -> None:
     with (
         MixingProxy(server, damaged(reversed_rows)) as proxy,
         KalmClient(base_url=proxy.url, **OURS) as client,
@@ -125,7 +125,7 @@ def test_rows_in_another_order_are_retried(server: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 3])
-def test_a_probe_that_failed_decides_nothing(
+def test_the_first_response_identifies_the_server_if_its_probe_failed(
     server: str, missing: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answers say whose they are: each is verified, the first as well."""
@@ -146,7 +146,7 @@ def test_a_probe_that_failed_decides_nothing(
         assert outcome(client, 0) is IdentityMismatchError
 
 
-def test_a_failed_probe_of_warm_up_decides_nothing(
+def test_warm_up_with_a_failed_probe_does_not_change_the_expected_identity(
     server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def unchanged(_: MixingProxy, answer: Any, send: Any) -> None:

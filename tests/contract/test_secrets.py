@@ -37,7 +37,9 @@ def assert_clean(*written: object) -> None:
         assert "hunter2" not in text, text[:2000]
 
 
-def made(kind: type[KalmClient], url: str = "http://127.0.0.1:1", **settings: Any) -> KalmClient:
+def client_of(
+    kind: type[KalmClient], url: str = "http://127.0.0.1:1", **settings: Any
+) -> KalmClient:
     return kind(base_url=url, model=EMBEDDED.space.model, **SECRETS, **settings)
 
 
@@ -55,8 +57,8 @@ def nothing_in_the_logs(caplog: pytest.LogCaptureFixture) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
-def test_objects(kind: type[KalmClient]) -> None:
-    client = made(kind)
+def test_objects_contain_no_secret(kind: type[KalmClient]) -> None:
+    client = client_of(kind)
     config = config_of(client)
     session = HttpTransport(config)
     assert_clean(repr(client), str(client), f"{client!r:>9}", repr(vars(client)))
@@ -66,12 +68,12 @@ def test_objects(kind: type[KalmClient]) -> None:
     assert_clean(client.vector_identity, client.cache_namespace)
 
 
-def test_langchains_dumps() -> None:
-    embeddings = made(KalmModalEmbeddings)
+def test_langchain_serializes_no_secret() -> None:
+    embeddings = client_of(KalmModalEmbeddings)
     assert_clean(dumpd(embeddings), dumps(embeddings), dumps({"within": [embeddings]}))
 
 
-def test_llama_indexs_dumps_and_events() -> None:
+def test_llama_index_serializes_no_secret() -> None:
     class Recorder(BaseEventHandler):
         def handle(self, event: Any, **_: Any) -> None:
             seen.append(event.model_dump_json())
@@ -81,7 +83,7 @@ def test_llama_indexs_dumps_and_events() -> None:
     root.add_event_handler(recorder)
     try:
         with FaultyServer() as server:
-            model: Any = made(ours_for_llama_index.KalmModalEmbeddings, server.url)
+            model: Any = client_of(ours_for_llama_index.KalmModalEmbeddings, server.url)
             model.get_query_embedding("q")
             asyncio.run(model.aget_text_embedding_batch(["d"]))
     finally:
@@ -90,7 +92,7 @@ def test_llama_indexs_dumps_and_events() -> None:
     assert_clean(*seen, model.to_dict(), model.to_json(), model.to_payload(), model.json())
 
 
-MOMENTS: dict[str, Step | None] = {
+FAILURES: dict[str, Step | None] = {
     "nobody listens": None,
     "refused": reply(401, '{"error": {"message": "no"}}'),
     "broken": reset,
@@ -102,15 +104,15 @@ MOMENTS: dict[str, Step | None] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
-def test_errors_their_causes_and_tracebacks_with_local_variables(
-    kind: type[KalmClient], moment: str
+def test_errors_and_tracebacks_with_local_variables_contain_no_secret(
+    kind: type[KalmClient], failure: str
 ) -> None:
-    step = MOMENTS[moment]
+    step = FAILURES[failure]
     with FaultyServer([step] * 9) as server:
         url = server.url if step else "http://127.0.0.1:1"
-        client = made(kind, url, timeout=1, max_retries=1)
+        client = client_of(kind, url, timeout=1, max_retries=1)
         with pytest.raises(KalmError) as caught:
             _query(client)
         error = caught.value
@@ -120,7 +122,7 @@ def test_errors_their_causes_and_tracebacks_with_local_variables(
         client.close()
 
 
-def test_the_password_of_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_proxy_does_not_contain_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 407 no\r\nContent-Length: 0\r\n\r\n")
@@ -131,7 +133,7 @@ def test_the_password_of_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch) -
         port = server.sockets[0].getsockname()[1]
         monkeypatch.setenv("https_proxy", f"http://user:hunter2@127.0.0.1:{port}")
         monkeypatch.delenv("no_proxy", raising=False)
-        async with made(KalmClient, "https://kalm.invalid", max_retries=0) as client:
+        async with client_of(KalmClient, "https://kalm.invalid", max_retries=0) as client:
             with pytest.raises(KalmError, match="407") as caught:
                 await client.aembed(["x"])
         server.close()
@@ -143,7 +145,7 @@ def test_the_password_of_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(main())
 
 
-def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_about_arguments_contains_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ({"batch_size": 0}, {"modal_key": ""}, {"api_key": "hunter2\x00"}, {"x": 1}):
         for name, secret in SECRETS.items():
             monkeypatch.setenv(f"KALM_{name.upper()}", secret)
@@ -158,8 +160,8 @@ def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
-def test_assigning_and_copying(kind: type[KalmClient]) -> None:
-    client = made(kind)
+def test_a_copy_with_another_key_shows_neither_key(kind: type[KalmClient]) -> None:
+    client = client_of(kind)
     with pytest.raises(AttributeError) as caught:
         client.api_key = "hunter2-new"  # type: ignore[assignment,misc]
     copied = client.with_options(api_key="hunter2-new")
@@ -169,7 +171,7 @@ def test_assigning_and_copying(kind: type[KalmClient]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "http"])
-def test_a_base_url_may_hold_none(backend: str) -> None:
+def test_a_base_url_with_a_credential_is_rejected_without_showing_it(backend: str) -> None:
     with pytest.raises(ConfigurationError, match="base_url holds a credential") as caught:
         KalmClient(backend=backend, base_url="http://bob:hunter2@there")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="base_url is not like") as asked:

@@ -45,7 +45,7 @@ def resealed(body):
     tokens=st.integers(0, 2**40),
     identified=st.booleans(),
 )
-def test_what_is_packed_comes_out_bit_by_bit(rows, columns, dtype, tokens, identified):
+def test_unpack_is_the_exact_inverse_of_pack(rows, columns, dtype, tokens, identified):
     packed = answer(rows, columns, dtype, tokens, EMBEDDED.space if identified else None)
     unpacked = unpack(pack(packed))
     assert unpacked.vectors.dtype == dtype
@@ -56,21 +56,21 @@ def test_what_is_packed_comes_out_bit_by_bit(rows, columns, dtype, tokens, ident
 
 
 @given(rows=st.integers(0, 5), columns=st.integers(1, 9), dtype=TYPES)
-def test_the_library_of_the_format_reads_what_we_pack(rows, columns, dtype):
+def test_the_safetensors_library_reads_packed_vectors(rows, columns, dtype):
     packed = answer(rows, columns, dtype)
     body = pack(packed)
     assert np.array_equal(load(body)["vectors"], packed.vectors)
     assert (8 + int.from_bytes(body[:8], "little")) % 8 == 0  # as the format wants tensors
 
 
-def test_vectors_with_gaps_between_them_are_packed_like_their_copy():
+def test_strided_vectors_are_packed_like_their_copy():
     wide = answer(rows=4, columns=6)
     gaps = replace(wide, vectors=wide.vectors[::2, ::3])
     assert unpack(pack(gaps)).vectors.tolist() == wide.vectors[::2, ::3].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_no_flipped_bit_is_accepted(dtype):
+def test_every_flipped_bit_is_detected(dtype):
     """Each bit of the whole answer: lengths, metadata, checksum, padding and vectors."""
     whole = bytearray(pack(answer(dtype=dtype)))
     for bit in range(8 * len(whole)):
@@ -82,7 +82,7 @@ def test_no_flipped_bit_is_accepted(dtype):
 
 
 @given(order=st.permutations(range(6)))
-def test_rows_in_another_order_are_refused(order):
+def test_rows_in_another_order_are_rejected(order):
     whole = pack(answer(rows=6, columns=8))
     head, rows = whole[:-96], np.frombuffer(whole[-96:], "<f2").reshape(6, 8)
     swapped = head + rows[order].tobytes()
@@ -94,7 +94,7 @@ def test_rows_in_another_order_are_refused(order):
 
 
 @given(data=st.data())
-def test_a_damaged_head_with_a_right_checksum_is_refused_or_changes_no_vector(data):
+def test_a_changed_head_with_a_valid_checksum_is_rejected_or_changes_no_vector(data):
     """Whatever it says: no other number of vectors, nothing outside of the body, no other error."""
     whole = bytearray(pack(answer(rows=3, columns=4)))
     end = 8 + int.from_bytes(whole[:8], "little")
@@ -114,7 +114,7 @@ TEXTS = st.lists(st.text(st.characters(), max_size=3), max_size=3)
 @given(
     TEXTS, TEXTS, *[st.sampled_from(["query", "document"])] * 2, *[st.sampled_from([None, 64])] * 2
 )
-def test_requests_have_one_digest_only_if_their_vectors_are_the_same(
+def test_digests_are_equal_exactly_if_the_vectors_are(
     texts, others, role, other_role, dimensions, other_dimensions
 ):
     one = EmbedRequest(texts=texts, role=role, dimensions=dimensions)
@@ -126,13 +126,13 @@ def test_requests_have_one_digest_only_if_their_vectors_are_the_same(
 
 
 @pytest.mark.parametrize("texts", [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["a,b", ""]])
-def test_where_a_text_ends_is_part_of_the_digest(texts):
+def test_the_boundaries_of_texts_are_part_of_the_digest(texts):
     joined = EmbedRequest(texts=["a", "b", "c"], role="query")
     assert EmbedRequest(texts=texts, role="query").digest() != joined.digest()
 
 
 @given(cut=st.integers(0, 10_000))
-def test_a_body_that_is_cut_off_anywhere_is_refused(cut):
+def test_a_truncated_body_is_rejected(cut):
     whole = pack(answer(rows=20, columns=200))
     with pytest.raises(CorruptedAnswerError, match="not packed vectors"):
         unpack(whole[: min(cut, len(whole) - 1)])
@@ -194,11 +194,11 @@ def _with_tensor(**changes):
         _with_metadata(identity=IDENTITY.replace("true", "1")),
     ],
 )
-def test_anything_else_is_refused(body):
+def test_any_other_body_is_rejected(body):
     with pytest.raises(CorruptedAnswerError, match="not packed vectors"):
         unpack(body)
 
 
-def test_another_identity_comes_out_as_it_is_for_the_verifier_to_judge():
+def test_another_identity_is_unpacked_unchanged():
     other = replace(EMBEDDED.space, revision="another")
     assert unpack(pack(answer(identity=other))).identity == other

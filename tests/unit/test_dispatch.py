@@ -175,7 +175,9 @@ SCHEDULES = st.lists(st.builds(Request, st.integers(0, 5), FAILURES), max_size=1
 
 
 @given(SCHEDULES, st.integers(1, 5))
-def test_both_drivers_give_the_same_and_lose_nothing(requests: list[Request], limit: int) -> None:
+def test_both_drivers_have_the_same_outcome_and_lose_no_result(
+    requests: list[Request], limit: int
+) -> None:
     outcome = run_sync(requests, limit)
     assert outcome == run_async(requests, limit)
     assert outcome.most_running <= limit
@@ -197,7 +199,7 @@ def test_results_arrive_in_order_of_completion(run: Callable[..., Outcome]) -> N
 
 
 @BOTH
-def test_a_slot_is_filled_as_soon_as_a_result_was_taken(run: Callable[..., Outcome]) -> None:
+def test_a_free_slot_is_filled_before_the_next_result(run: Callable[..., Outcome]) -> None:
     outcome = run([Request(9), Request(1), Request(1), Request(1)], 2)
     assert outcome.results == [1, 2, 3, 0]
     assert outcome.most_running == 2
@@ -205,7 +207,7 @@ def test_a_slot_is_filled_as_soon_as_a_result_was_taken(run: Callable[..., Outco
 
 @BOTH
 @pytest.mark.parametrize("failure", [BUSY, DeadlineExceededError("late"), KeyError("a bug")])
-def test_a_failure_cancels_the_others_and_stops_the_reading(
+def test_a_failure_cancels_other_requests_and_stops_reading(
     run: Callable[..., Outcome], failure: Exception
 ) -> None:
     outcome = run([Request(5), Request(1, failure), Request(5), Request(1)], 3)
@@ -213,7 +215,7 @@ def test_a_failure_cancels_the_others_and_stops_the_reading(
 
 
 @BOTH
-def test_texts_that_cannot_be_embedded_stop_the_reading_but_not_the_others(
+def test_invalid_texts_stop_reading_but_cancel_no_request(
     run: Callable[..., Outcome],
 ) -> None:
     outcome = run([Request(1, INVALID), Request(5), Request(1)], 2)
@@ -221,7 +223,7 @@ def test_texts_that_cannot_be_embedded_stop_the_reading_but_not_the_others(
 
 
 @BOTH
-def test_the_first_failure_is_raised_unless_it_concerns_texts_only(
+def test_the_first_failure_is_raised_unless_it_is_about_invalid_texts(
     run: Callable[..., Outcome],
 ) -> None:
     assert run([Request(2, TransportError("x")), Request(1, BUSY)], 2).failure is type(BUSY)
@@ -229,7 +231,7 @@ def test_the_first_failure_is_raised_unless_it_concerns_texts_only(
 
 
 @BOTH
-def test_batches_are_read_only_as_slots_are_free(run: Callable[..., Outcome]) -> None:
+def test_batches_are_read_only_for_free_slots(run: Callable[..., Outcome]) -> None:
     read: list[int] = []
 
     def endless() -> Iterator[Batch]:
@@ -242,7 +244,7 @@ def test_batches_are_read_only_as_slots_are_free(run: Callable[..., Outcome]) ->
 
 
 @BOTH
-def test_a_source_that_fails_is_raised_after_the_requests_that_are_running(
+def test_a_failure_of_the_source_is_raised_after_running_requests(
     run: Callable[..., Outcome],
 ) -> None:
     def source() -> Iterator[Batch]:
@@ -254,7 +256,7 @@ def test_a_source_that_fails_is_raised_after_the_requests_that_are_running(
 
 
 @BOTH
-def test_an_interrupt_while_reading_ends_the_call_at_once(run: Callable[..., Outcome]) -> None:
+def test_an_interrupt_while_reading_ends_the_call_immediately(run: Callable[..., Outcome]) -> None:
     def source() -> Iterator[Batch]:
         yield Batch(["text"], [[0]])
         raise KeyboardInterrupt
@@ -264,7 +266,7 @@ def test_an_interrupt_while_reading_ends_the_call_at_once(run: Callable[..., Out
 
 
 @BOTH
-def test_a_request_that_was_cancelled_from_outside_is_a_failure(
+def test_a_request_cancelled_from_outside_is_a_failure(
     run: Callable[..., Outcome],
 ) -> None:
     assert run([Request(1, CancelledError()), Request(5)], 2).failure is CancelledError

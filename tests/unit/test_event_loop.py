@@ -63,7 +63,7 @@ def test_calls_from_any_thread_and_any_loop_run_on_one_thread_and_one_loop():
     assert loop is background_loop().loop
 
 
-def test_threads_that_make_the_first_call_together_start_one_thread():
+def test_concurrent_first_calls_start_one_thread():
     out = script("""
         import sys, threading
         from kalm_integrations.event_loop import background_loop
@@ -80,7 +80,7 @@ def test_threads_that_make_the_first_call_together_start_one_thread():
     assert out == "16 1 2\n"
 
 
-def test_results_and_exceptions_come_back_to_the_caller(thread):
+def test_results_and_exceptions_reach_the_caller(thread):
     async def fail():
         raise KeyError("theirs")
 
@@ -89,13 +89,13 @@ def test_results_and_exceptions_come_back_to_the_caller(thread):
         thread.submit(fail()).result()
 
 
-def test_one_call_does_not_wait_for_another(thread):
+def test_calls_run_concurrently(thread):
     slow = thread.submit(asyncio.sleep(60))
     assert thread.submit(asyncio.sleep(0, "quick")).result(timeout=5) == "quick"
     assert not slow.done()
 
 
-def test_the_callers_context_variables_travel_and_changes_do_not_come_back(thread):
+def test_the_coroutine_runs_in_a_copy_of_the_callers_context(thread):
     async def read_and_change():
         seen = request_id.get()
         request_id.set("changed")
@@ -110,7 +110,7 @@ def test_the_callers_context_variables_travel_and_changes_do_not_come_back(threa
     assert thread.submit(read_and_change()).result() == "none"
 
 
-def test_a_blocking_call_on_the_thread_itself_raises_instead_of_waiting_for_ever(thread):
+def test_a_blocking_call_on_the_thread_itself_raises_an_error(thread):
     async def call_back():
         thread.submit(asyncio.sleep(0)).result(timeout=5)
 
@@ -136,7 +136,7 @@ def test_cancelling_the_future_cancels_the_coroutine(thread):
         future.result()
 
 
-def test_a_call_that_is_cancelled_before_it_begins_does_nothing(thread):
+def test_a_call_that_is_cancelled_before_it_starts_does_nothing(thread):
     begun = threading.Event()
 
     async def work():
@@ -157,7 +157,7 @@ def test_a_call_that_is_cancelled_before_it_begins_does_nothing(thread):
     assert not begun.is_set()
 
 
-def test_a_failure_keeps_nothing_alive_but_its_traceback(thread):
+def test_a_failure_creates_no_reference_cycle(thread):
     async def fail():
         raise KeyError("theirs")
 
@@ -173,7 +173,7 @@ def test_a_failure_keeps_nothing_alive_but_its_traceback(thread):
         gc.enable()
 
 
-def test_stopping_unwinds_what_runs_and_ends_the_thread():
+def test_stopping_cancels_running_calls_and_ends_the_thread():
     thread, unwound = BackgroundLoop(), []
 
     async def work(begun):
@@ -196,7 +196,7 @@ def test_stopping_unwinds_what_runs_and_ends_the_thread():
         future.result(timeout=5)
 
 
-def test_stopping_closes_generators_that_nobody_will_finish():
+def test_stopping_closes_unfinished_generators():
     thread, closed = BackgroundLoop(), []
     kept = []
 
@@ -215,7 +215,7 @@ def test_stopping_closes_generators_that_nobody_will_finish():
     assert closed == [True]
 
 
-def test_stopping_twice_is_stopping_once(thread):
+def test_stopping_twice_is_allowed(thread):
     thread.stop()
     thread.stop()
     assert thread.loop.is_closed()
@@ -233,7 +233,7 @@ def test_importing_and_constructing_start_no_thread():
     assert out == "1 512\n"
 
 
-def test_a_process_ends_promptly_with_calls_in_flight_and_unwinds_them():
+def test_a_process_exits_promptly_and_cancels_running_calls():
     out = script("""
         import asyncio
         from kalm_integrations import event_loop
@@ -250,7 +250,7 @@ def test_a_process_ends_promptly_with_calls_in_flight_and_unwinds_them():
     assert out == "at work\nunwound\n"
 
 
-def test_a_call_that_will_not_unwind_delays_the_end_of_the_process_by_the_stop_timeout_only():
+def test_a_call_that_ignores_cancellation_delays_the_exit_only_by_the_stop_timeout():
     out = script("""
         import asyncio, time
         from kalm_integrations import event_loop
@@ -268,7 +268,7 @@ def test_a_call_that_will_not_unwind_delays_the_end_of_the_process_by_the_stop_t
 
 
 @needs_fork
-def test_a_forked_child_gets_a_thread_of_its_own_and_the_parent_keeps_its():
+def test_a_forked_child_starts_its_own_thread_and_the_parent_keeps_its_thread():
     out = script("""
         import asyncio, os, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: the very case
@@ -290,7 +290,7 @@ def test_a_forked_child_gets_a_thread_of_its_own_and_the_parent_keeps_its():
 
 
 @needs_fork
-def test_a_forked_child_that_ends_normally_leaves_the_parents_loop_working():
+def test_the_exit_of_a_forked_child_does_not_affect_the_parents_loop():
     out = script("""
         import asyncio, gc, os, sys, warnings
         warnings.simplefilter("ignore", DeprecationWarning)

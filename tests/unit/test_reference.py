@@ -1,4 +1,4 @@
-"""Reference texts: KaLM's vectors pass, with rounding errors too; wrong vectors are found."""
+"""KaLM's vectors of the reference texts pass, rounding errors included; wrong vectors fail."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def changed(row, column, value):
 
 
 # -- the texts ---------------------------------------------------------------------------------
-def test_the_texts_are_to_the_byte_what_kalm_reads():
+def test_the_texts_contain_kalms_instructions_byte_for_byte():
     assert reference.TEXTS[0] == (
         "Instruct: Given a query, retrieve documents that answer the query \nQuery: How tall is K2?"
     )
@@ -69,13 +69,13 @@ def test_the_texts_are_to_the_byte_what_kalm_reads():
     assert len(set(reference.TEXTS)) == len(reference.TEXTS) == 2 * PAIRS + 6
 
 
-def test_they_are_in_several_languages_and_across_languages():
+def test_pairs_are_within_and_across_languages():
     within = [pair for pair in reference.PAIRS if " and " not in pair.languages]
     assert len(within) >= 3
     assert len(reference.PAIRS) - len(within) >= 3
 
 
-def test_published_values_are_those_of_bf16():
+def test_published_values_are_exact_in_bf16():
     """A misread digit would be none of bf16's values, to the eight decimals that were printed."""
     for published in reference.PUBLISHED:
         values = np.array(published.first + published.last, dtype=np.float32)
@@ -84,7 +84,7 @@ def test_published_values_are_those_of_bf16():
         assert np.abs(nearest - values).max() < 1e-8
 
 
-async def test_a_small_real_model_finds_each_answer():
+async def test_the_embedded_engine_passes_only_the_check_of_order():
     """So the pairs mean something, and another model's vectors are not those published."""
     engine = EmbeddedEngine.load()
     questions = [pair.question for pair in reference.PAIRS]  # it knows no instructions
@@ -100,7 +100,7 @@ async def test_a_small_real_model_finds_each_answer():
         assert failed(padded, quantization) == {"published values", "published similarities"}
 
 
-def test_they_are_kalms_only():
+def test_the_checks_apply_to_kalm_only():
     assert reference.applies_to(BF16)
     assert reference.applies_to(FP8)
     assert reference.applies_to(KALM.space)
@@ -109,7 +109,7 @@ def test_they_are_kalms_only():
 
 # -- what passes -------------------------------------------------------------------------------
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_right_vectors_pass(quantization):
+def test_the_published_vectors_pass(quantization):
     verdict = reference.judge(RIGHT, quantization)
     assert verdict.failures == ()
     assert [check.partition(" (")[0] for check in verdict.checks] == [
@@ -122,29 +122,28 @@ def test_right_vectors_pass(quantization):
     assert all(f"{cosine:.3f} ({cosine:.3f})" in str(verdict) for cosine in published)
 
 
-def test_vectors_that_travelled_as_float16_pass():
+def test_vectors_rounded_to_float16_pass():
     assert not wrong(RIGHT.astype(np.float16).astype(np.float32))
 
 
-def test_rounding_errors_pass():
+def test_rounding_errors_of_bf16_and_fp8_pass():
     """Of bf16, of twice as much noise, and of fp8, where they are typical and where large."""
-    for seed in range(1000):
-        assert not wrong(turned(RIGHT, NOISE, seed))
     for seed in range(100):
+        assert not wrong(turned(RIGHT, NOISE, seed))
         assert not wrong(turned(RIGHT, 0.9995, seed))
         assert not wrong(turned(RIGHT, 0.997, seed), FP8.quantization)
-    large = [wrong(turned(RIGHT, 0.988, seed), FP8.quantization) for seed in range(300)]
-    assert sum(not failures for failures in large) >= 295  # 0.999 are expected
+    large = [wrong(turned(RIGHT, 0.988, seed), FP8.quantization) for seed in range(100)]
+    assert sum(not failures for failures in large) >= 97  # 0.999 are expected
 
 
-def test_larger_errors_in_larger_values_pass():
+def test_errors_proportional_to_the_values_pass():
     """Real models round so, and the published values are larger than most."""
     random = np.random.default_rng(0)
     values = np.array([value for row in PUBLISHED for value in RIGHT[row, ENDS]])
     size = np.sqrt(2 * (1 - NOISE) * (values**2 + 1 / RIGHT.shape[1]) / 2)
-    noise = random.normal(size=(1000, 12)) * size
+    noise = random.normal(size=(200, 12)) * size
     accepted = [not wrong(off(*enumerate(differences))) for differences in noise]
-    assert sum(accepted) >= 998
+    assert sum(accepted) >= 199
 
 
 @pytest.mark.parametrize(
@@ -165,16 +164,16 @@ def test_values_within_the_tolerance_and_two_outliers_pass(quantization, most, d
     ("difference", "fails"),
     [(0.019, []), (0.03, ["bf16"]), (0.049, ["bf16"]), (0.06, QUANTIZATIONS)],
 )
-def test_a_similarity_may_be_a_little_off(number, sign, difference, fails):
+def test_a_similarity_passes_within_the_tolerance(number, sign, difference, fails):
     vectors = with_similarity(number, sign * difference)
     for quantization in QUANTIZATIONS:
         expected = {"published similarities"} if quantization in fails else set()
         assert failed(vectors, quantization) == expected
 
 
-# -- what does not -----------------------------------------------------------------------------
+# -- what fails ---------------------------------------------------------------------------------
 @given(place=st.integers(0, 11), far=st.floats(0, 0.02), sign=st.sampled_from([1, -1]))
-def test_a_value_beyond_the_outliers_limit_is_found(place, far, sign):
+def test_a_value_beyond_the_limit_for_outliers_fails(place, far, sign):
     for quantization, limit in (("bf16", 6.1e-3), (FP8.quantization, 12.1e-3)):
         vectors = off((place, sign * (limit + far)))
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -182,7 +181,7 @@ def test_a_value_beyond_the_outliers_limit_is_found(place, far, sign):
 
 
 @given(places=st.sets(st.integers(0, 11), min_size=3), far=st.floats(2.1e-3, 5e-3))
-def test_more_outliers_than_two_are_found(places, far):
+def test_more_than_two_outliers_fail(places, far):
     vectors = off(*((place, far) for place in places))
     assert failed(vectors) == {"published values"}
     assert not failed(vectors, FP8.quantization)
@@ -191,14 +190,14 @@ def test_more_outliers_than_two_are_found(places, far):
 
 @pytest.mark.parametrize("column", ENDS)
 @pytest.mark.parametrize("row", PUBLISHED)
-def test_a_value_of_the_other_sign_is_found(row, column):
+def test_a_value_with_the_opposite_sign_fails(row, column):
     value = RIGHT[row, column]
     assert bool(wrong(changed(row, column, -value))) == (2 * abs(value) > 6e-3)
 
 
 @pytest.mark.parametrize("row", PUBLISHED)
 @pytest.mark.parametrize("columns", list(combinations(ENDS, 2)))
-def test_values_in_each_others_place_are_found(row, columns):
+def test_swapped_values_fail(row, columns):
     vectors = RIGHT.copy()
     vectors[row, columns] = RIGHT[row, columns[::-1]]
     apart = abs(RIGHT[row, columns[0]] - RIGHT[row, columns[1]])
@@ -206,7 +205,7 @@ def test_values_in_each_others_place_are_found(row, columns):
 
 
 @pytest.mark.parametrize("rows", list(combinations(range(-4, 0), 2)))
-def test_similar_texts_in_each_others_place_are_found(rows):
+def test_swapped_vectors_of_similar_texts_fail(rows):
     vectors = RIGHT.copy()
     vectors[list(rows)] = RIGHT[list(rows[::-1])]
     assert failed(vectors) == {"published similarities"}
@@ -214,28 +213,28 @@ def test_similar_texts_in_each_others_place_are_found(rows):
 
 @pytest.mark.parametrize("cosine", [0.908, 0.8, 0.5])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_other_vectors_are_found(quantization, cosine):
+def test_distant_vectors_fail(quantization, cosine):
     """0.908 is mean pooling's."""
-    for seed in range(100):
+    for seed in range(30):
         vectors = turned(RIGHT, cosine, seed)
         assert "published similarities" in failed(vectors, quantization)
         if quantization == "bf16":
             assert "published values" in failed(vectors, quantization)
 
 
-def test_other_vectors_are_found_by_the_values_alone():
+def test_vectors_of_mean_pooling_fail_the_check_of_values():
     """An error that all texts share moves the similarities less."""
     caught = dict.fromkeys(("bf16", FP8.quantization), 0)
-    for seed in range(200):
+    for seed in range(100):
         vectors = np.vstack([RIGHT[:-6], turned(RIGHT, 0.908, seed)[-6:-4], RIGHT[-4:]])
         for quantization in caught:
             caught[quantization] += "published values" in failed(vectors, quantization)
-    assert caught["bf16"] == 200
-    assert caught[FP8.quantization] >= 170  # 0.93 are expected
+    assert caught["bf16"] == 100
+    assert caught[FP8.quantization] >= 85  # 0.93 are expected
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_a_missing_instruction_is_found(quantization):
+def test_a_missing_instruction_fails(quantization):
     vectors = RIGHT.copy()
     vectors[list(PUBLISHED)] = vectors_of([text.sentence for text in reference.PUBLISHED])
     assert failed(vectors, quantization) == {"published values"}
@@ -254,7 +253,7 @@ def test_a_missing_instruction_is_found(quantization):
         *((PUBLISHED, quantization) for quantization in QUANTIZATIONS),
     ],
 )
-def test_vectors_in_each_others_place_are_found(rows, quantization):
+def test_swapped_vectors_fail(rows, quantization):
     vectors = RIGHT.copy()
     vectors[list(rows)] = RIGHT[list(rows[::-1])]
     assert wrong(vectors, quantization)
@@ -262,16 +261,16 @@ def test_vectors_in_each_others_place_are_found(rows, quantization):
 
 @pytest.mark.parametrize("places", [-3, -2, -1, 1, 2, 3])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_vectors_that_are_all_a_few_places_aside_are_found(places, quantization):
+def test_shifted_vectors_fail(places, quantization):
     assert wrong(np.roll(RIGHT, places, axis=0), quantization)
 
 
 @given(row=ROWS, column=st.integers(0, reference.DIMENSIONS - 1))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_what_is_no_number_is_found(row, column, value, quantization):
-    (found,) = wrong(changed(row, column, value), quantization)
-    assert repr(reference.TEXTS[row]) in found
+def test_values_that_are_not_finite_fail(row, column, value, quantization):
+    (failure,) = wrong(changed(row, column, value), quantization)
+    assert repr(reference.TEXTS[row]) in failure
 
 
 @pytest.mark.parametrize(
@@ -285,34 +284,34 @@ def test_what_is_no_number_is_found(row, column, value, quantization):
     ],
     ids=["negated", "reversed", "a value aside", "last first", "all the same"],
 )
-def test_vectors_wrong_as_a_whole_are_found(spoil):
+def test_vectors_that_are_all_wrong_fail(spoil):
     assert wrong(spoil(RIGHT))
 
 
-def test_being_as_near_as_another_answer_is_not_enough():
+def test_equally_near_answers_fail():
     failures = wrong(np.repeat(RIGHT[:1], len(RIGHT), axis=0))
     assert sum(failure.startswith("order:") for failure in failures) == PAIRS
 
 
 @pytest.mark.parametrize("row", range(PAIRS))
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_a_question_that_is_nearer_to_another_answer_is_named(row, quantization):
+def test_a_question_nearer_to_another_answer_is_named(row, quantization):
     other = (row + 1) % PAIRS
     vectors = RIGHT.copy()
     vectors[row] = turned(vectors_of([reference.PAIRS[other].answer]), 0.8)[0]
-    (found,) = wrong(vectors, quantization)
+    (failure,) = wrong(vectors, quantization)
     pair = reference.PAIRS[row]
-    assert found.startswith(f"order: {pair.question!r} ({pair.languages})")
-    assert f"0.800 to {reference.PAIRS[other].answer!r}" in found
+    assert failure.startswith(f"order: {pair.question!r} ({pair.languages})")
+    assert f"0.800 to {reference.PAIRS[other].answer!r}" in failure
 
 
-def test_failures_name_what_was_found_and_what_was_expected():
+def test_failures_name_the_actual_and_the_expected_values():
     (failure,) = wrong(changed(2 * PAIRS, 0, 0.05))
     assert "1 of 12" in failure
     assert "0.0687" in failure
-    found, published = "[0.0500, 0.0232, 0.0028", "[-0.0187, 0.0232, 0.0028"
-    assert failure.index("'This is an example sentence'") < failure.index(found)
-    assert failure.index(found) < failure.index(published)
+    actual, published = "[0.0500, 0.0232, 0.0028", "[-0.0187, 0.0232, 0.0028"
+    assert failure.index("'This is an example sentence'") < failure.index(actual)
+    assert failure.index(actual) < failure.index(published)
     verdict = reference.judge(with_similarity(1, -0.06), None)
     (failure,) = verdict.failures
     assert "1 of 6" in failure
@@ -334,11 +333,11 @@ def test_failures_name_what_was_found_and_what_was_expected():
     ids=["one too few", "cut", "flat", "longer", "nothing"],
 )
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_what_has_not_the_right_form_is_found(spoil, quantization):
+def test_vectors_of_wrong_shape_or_length_fail(spoil, quantization):
     assert len(wrong(spoil(RIGHT), quantization)) == 1
 
 
-# -- asking a service --------------------------------------------------------------------------
+# -- a service ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "settings",
     [
@@ -349,12 +348,12 @@ def test_what_has_not_the_right_form_is_found(spoil, quantization):
     ],
     ids=["none", "cut", "instructed", "symmetric"],
 )
-def test_they_are_asked_for_whatever_the_client_adds_and_cuts(monkeypatch, capfd, settings):
+def test_reference_texts_ignore_the_options_of_the_client(monkeypatch, capfd, settings):
     transport = KalmTransport()
     monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
     client = KalmClient(base_url="http://kalm.invalid", expected_identity=BF16, **settings)
     assert np.array_equal(reference.embed(client), RIGHT)
     assert tuple(transport.sent) == reference.TEXTS
-    assert {(asked.dimensions, asked.dtype) for asked in transport.requests} == {(None, "float32")}
+    assert {(sent.dimensions, sent.dtype) for sent in transport.requests} == {(None, "float32")}
     assert transport.closed == 1
     assert capfd.readouterr().err == ""

@@ -69,7 +69,7 @@ class Column:
     ],
 )
 @pytest.mark.parametrize("truncate", ["error", "end"])
-def test_a_string_with_something_in_it_is_embedded_as_it_is(text, truncate):
+def test_a_string_with_visible_or_control_characters_is_accepted_unchanged(text, truncate):
     assert validation.check_texts([text], truncate) == [text]
 
 
@@ -91,7 +91,7 @@ def test_a_string_with_something_in_it_is_embedded_as_it_is(text, truncate):
     ],
 )
 @pytest.mark.parametrize("truncate", ["error", "end"])
-def test_what_is_no_text_is_refused_with_its_index_and_the_reason(text, reason, truncate):
+def test_an_invalid_text_is_named_by_index_and_reason(text, reason, truncate):
     with pytest.raises(InvalidInputError, match=re.escape(f"texts[1] {reason}")) as caught:
         validation.check_texts(["fine", text, "fine"], truncate)
     assert caught.value.invalid == (InvalidText(1, reason),)
@@ -101,13 +101,13 @@ def test_what_is_no_text_is_refused_with_its_index_and_the_reason(text, reason, 
     ("text", "character"), [("\ud800", 0), ("né\udc80e", 2), ("\U0001f642\udfff", 1)]
 )
 @pytest.mark.parametrize("truncate", ["error", "end"])
-def test_a_lone_surrogate_is_refused_by_its_position(text, character, truncate):
+def test_a_lone_surrogate_is_named_by_position(text, character, truncate):
     reason = validation.why_invalid(text, truncate)
     assert f"lone surrogate at character {character}:" in reason
 
 
 @pytest.mark.parametrize("character", ["x", "语"])
-def test_only_more_than_262144_characters_are_too_long_and_only_if_nothing_may_be_cut(character):
+def test_a_text_over_262144_characters_is_too_long_unless_it_may_be_truncated(character):
     longest, longer = character * 262_144, character * 262_145
     assert validation.check_texts([longest], "error") == [longest]
     assert validation.check_texts([longer], "end") == [longer]
@@ -117,7 +117,7 @@ def test_only_more_than_262144_characters_are_too_long_and_only_if_nothing_may_b
         validation.check_texts([longer], "error")
 
 
-def test_too_long_is_the_error_only_where_every_refused_text_is_too_long():
+def test_the_error_is_input_too_long_only_if_every_invalid_text_is_too_long():
     longer = "x" * 262_145
     with pytest.raises(InputTooLongError):
         validation.check_texts([longer, "fine", longer], "error")
@@ -132,7 +132,7 @@ def test_too_long_is_the_error_only_where_every_refused_text_is_too_long():
     [Label.VALUE, ModernLabel.VALUE, Hostile("text"), np.str_("text")],
     ids=lambda x: type(x).__name__,
 )
-def test_subclasses_of_str_become_plain_strings_of_the_same_characters(text):
+def test_subclasses_of_str_become_plain_strings(text):
     (checked,) = validation.check_texts([text], "error")
     assert type(checked) is str
     assert checked == "text"
@@ -157,7 +157,7 @@ def test_plain_strings_are_not_copied():
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_ordered_collections_and_iterators_are_taken(texts):
+def test_ordered_collections_and_iterators_are_accepted(texts):
     assert validation.check_collection(texts) is texts
     assert validation.check_texts(texts, "error") == ["a", "b"]
 
@@ -179,7 +179,7 @@ def test_ordered_collections_and_iterators_are_taken(texts):
         (len, "texts is of type builtin_function_or_method, not"),
     ],
 )
-def test_an_argument_that_is_no_list_of_texts_is_refused_as_a_whole(texts, complaint):
+def test_an_argument_that_is_not_a_list_of_texts_is_rejected_as_a_whole(texts, complaint):
     with pytest.raises(InvalidArgumentError) as caught:
         validation.check_collection(texts)
     assert str(caught.value).startswith(complaint)
@@ -198,7 +198,7 @@ def test_an_argument_that_is_no_list_of_texts_is_refused_as_a_whole(texts, compl
         | st.integers()
     )
 )
-def test_every_text_is_either_kept_under_its_index_or_named_with_a_reason(texts):
+def test_every_text_is_either_valid_or_named_with_a_reason(texts):
     def embeddable(text):
         return isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
 
@@ -210,7 +210,7 @@ def test_every_text_is_either_kept_under_its_index_or_named_with_a_reason(texts)
     assert all(bad.reason.startswith(("is ", "has ")) for bad in invalid)
 
 
-def test_a_subclass_of_str_cannot_talk_its_way_in():
+def test_overridden_methods_of_a_str_subclass_do_not_bypass_validation():
     class Liar(str):
         def isspace(self) -> bool:
             return False
@@ -228,12 +228,12 @@ def test_a_subclass_of_str_cannot_talk_its_way_in():
 @pytest.mark.parametrize(
     "texts", [np.array("text"), np.array([["a", "b"]])], ids=["0-d array", "2-d array"]
 )
-def test_an_array_that_is_no_list_is_refused(texts):
+def test_an_array_that_is_not_one_dimensional_is_rejected(texts):
     with pytest.raises(InvalidArgumentError, match="of type ndarray, not a list of texts"):
         validation.check_collection(texts)
 
 
-def test_the_keys_of_a_dict_have_an_order():
+def test_the_keys_of_a_dict_are_an_ordered_collection():
     assert validation.check_texts(
         validation.check_collection({"a": 1, "b": 2}.keys()), "error"
     ) == ["a", "b"]
