@@ -28,7 +28,7 @@ from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_
 if TYPE_CHECKING:
     from kalm_integrations.options import ClientConfig
 
-_MAX_REDIRECTS: Final = 50  # Modal answers 303 every 150 s while a container starts
+_MAX_REDIRECTS: Final = 50  # Modal redirects every 150 s while a container starts
 _READ_BUFFER: Final = 2**20
 _MAX_QUOTED: Final = 200  # characters of a response in an error message
 

@@ -198,28 +198,29 @@ async def translated(work: Awaitable[T], config: ClientConfig) -> T:
         raise error_of(error, config) from error
 
 
-_TRANSLATIONS: Final[tuple[tuple[str, type[KalmError], str], ...]] = (
-    ("AuthError", ModalTokenError, "Modal refused the token, or there is none"),
-    ("NotFoundError", NotDeployedError, "{location} is not what this client needs"),
-    ("PermissionDeniedError", PermissionDeniedError, "Modal forbids it"),
-    ("ResourceExhaustedError", RateLimitError, "Modal's limit for the workspace"),
+_TRANSLATIONS: Final[tuple[tuple[set[str], type[KalmError], str], ...]] = (
+    ({"AuthError"}, ModalTokenError, "Modal refused the token, or there is none"),
+    ({"NotFoundError"}, NotDeployedError, "{location} is not what this client needs"),
+    ({"PermissionDeniedError"}, PermissionDeniedError, "Modal forbids it"),
+    ({"ResourceExhaustedError"}, RateLimitError, "Modal's limit for the workspace"),
     (
-        "FunctionTimeoutError",
+        {"FunctionTimeoutError"},
         DeadlineExceededError,
         "over the deployment's time limit for a call, which `kalm deploy --timeout` raises",
     ),
-    ("OutputExpiredError", DeadlineExceededError, "Modal no longer has the answer"),
-    ("RequestSizeError", RequestTooLargeError, "Modal"),
-    ("VersionError", ConfigurationError, "upgrade Modal's client ({install})"),
-    ("InvalidError", ConfigurationError, "Modal refused the call"),
-    ("ServiceError", ConnectionFailedError, "Modal was not reached"),
-    ("InternalError", ConnectionFailedError, "Modal was not reached"),
-    ("ConnectionError", ConnectionFailedError, "Modal was not reached"),
-    ("TimeoutError", ConnectionFailedError, "Modal was not reached"),
-    ("StreamTerminatedError", ConnectionFailedError, "Modal was not reached"),
-    ("ClientClosed", ConnectionFailedError, "the connection to Modal was closed"),
+    ({"OutputExpiredError"}, DeadlineExceededError, "Modal no longer has the output"),
+    ({"RequestSizeError"}, RequestTooLargeError, "Modal"),
+    ({"VersionError"}, ConfigurationError, "upgrade Modal's client ({install})"),
+    ({"InvalidError"}, ConfigurationError, "Modal refused the call"),
+    (
+        {"ServiceError", "InternalError", "ConnectionError", "TimeoutError"}
+        | {"StreamTerminatedError"},
+        ConnectionFailedError,
+        "Modal was not reached",
+    ),
+    ({"ClientClosed"}, ConnectionFailedError, "the connection to Modal was closed"),
 )
-"""Exception of Modal's client or of grpclib → our error and its meaning. The first match counts."""
+"""Exceptions of Modal's client or grpclib, our error, its meaning. The first match counts."""
 
 
 def error_of(error: Exception, config: ClientConfig) -> KalmError:
@@ -228,19 +229,16 @@ def error_of(error: Exception, config: ClientConfig) -> KalmError:
     Our methods return their errors. So an exception of another package was raised in a container
     that could not start, or that runs other code.
     """
-    names = {
-        kind.__name__
-        for kind in type(error).__mro__
-        if kind.__module__.partition(".")[0] in ("modal", "grpclib")
-    }
-    ours, meaning = next(
-        ((ours, meaning) for name, ours, meaning in _TRANSLATIONS if name in names),
+    bases = type(error).__mro__
+    names = {b.__name__ for b in bases if b.__module__.partition(".")[0] in ("modal", "grpclib")}
+    kind, meaning = next(
+        ((kind, meaning) for known, kind, meaning in _TRANSLATIONS if known & names),
         (ContainerFailedError, "a container of {location} failed"),
     )
     meaning = meaning.format(location=_location(config), install=install_command("modal"))
     message = str(error).strip().rstrip(".")
     parts = (meaning, type(error).__name__, message)
-    return ours(": ".join(part for part in parts if part) + ".")
+    return kind(": ".join(part for part in parts if part) + ".")
 
 
 _process = os.getpid()

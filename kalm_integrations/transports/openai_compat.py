@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import ValidationError
 
 from kalm_integrations.errors import (
-    AuthenticationError,
     ConfigurationError,
     IdentityMismatchError,
     InvalidInputError,
@@ -23,27 +22,20 @@ from kalm_integrations.errors import (
     InvalidText,
     KalmError,
     NotFoundError,
-    PermissionDeniedError,
-    RateLimitError,
-    RequestTooLargeError,
     ServiceUnavailableError,
     by_code,
+    subclasses,
 )
 from kalm_integrations.protocol import EmbedResponse, ErrorBody, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.http_connection import HttpResponse, redact, shorten
 
-_BY_STATUS: Final[dict[int, type[KalmError]]] = {
-    401: AuthenticationError,
-    403: PermissionDeniedError,
-    404: NotFoundError,
+_BY_STATUS: Final = {
+    **{kind.status: kind for kind in reversed(subclasses(KalmError)) if kind.status < 500},
     405: NotFoundError,
-    408: ServiceUnavailableError,
-    409: ServiceUnavailableError,
-    413: RequestTooLargeError,
-    425: ServiceUnavailableError,
-    429: RateLimitError,
+    **dict.fromkeys((408, 409, 425), ServiceUnavailableError),
 }
+"""For responses without one of our codes."""
 UNREADABLE: Final = (
     ValueError,
     LookupError,
@@ -67,7 +59,7 @@ def decode(
         secrets: Redacted in error messages.
 
     Raises:
-        IdentityMismatchError: Another model answered.
+        IdentityMismatchError: The vectors are of another model.
         InvalidResponseError: Not such a response; or an index is missing, duplicated or unknown.
     """
     try:
