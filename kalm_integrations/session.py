@@ -1,7 +1,7 @@
 """One request: concurrency slot, deadline, retries, splitting, validation.
 
-Order of precedence between queries and documents starts here: each role has slots of its own, so
-that a query never waits for documents. `retry` decides about retries.
+Each role has slots of its own, so that a query does not wait for documents. The retry policy is in
+`retry`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A proxy on loopback that delays every byte, as a network does, the end of a connection too."""
+"""A proxy on loopback that delays every byte and the end of each connection."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DelayingProxy(LoopbackServer):
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.CancelledError):
-            there = await asyncio.open_connection(self._server.hostname, self._server.port)
-            await asyncio.gather(self._forward(reader, there[1]), self._forward(there[0], writer))
+            server = await asyncio.open_connection(self._server.hostname, self._server.port)
+            await asyncio.gather(self._forward(reader, server[1]), self._forward(server[0], writer))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that mixes up or damages answers, as broken intermediaries do."""
+"""An HTTP proxy on loopback that mixes up or damages responses."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Fault = Callable[["MixingProxy", Answer, Send], Awaitable[None]]
 
 
 class MixingProxy(LoopbackServer):
-    """Forwards each request on a connection of its own; `fault` sends the answers to POSTs.
+    """Forwards each request on its own connection; `fault` sends the responses to POSTs.
 
     Args:
         url: Of the real server.
-        fault: Gets the right answer, and what sends one to this caller.
-        missing_models: The number of first probes of `/v1/models` that get 404.
+        fault: Called with the correct response and a function that sends one to this caller.
+        missing_models: How many of the first probes of `/v1/models` get 404.
     """
 
     def __init__(self, url: str, fault: Fault, missing_models: int = 0) -> None:
@@ -82,7 +82,7 @@ async def _message(reader: asyncio.StreamReader) -> Answer | None:
 
 
 async def swapped(proxy: MixingProxy, answer: Answer, send: Send) -> None:
-    """Two callers at a time get each other's answer."""
+    """Swap the responses of two concurrent callers."""
     waiting, proxy.waiting = proxy.waiting, None
     if waiting is not None and not waiting.done():
         waiting.set_result((answer, send))
@@ -99,7 +99,7 @@ async def swapped(proxy: MixingProxy, answer: Answer, send: Send) -> None:
 
 
 async def bodies_swapped(proxy: MixingProxy, answer: Answer, send: Send) -> None:
-    """Each caller gets the body of the answer before, under its own header."""
+    """Send the body of the previous response under this response's headers."""
     previous, proxy.previous = proxy.previous, answer
     if previous is not None and len(previous.body) == len(answer.body):
         answer = replace(answer, body=previous.body)
@@ -107,14 +107,14 @@ async def bodies_swapped(proxy: MixingProxy, answer: Answer, send: Send) -> None
 
 
 async def late_duplicate(proxy: MixingProxy, answer: Answer, send: Send) -> None:
-    """Each answer comes twice."""
+    """Send each response twice."""
     await send(answer)
     await asyncio.sleep(0.01)
     await send(answer)
 
 
 async def stale_first(proxy: MixingProxy, answer: Answer, send: Send) -> None:
-    """The answer before comes before the right one."""
+    """Send the previous response before the correct one."""
     previous, proxy.previous = proxy.previous, answer
     if previous is not None:
         await send(previous)
@@ -122,7 +122,7 @@ async def stale_first(proxy: MixingProxy, answer: Answer, send: Send) -> None:
 
 
 def damaged(change: Callable[[bytes], bytes]) -> Fault:
-    """Every second answer has another body."""
+    """Change the body of every second response."""
 
     async def fault(proxy: MixingProxy, answer: Answer, send: Send) -> None:
         if proxy.answers % 2:

@@ -1,7 +1,7 @@
-"""Programs that embed, each in an interpreter of its own, and the service that they talk to.
+"""Programs that embed, each in its own interpreter, and the service that they use.
 
-A program must end by itself, in time, with status 0, without a word on stderr and without a
-process left behind; and when it has ended, the service must have no connection and no request left.
+A program must exit in time with status 0, an empty stderr and no process left. After that, the
+service must have no connection and no request left.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from modal_backend.http.middleware import BearerKeys
 from modal_backend.http.server import ServerOptions
 from modal_backend.service import EmbeddingService
 
-LIMIT = 60  # seconds until it is called a hang
+LIMIT = 60  # seconds; a program that takes longer hangs
 SOON = 10  # less than the 15 after which aiohttp closes what is idle, and more than it takes
 KEY = "correct-horse"
 TEXTS = [f"text {number}" for number in range(20)]
@@ -76,7 +76,7 @@ FLAGS = ["-u", "-X", "dev", "-W", "error", "-W", "ignore:This process:Deprecatio
 
 @dataclass
 class Program:
-    """What was started."""
+    """A running program."""
 
     process: subprocess.Popen[str]
 
@@ -86,13 +86,13 @@ class Program:
         return self.process.stdout.readline().strip()
 
     def tell(self) -> None:
-        """Let it go on that waits for a line."""
+        """Write a line to its stdin, for which it waits."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
     def wait_until(self, condition: Callable[[], bool], limit: float = LIMIT) -> None:
-        """Wait for something that is to happen while it runs."""
+        """Wait for a condition that must become true before it exits."""
         assert eventually(lambda: condition() or self.process.poll() is not None, limit)
         assert condition(), self.process.communicate()
 
@@ -101,7 +101,7 @@ class Program:
         self.process.send_signal(signal.SIGINT)
 
     def finish(self) -> list[str]:
-        """The rest of what it prints; it must end well."""
+        """The rest of its output; it must exit with status 0 and an empty stderr."""
         out, err = self.process.communicate()
         # asyncio's debug mode reports the program's own loops when the machine is slow.
         err = re.sub(r"Executing <.* took \d\.\d+ seconds\n", "", err)
@@ -111,14 +111,14 @@ class Program:
 
 @dataclass
 class Service:
-    """Where programs get their vectors: in themselves, or from a server in the test's process."""
+    """The service of programs: in their own process, or a server in the test's process."""
 
     environment: dict[str, str]
     port: int = 0
     peers: list[int] = field(default_factory=list)
-    """Of each request for vectors, the port it came from: one number a connection."""
+    """The client's port of each request: one number per connection."""
     waiting: list[str] = field(default_factory=list)
-    """Texts "never ...", as long as somebody waits for their vectors."""
+    """Texts "never ..." of the requests in progress."""
 
     def run(self, code: str) -> list[str]:
         """The lines that a program prints."""
@@ -160,7 +160,7 @@ class Service:
         assert eventually(lambda: not self.waiting), "a request is left"
 
     def connections(self) -> int:
-        """How many the server has, half closed ones too."""
+        """Number of connections of the server, half closed ones included."""
         sockets = psutil.Process().net_connections("tcp") if self.port else []
         ours = [each for each in sockets if each.laddr.port == self.port]
         return sum(each.status != psutil.CONN_LISTEN for each in ours)
@@ -201,7 +201,7 @@ def services(kind: str) -> Any:
 
 
 def eventually(condition: Callable[[], bool], limit: float = LIMIT) -> bool:
-    """Whether it comes true in time."""
+    """Whether `condition` becomes true in time."""
     until = time.monotonic() + limit
     while not (true := condition()) and time.monotonic() < until:
         time.sleep(0.02)
@@ -209,7 +209,7 @@ def eventually(condition: Callable[[], bool], limit: float = LIMIT) -> bool:
 
 
 class _Engine:
-    """Answers at once, or never."""
+    """Responds immediately; for texts "never ...", not at all."""
 
     identity = EMBEDDED.space
     dimensions = (512,)
@@ -242,12 +242,12 @@ def _expecting(vectors: np.ndarray[Any, Any]) -> Iterator[dict[str, str]]:
 
 
 def _living(session: int) -> list[int]:
-    found = []
+    pids = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
+                pids.append(process.pid)
+    return pids
 
 
 def _end(session: int) -> None:

@@ -1,7 +1,6 @@
-"""A transport that does what a test tells it to.
+"""A transport whose faults and delays a test chooses.
 
-It stands in for a service that misbehaves: a real one cannot be made to, on demand. Its vectors
-are a function of their text, so that a vector in the wrong place shows.
+Each vector is a function of its text, so that a vector at the wrong index is detected.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ DIMENSIONS = 512
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 Fault = Exception | Callable[[EmbedResponse], EmbedResponse] | None
-"""Raised, or applied to the right answer; None answers as it should."""
+"""Raised, or applied to the correct response; None is no fault."""
 
 
 def vector_of(text: str, dtype: str = "float16") -> np.ndarray[Any, Any]:
-    """The one right vector of `text`, of unit length."""
+    """The vector of `text`, of unit length."""
     bits = np.frombuffer(hashlib.shake_128(text.encode()).digest(2 * DIMENSIONS), dtype=np.int16)
     vector = bits.astype(np.float32)
     return (vector / np.linalg.norm(vector)).astype(dtype)
@@ -48,10 +47,10 @@ def vectors_of(texts: Sequence[str], dtype: str = "float16") -> np.ndarray[Any, 
 def poisoned(value: float, row: int = 0) -> Callable[[EmbedResponse], EmbedResponse]:
     """Set one number of one vector."""
 
-    def poison(answer: EmbedResponse) -> EmbedResponse:
-        vectors = answer.vectors.copy()
+    def poison(response: EmbedResponse) -> EmbedResponse:
+        vectors = response.vectors.copy()
         vectors[row, 7] = value
-        return replace(answer, vectors=vectors)
+        return replace(response, vectors=vectors)
 
     return poison
 
@@ -60,7 +59,7 @@ class ScriptedTransport:
     """See the module.
 
     Args:
-        faults: What happens to the first, second, ... request; later ones are answered rightly.
+        faults: Of the first, second, ... request; later ones have none.
         delay: Seconds that a request takes.
         refuse: Raises for a request that the service would refuse.
         space: The identity that is reported.
@@ -111,13 +110,13 @@ class ScriptedTransport:
             raise fault
         self._refuse(request)
         self.answered += 1
-        answer = EmbedResponse(
+        response = EmbedResponse(
             vectors=np.array([vector_of(text, request.dtype) for text in request.texts]),
             identity=self._space,
             usage=Usage(tokens=len(request.texts), requests=1),
             digest=request.digest(),
         )
-        return answer if fault is None else fault(answer)
+        return response if fault is None else fault(response)
 
     async def ensure_ready(self) -> ServiceDescription:
         fault = next(self._faults, None)

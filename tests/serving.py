@@ -1,4 +1,4 @@
-"""Real HTTP servers on loopback: ours under uvicorn, and one that misbehaves on demand."""
+"""Real HTTP servers on loopback: ours under uvicorn, and one with faults that a test chooses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def serving(app: Any, server_options: ServerOptions | None = None, **options: An
 
 @dataclass
 class Received:
-    """One request as it came in."""
+    """One request."""
 
     method: str
     path: str
@@ -55,7 +55,7 @@ class Received:
 
 
 Step = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
-"""Answers one request, or does not."""
+"""Responds to one request, or fails to."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class FaultyServer(LoopbackServer):
     steps: Iterable[Step | None] = ()
     ours: bool = True
     received: list[Received] = field(default_factory=list, repr=False)
-    """Answers to a GET, where a redirect led, are those to the POST before it."""
+    """The response to a GET after a redirect is that to the POST before it."""
 
     @property
     def posted(self) -> list[Received]:
@@ -122,7 +122,7 @@ async def _read_request(reader: asyncio.StreamReader) -> Received | None:
 def reply(
     status: int, body: str | bytes = "", content_type: str = "application/json", **headers: str
 ) -> Step:
-    """Any answer."""
+    """Any response."""
     content = body.encode() if isinstance(body, str) else body
     fields = {"Content-Type": content_type, "Content-Length": str(len(content))}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -136,7 +136,7 @@ def reply(
 
 
 def packed(change: Callable[[EmbedResponse], EmbedResponse] = lambda answer: answer) -> Step:
-    """Our server's answer, changed."""
+    """Our server's response, changed."""
 
     async def step(request: Received, writer: asyncio.StreamWriter) -> None:
         fields = json.loads(request.body)
@@ -159,7 +159,7 @@ def packed(change: Callable[[EmbedResponse], EmbedResponse] = lambda answer: ans
 
 
 def plain(change: Callable[[dict[str, Any]], Any] = lambda content: content) -> Step:
-    """An OpenAI-compatible server's answer, changed."""
+    """An OpenAI-compatible server's response, changed."""
 
     async def step(request: Received, writer: asyncio.StreamWriter) -> None:
         content = {

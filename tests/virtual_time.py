@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer: minutes of load in a moment, repeatably."""
+"""An event loop whose clock jumps to the next timer: simulates minutes of load in a moment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Selector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> Any:
         if timeout is None:
-            raise RuntimeError("nothing will ever happen again: the test would hang")
+            raise RuntimeError("no timer is set: the test would hang")
         self.now += max(timeout, 0.0)
         return super().select(0)
 

@@ -1,1 +1,1 @@
-"""Ways to reach a service: one protocol (`base`), one module each."""
+"""How a client reaches a service: the protocol `Transport` in `base`, and its implementations."""

@@ -1,4 +1,8 @@
-"""How a client reaches a service: the protocol that every transport implements."""
+"""The protocol of all transports.
+
+To add one: a module in this package with the methods of `Transport`, and a branch in
+`open_transport`.
+"""
 
 from __future__ import annotations
 
