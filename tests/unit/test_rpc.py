@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from dataclasses import asdict
 
 import grpclib
 import modal.exception as theirs
@@ -48,7 +49,6 @@ from kalm_integrations.protocol import (
     error_fields,
     read_error,
     read_warnings,
-    request_fields,
 )
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.modal import translated
@@ -91,7 +91,7 @@ def asked(**fields):
 # -- requests ----------------------------------------------------------------------------------
 @given(REQUESTS)
 def test_a_request_comes_out_as_it_went_in(request_):
-    fields = request_fields(request_)
+    fields = asdict(request_)
     assert is_built_in(fields)
     travelled = pickle.dumps(fields)
     assert not any(name in travelled for name in NEEDS_NOTHING if name not in repr(fields).encode())
@@ -225,9 +225,7 @@ async def test_texts_that_cannot_be_embedded_are_named():
     assert [bad["index"] for bad in reply["error"]["invalid"]] == [1, 2, 3, 4]
 
 
-@given(
-    st.dictionaries(st.sampled_from([*request_fields(EmbedRequest(texts=[], role="query"))]), JUNK)
-)
+@given(st.dictionaries(st.sampled_from([*asdict(EmbedRequest(texts=[], role="query"))]), JUNK))
 async def test_a_stranger_gets_an_answer_whatever_he_sends(fields):
     for sent in (fields, asked(**fields)):
         reply = await rpc.embed_packed(service(), sent)
@@ -353,7 +351,7 @@ def test_no_request_and_no_answer_takes_a_blob(role, dimensions, dtype, batch_si
     sent = 0
     for batch in plan(texts, client.template(role), client.request_limits):
         sent += len(batch)
-        fields = request_fields(
+        fields = asdict(
             EmbedRequest(texts=batch.texts, role=role, dimensions=dimensions, timeout=599.5)
         )
         assert len(pickle.dumps(((fields,), {}))) <= INLINE
