@@ -382,7 +382,7 @@ SETTINGS = ClientConfig(backend="modal", app_name="the-app", class_name="TheClas
         (theirs.PermissionDeniedError("no"), PermissionDeniedError, "Modal forbids it"),
         (theirs.ResourceExhaustedError("many"), RateLimitError, "limit for the workspace"),
         (theirs.FunctionTimeoutError("1s"), DeadlineExceededError, "`kalm deploy --timeout`"),
-        (theirs.OutputExpiredError(), DeadlineExceededError, "answer: OutputExpiredError. Raise"),
+        (theirs.OutputExpiredError(), DeadlineExceededError, "output: OutputExpiredError. Raise"),
         (theirs.RequestSizeError("2 GB"), RequestTooLargeError, "Modal: RequestSizeError: 2 GB."),
         (theirs.VersionError("old"), ConfigurationError, "upgrade Modal's client (pip install"),
         (theirs.InvalidError("both"), ConfigurationError, "Modal refused the call"),
