@@ -1,7 +1,7 @@
-"""Embed nothing twice: LangChain's cache on disk, for documents and for queries.
+"""Embed each text only once: LangChain's cache on disk, for documents and queries.
 
-python examples/caching.py          # two runs of an app in one, in a temporary folder
-python examples/caching.py ./cache  # or in yours: start it a second time
+python examples/caching.py          # simulates two runs, in a temporary folder
+python examples/caching.py ./cache  # keeps the cache: start it twice
 """
 
 import sys
@@ -24,22 +24,22 @@ QUESTIONS = ["How do I bake bread?", "apple tart", "guacamole"]
 
 
 def cached(embeddings: KalmModalEmbeddings, folder: Path) -> CacheBackedEmbeddings:
-    """`embeddings`, with a cache for each role: one text has two vectors, as document and as query.
+    """Add a cache for each role, because a text has one vector as document and one as query.
 
-    Each cache's name stands for all that its vectors depend on: another model, or an instruction,
-    has another cache.
+    The namespace contains everything that vectors depend on. Another model or instruction gets
+    another cache.
     """
     return CacheBackedEmbeddings.from_bytes_store(
         embeddings,
         LocalFileStore(folder / embeddings.cache_namespace),
         query_embedding_cache=LocalFileStore(folder / embeddings.query_cache_namespace),
         key_encoder="sha256",
-        batch_size=2048,  # how much is kept at a time, should a call fail on its way
+        batch_size=2048,  # if a call fails, its finished batches are in the cache
     )
 
 
 def app(folder: Path, **settings: str) -> None:
-    """Index the recipes, ask the questions, and say what it cost."""
+    """Index the recipes, search for the questions, and print the usage."""
     used: list[Usage] = []
     # A small model in this process, to learn with. In production, the service that you run:
     # KalmModalEmbeddings(base_url="https://...", api_key="...")

@@ -1,11 +1,10 @@
 """RAG with LangChain: a handbook in four languages, and questions in four.
 
-Splits Markdown at its headings, indexes the sections in Qdrant, and builds the prompt that a chat
-model answers from:
+It splits Markdown at its headings, indexes the sections in Qdrant, and builds a grounded prompt:
 
     python examples/langchain_rag.py
 
-With a chat model, the prompt is answered too. Any one with OpenAI's API will do:
+With a chat model, it also prints answers. Any model with OpenAI's API works:
 
     CHAT_MODEL=gpt-5-mini OPENAI_API_KEY=... python examples/langchain_rag.py
 """
@@ -66,7 +65,7 @@ def main() -> None:
     # KalmModalEmbeddings(base_url="https://...", api_key="...")
     embeddings = KalmModalEmbeddings(backend="local")
 
-    # The vectors' identity in the collection's name keeps those of another model out of it.
+    # Another model gets another collection, because the name contains the vectors' identity.
     collection = f"handbook-{embeddings.vector_identity.fingerprint}"
     client = QdrantClient(":memory:")  # in production: QdrantClient(url="https://...")
     size = embeddings.vector_dimensions

@@ -1,6 +1,6 @@
-"""RAG with LlamaIndex: a folder of Markdown, of which only changed files are embedded again.
+"""RAG with LlamaIndex: index a folder of Markdown, and embed only changed files again.
 
-python examples/llama_index_rag.py                          # this project's own documents
+python examples/llama_index_rag.py                          # this project's documentation
 python examples/llama_index_rag.py ~/notes "When is bin day?" "Who has the spare key?"
 """
 
@@ -14,7 +14,7 @@ from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
 
 from kalm_integrations import Usage
 
-# Its namesake in `kalm_integrations` is LangChain's.
+# `kalm_integrations.KalmModalEmbeddings` is the class for LangChain.
 from kalm_integrations.llama_index import KalmModalEmbeddings
 
 FOLDER = Path(__file__).parents[1] / "docs"
@@ -24,7 +24,7 @@ QUESTIONS = ["What happens to an empty string?", "Are failed requests sent again
 def read(folder: Path) -> list[Document]:
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
     return [
-        # LlamaIndex embeds metadata too, unless told not to.
+        # By default, LlamaIndex embeds metadata too.
         Document(
             text=text,
             id_=name,
@@ -37,9 +37,9 @@ def read(folder: Path) -> list[Document]:
 
 
 def open_index(storage: Path, embeddings: KalmModalEmbeddings) -> VectorStoreIndex:
-    """The index in `storage`, or a new one.
+    """Open the index in `storage`, or create a new one.
 
-    Its id and its folder say which vectors it holds: those of another model have others.
+    Its id and folder are the fingerprint of its vectors, so another model gets another index.
     """
     index_id = storage.name
     split = [MarkdownNodeParser(), SentenceSplitter(chunk_size=256, chunk_overlap=0)]
@@ -64,7 +64,7 @@ def main() -> None:
     # KalmModalEmbeddings(base_url="https://...", api_key="...")
     embeddings = KalmModalEmbeddings(backend="local", truncate="end", on_usage=used.append)
 
-    lasting = Path(tempfile.mkdtemp())  # in production, a folder that stays
+    lasting = Path(tempfile.mkdtemp())  # in production, a permanent folder
     storage = lasting / embeddings.vector_identity.fingerprint
     for run in ("First run", "Second run"):
         used.clear()
@@ -84,8 +84,8 @@ def main() -> None:
             beginning = " ".join(hit.text.split())[:60]
             print(f"    {hit.get_score():.3f}  {hit.metadata['file']}: {beginning}")
 
-    # MockLLM answers with its own prompt. In production, for instance llama_index.llms.openai's
-    # OpenAI(model="gpt-5-mini"): then `str(response)` is the answer.
+    # MockLLM returns its prompt. In production, use for example llama_index.llms.openai's
+    # OpenAI(model="gpt-5-mini"); then `str(response)` is the answer.
     response = index.as_query_engine(similarity_top_k=2, llm=MockLLM()).query(questions[0])
     prompt = str(response)
     print(

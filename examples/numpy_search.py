@@ -1,7 +1,7 @@
-"""Search without a framework: numpy, a file, and a check that the file's vectors are yours.
+"""Search without a framework: numpy, and a file whose vectors are checked when it is opened.
 
-python examples/numpy_search.py             # the file goes to a temporary folder
-python examples/numpy_search.py rights.npz  # and here it stays for the next run
+python examples/numpy_search.py             # writes to a temporary folder
+python examples/numpy_search.py rights.npz  # keeps the file for the next run
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 
 from kalm_integrations import IdentityMismatchError, KalmClient, VectorIdentity
 
-# Of the Universal Declaration of Human Rights, each article in another language.
+# Articles of the Universal Declaration of Human Rights, each in another language.
 ARTICLES = {
     "1 (English)": "All human beings are born free and equal in dignity and rights.",
     "3 (Deutsch)": "Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person.",
@@ -29,17 +29,17 @@ QUESTIONS = ["May I leave my country?", "holidays and leisure", "Is torture allo
 
 
 def build(client: KalmClient, texts: list[str]) -> np.ndarray:
-    """The vectors in the order of the texts, filled in as they come, in any order."""
+    """Return vectors in the order of the texts. Parts arrive in any order."""
     vectors = np.empty((len(texts), client.vector_dimensions), dtype=client.config.vector_dtype)
-    for part in client.iter_embed(texts):  # any iterable will do: a file larger than memory, too
+    for part in client.iter_embed(texts):  # any iterable works, even a file larger than memory
         vectors[part.indices] = part.packed
     return vectors
 
 
 def save(path: Path, names: list[str], vectors: np.ndarray, client: KalmClient) -> None:
-    """A file says nothing of the model that its vectors are from: so the identity goes along.
+    """Store the identity with the vectors, so that `load` can check them.
 
-    Over HTTP, pin it before you save: docs/identity.md.
+    For other models over HTTP, set `expected_identity=` before you save: docs/identity.md.
     """
     identity = json.dumps(client.vector_identity.to_dict())
     with path.open("wb") as file:  # np.savez alone would append .npz to the name
@@ -47,10 +47,10 @@ def save(path: Path, names: list[str], vectors: np.ndarray, client: KalmClient) 
 
 
 def load(path: Path, client: KalmClient) -> tuple[list[str], np.ndarray]:
-    """Names and vectors, if `client` makes comparable ones."""
+    """Return names and vectors, if they are comparable with vectors of `client`."""
     with np.load(path) as file:
         stored = VectorIdentity.from_dict(json.loads(str(file["identity"])))
-        client.vector_identity.check(stored)  # raises, and says in what they differ
+        client.vector_identity.check(stored)  # the error shows the difference
         return file["names"].tolist(), file["vectors"]
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         if not path.exists():
             save(path, list(ARTICLES), build(client, list(ARTICLES.values())), client)
             print(f"Wrote {len(ARTICLES)} vectors to {path}")
-        names, vectors = load(path, client)  # what each vector is of, too
+        names, vectors = load(path, client)
         print(f"Read {vectors.shape[0]} {vectors.dtype} vectors of {vectors.shape[1]} dimensions\n")
 
         # Unit vectors: the inner product is the cosine.
@@ -71,7 +71,7 @@ def main() -> None:
             best = ", ".join(f"{names[i]} {row[i]:.2f}" for i in np.argsort(-row)[:3])
             print(f"{question:<24} article {best}")
 
-    # Documents that were embedded with an instruction lie elsewhere: not in this file.
+    # A document instruction changes the vectors, so this client must not use the file.
     other = KalmClient(backend="local", document_instruction="sts")
     try:
         load(path, other)

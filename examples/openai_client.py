@@ -1,9 +1,9 @@
-"""The `openai` client against `kalm serve`.
+"""The `openai` client with `kalm serve`.
 
     python examples/openai_client.py
     KALM_BASE_URL=https://... KALM_API_KEY=... python examples/openai_client.py
 
-The first starts `kalm serve` itself, on a free port of this machine, and stops it at the end.
+The first command starts `kalm serve` on a free port, and stops it at the end.
 """
 
 import os
@@ -27,7 +27,7 @@ QUESTION = "Which mountain is the tallest?"
 
 @contextmanager
 def service() -> Iterator[tuple[str, str]]:
-    """Address and key of the service."""
+    """Yield the URL and key of the service; start one if `KALM_BASE_URL` is not set."""
     if url := os.environ.get("KALM_BASE_URL"):
         yield url, os.environ.get("KALM_API_KEY", "")
         return
@@ -37,7 +37,7 @@ def service() -> Iterator[tuple[str, str]]:
     print(f"KALM_BASE_URL is not set: starting `kalm serve --port {port}`, with a small model\n")
     command = [sys.executable, "-m", "kalm_integrations.cli", "serve", "--port", str(port)]
     environment = os.environ | {"KALM_API_KEY": key}
-    server = subprocess.Popen(command, env=environment, stdout=sys.stderr)  # its log, apart
+    server = subprocess.Popen(command, env=environment, stdout=sys.stderr)  # its log
     try:
         yield f"http://127.0.0.1:{port}", key
     finally:
@@ -48,8 +48,8 @@ def service() -> Iterator[tuple[str, str]]:
 def show(client: OpenAI) -> None:
     model = client.models.list().data[0].id
 
-    # `input_type` is KaLM's own: it sets each text into the model's template for its side of a
-    # search. Without it, texts are embedded as they are.
+    # `input_type` is our addition: it applies the model's template for documents or queries.
+    # Without it, texts are embedded unchanged.
     documents = client.embeddings.create(
         model=model, input=TEXTS, extra_body={"input_type": "document"}
     )
@@ -74,7 +74,7 @@ def show(client: OpenAI) -> None:
 def main() -> None:
     with service() as (url, key):
         base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        # Retries bridge the seconds in which a service starts.
+        # The service may still be starting, so allow more retries.
         with OpenAI(base_url=base_url, api_key=key, max_retries=10) as client:
             show(client)
 

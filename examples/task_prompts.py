@@ -1,9 +1,9 @@
-"""One prompt per task: what KaLM is sent for each, and which tasks can share an index.
+"""One prompt for each task: what KaLM gets, and which tasks can share an index.
 
     python examples/task_prompts.py
 
-A query carries its task's instruction, a document usually none. So one index serves many tasks,
-each with a client of its own.
+Queries get their task's instruction, documents usually get none. So many tasks can share one index.
+Each task needs its own client.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ TASKS = {
     "web search": "web_search",
     "facts": "fact_check",
     "code": "code",
-    "same question": "duplicates",  # symmetric: documents carry the instruction too
+    "same question": "duplicates",  # documents get the instruction too
     "your own task": "Given a customer's ticket, find the article that solves it",
     "your own words": "Ticket: {text}",
 }
@@ -28,7 +28,7 @@ ARTICLES = [
 
 
 def show_prompts() -> None:
-    """What KaLM would be sent. Constructing a client opens nothing: no service is asked."""
+    """Print what KaLM would get. A new client opens no connection."""
     indexes: list[str] = []
     print(f"{'Task':<16} {'Index':<6} Query, and document, as the model sees them\n")
     for task, instruction in TASKS.items():
@@ -38,7 +38,7 @@ def show_prompts() -> None:
             model="tencent/KaLM-Embedding-Gemma3-12B-2511",
             query_instruction=instruction,
         )
-        # Equal fingerprints: vectors that may meet in one index.
+        # Clients with equal fingerprints can share an index.
         fingerprint = client.vector_identity.fingerprint
         if fingerprint not in indexes:
             indexes.append(fingerprint)
@@ -49,9 +49,9 @@ def show_prompts() -> None:
 
 
 def search() -> None:
-    """Two tasks over one index, with real vectors."""
-    # A small model in this process, to learn with. It was not trained on instructions, so each
-    # only blurs its queries. In production, the service that you run:
+    """Search one index for two tasks, with real vectors."""
+    # A small model in this process, to learn with. It was not trained on instructions, so they
+    # make its results worse. In production, the service that you run:
     # KalmClient(base_url="https://...", api_key="...")
     index = KalmClient(backend="local").embed(ARTICLES)
     print(f"\n{TICKET}")

@@ -71,7 +71,7 @@ class TestMemory:
         assert said
         needed = [f"{gpus.needed_gib(quantization):.0f}" for quantization in QUANTIZATIONS]
         assert list(said.groups()) == needed
-        assert f"{gpus.kv_gib():.1f} the KV cache".replace(".0 ", " ") in VLLM_PAGE
+        assert f"longest text takes {gpus.kv_gib():.1f} GiB".replace(".0 ", " ") in VLLM_PAGE
 
 
 class TestDefaults:

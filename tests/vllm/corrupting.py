@@ -181,7 +181,7 @@ def _all_zero(model: Model) -> None:
 
 
 CORRUPTIONS: dict[str, Callable[[Model], None]] = {
-    "nothing: the same weights, by another product": _one_layer(torch.clone),
+    "nothing: a copy of the same weights": _one_layer(torch.clone),
     "every weight zero": _all_zero,
     "one weight NaN": _one_layer(_one_nan),
     "one bit of one weight": _one_bit,
@@ -191,16 +191,16 @@ CORRUPTIONS: dict[str, Callable[[Model], None]] = {
     "one layer's weights off by a tenth of their size": _one_layer(_noisy(0.1)),
     "one layer's weights off by their size": _one_layer(_noisy(1.0)),
     "two layers swapped": _swapped,
-    "attention silent in every layer": _every("self_attn.o_proj", torch.zeros_like),
+    "attention zero in every layer": _every("self_attn.o_proj", torch.zeros_like),
     "final norm neutral": _tensor(".model.norm.", torch.zeros_like),
     "final norm zero": _tensor(".model.norm.", lambda weight: -torch.ones_like(weight)),
-    "rotary base of the sliding layers: its own, made anew": _rotary(0, 1e4),
+    "rotary base of the sliding layers, recomputed unchanged": _rotary(0, 1e4),
     "rotary base of the sliding layers times ten": _rotary(0, 1e5),
-    "rotary base of the global layer that of the others": _rotary(5, 1e4),
+    "rotary base of the global layer replaced by that of the others": _rotary(5, 1e4),
     "rotary tables zero": _tensor("cos_sin_cache", torch.zeros_like),
     "embeddings negated": _tensor("embed_tokens", torch.neg),
     "rows of a step in reverse order": _rows(lambda rows: rows[::-1]),
-    "embeddings a row aside": _tensor("embed_tokens", lambda table: table.roll(1, 0)),
+    "embedding rows shifted by one": _tensor("embed_tokens", lambda table: table.roll(1, 0)),
 }
 """By name; the first, and one of the rotary ones, are controls that change nothing."""
 

@@ -27,12 +27,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PAGE = Path(__file__).parents[2] / "docs/canary.md"
 CONTROLS = {
-    "nothing: the same weights, by another product",
-    "rotary base of the sliding layers: its own, made anew",
+    "nothing: a copy of the same weights",
+    "rotary base of the sliding layers, recomputed unchanged",
 }
 FORM = {"every weight zero", "one weight NaN", "final norm zero"}
 """What leaves no vectors at all."""
-DIFFERENCES = {"attention silent in every layer"}
+DIFFERENCES = {"attention zero in every layer"}
 """What makes different texts equal."""
 ROWS = {"rows of a step in reverse order"}
 """What gives a text another one's vector."""
@@ -130,7 +130,7 @@ async def test_when_loaded_only_vectors_that_cannot_be_right_are_seen(
     assert said["every weight zero"] == said["final norm zero"]
     assert said["final norm zero"] == "vectors of length 0.0000 to 0.0000 instead of 1 ± 0.001."
     assert said["one weight NaN"].startswith("values that are not finite: ")
-    assert said["attention silent in every layer"].startswith("two different texts have one vector")
+    assert said["attention zero in every layer"].startswith("two different texts have one vector")
 
 
 async def test_after_a_restore_everything_is_seen_that_moves_a_vector(
