@@ -131,7 +131,7 @@ async def serve(port: int) -> None:
     from starlette.responses import PlainTextResponse
 
     from modal_backend.http.app import create_app
-    from modal_backend.http.middleware import BearerKeys
+    from modal_backend.http.auth import BearerKeys
     from modal_backend.service import EmbeddingService
 
     app = create_app(EmbeddingService(InstantEngine()), keys=BearerKeys([SecretStr(KEY)]))

@@ -201,7 +201,7 @@ def serve_instant(server: str, port: int) -> None:
     from instant import InstantEngine
 
     from modal_backend.http.app import create_app
-    from modal_backend.http.middleware import BearerKeys
+    from modal_backend.http.auth import BearerKeys
     from modal_backend.http.server import HttpServer, bind
     from modal_backend.service import EmbeddingService
 

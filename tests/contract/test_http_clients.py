@@ -37,7 +37,7 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY = "correct-horse"

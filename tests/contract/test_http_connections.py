@@ -27,7 +27,7 @@ from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http import connection_table, connections, server
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.server import ServerOptions
 from modal_backend.service import EmbeddingService
 
@@ -214,7 +214,7 @@ class TestTooMany:
         self, few: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # On a busy machine callers take their time between connecting and sending.
-        monkeypatch.setattr(connection_table, "_STRANGERS_A_SECOND", 0.1)
+        monkeypatch.setattr(connection_table, "_UNAUTHORIZED_PER_SECOND", 0.1)
         with running_server(SlowEngine()) as port, ThreadPoolExecutor(5 * few) as pool:
             assert set(pool.map(lambda _: query(port), range(5 * few))) == {200}
 

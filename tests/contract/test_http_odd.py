@@ -22,7 +22,7 @@ from kalm_integrations.codec import MEDIA_TYPE
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import IDENTITY_HEADER
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -16,7 +16,7 @@ from test_http_server import KEY, ask
 from kalm_integrations.protocol import TIMEOUT_HEADER
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.openapi import document
 from modal_backend.http.schema import EmbeddingsBody
 from modal_backend.service import EmbeddingService

@@ -17,7 +17,7 @@ from kalm_integrations import cli
 from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.schema import MAX_INSTRUCTION, EmbeddingsBody
 from modal_backend.service import EmbeddingService
 

@@ -35,7 +35,7 @@ from modal_backend.admission import Admission
 from modal_backend.engines.base import EngineOutput
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY, OTHER_KEY = "correct-horse", "battery-staple"
@@ -427,11 +427,11 @@ class TestLoad:
             engine._error = ServiceUnavailableError("too much waits.", retry_after=1)
             (line,) = fail(100)  # another kind is a line of its own
             assert "too much waits." in line
-            monkeypatch.setattr("modal_backend.http.app._LOG_EVERY", 0)
+            monkeypatch.setattr("modal_backend.http.app._LOG_SECONDS", 0)
             (line,) = fail(1)
-            assert line.endswith(" (99 more like it since the last of these lines)")
+            assert line.endswith(" (99 similar errors since the last such line)")
             (line,) = fail(1)
-            assert "more like it" not in line
+            assert "similar errors" not in line
             page = ask(f"{url}/metrics", key=None).body.decode()
         assert 'kalm_requests_total{code="container_failed"} 100.0' in page
         assert 'kalm_requests_total{code="service_unavailable"} 102.0' in page

@@ -21,7 +21,7 @@ from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.engines.embedded_process import ProcessEngine
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 SECONDS = 0.02
