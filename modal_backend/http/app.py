@@ -33,7 +33,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
-from kalm_integrations.errors import KalmError, NotFoundError, ServiceUnavailableError
+from kalm_integrations.errors import KalmError, NotFoundError
 from kalm_integrations.protocol import (
     ECHO_HEADER,
     IDENTITY_HEADER,
@@ -41,15 +41,13 @@ from kalm_integrations.protocol import (
     WARNING_HEADER,
     EmbedRequest,
 )
-from modal_backend.admission import RETRY_AFTER
 from modal_backend.http import json_body
 from modal_backend.http.auth import BearerKeys
-from modal_backend.http.headers import JSON, prefers_packed, timeout
 from modal_backend.http.metrics import CONTENT_TYPE, Metrics
 from modal_backend.http.middleware import RequestMiddleware
 from modal_backend.http.openapi import document
 from modal_backend.http.responses import ErrorResponse, Model, Models, Status, render, response
-from modal_backend.http.schema import EmbeddingsBody, quoted
+from modal_backend.http.schema import JSON, EmbeddingsBody, prefers_packed, timeout
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -166,10 +164,7 @@ class _Handlers:
         count, role = len(parsed.texts), parsed.role
         work = self._service.embed(parsed)
         del parsed, body  # texts that the service truncates need not stay in memory
-        try:
-            result = await _unless_disconnected(request, work)
-        except asyncio.CancelledError:  # by the server, at the end of its grace period
-            raise ServiceUnavailableError("the service is stopping.", RETRY_AFTER) from None
+        result = await _unless_disconnected(request, work)
 
         self.metrics.texts.labels(role).inc(count)
         self.metrics.tokens.labels(role).inc(result.usage.tokens)
@@ -233,7 +228,7 @@ class _Handlers:
     def _check_model(self, name: str | None) -> None:
         served = self._service.identity.model
         if name is not None and name != served:
-            raise NotFoundError(f"model {quoted(name)} is not served here; {served!r} is.")
+            raise NotFoundError(f"model {name!r} is not served here; {served!r} is.")
 
 
 def _json(body: BaseModel) -> Response:
@@ -267,12 +262,12 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, headers = request.url.path, dict(error.headers or {})
     if allowed := headers.get("Allow"):
-        message = f"{request.method} is not allowed at {quoted(path)}; use {allowed}."
+        message = f"{request.method} is not allowed at {path!r}; use {allowed}."
     else:
         paths = {route.path.rpartition("/")[2]: route.path for route in request.app.routes}
         matches = [paths[name] for name in path.lower().split("/") if name in paths]
         hint = f"; the path is {matches[-1]}" if matches else ""
-        message = f"there is no route {quoted(path)}{hint}."
+        message = f"there is no route {path!r}{hint}."
     return ErrorResponse(NotFoundError(message), error.status_code, headers)
 
 

@@ -107,7 +107,7 @@ class RequestMiddleware:
         self._in_progress += 1
         try:
             await self._app(scope, receive, send_with_headers)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # by the server, at the end of its grace period
             if not self._stopping():
                 raise
             if not started:

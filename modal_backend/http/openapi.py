@@ -17,10 +17,9 @@ from kalm_integrations.protocol import (
     WARNING_HEADER,
 )
 from kalm_integrations.version import __version__
-from modal_backend.http.headers import JSON
 from modal_backend.http.metrics import CONTENT_TYPE
 from modal_backend.http.responses import Embeddings, Model, Models, OpenAIErrorBody, Status
-from modal_backend.http.schema import EmbeddingsBody
+from modal_backend.http.schema import JSON, EmbeddingsBody
 from modal_backend.service import MAX_TEXTS
 
 _MODELS: Final[list[tuple[type[BaseModel], JsonSchemaMode]]] = [

@@ -21,6 +21,7 @@ from modal_backend.service import EmbeddingService
 
 Part = bytes | memoryview
 _ROWS_PER_PART: Final = 8
+_MAX_MESSAGE: Final = 700
 
 
 class ResponseBody(BaseModel):
@@ -122,9 +123,12 @@ class OpenAIErrorBody(ResponseBody):
     def of(cls, error: KalmError) -> Self:
         """The body that describes `error`."""
         body = ErrorBody.of(error)
+        message = body.message  # it may quote a field or header of any length
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
         return cls(
             error=OpenAIError(
-                **dict(body),
+                **dict(body) | {"message": message},
                 type="invalid_request_error" if error.status < 500 else "server_error",
                 param=f"input[{body.invalid[0].index}]" if body.invalid else None,
             )

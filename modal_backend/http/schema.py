@@ -1,4 +1,4 @@
-"""The body of an embeddings request.
+"""Requests of the HTTP API: body and headers.
 
 Source: OpenAI's API reference, "Create embeddings"; our own fields are marked. An unknown field is
 refused: ignoring one that changes vectors would silently return wrong vectors. A field that is null
@@ -7,9 +7,11 @@ counts as absent, because clients send fields that their own callers left out.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers
 
 from kalm_integrations import prompts
 from kalm_integrations.codec import MEDIA_TYPE
@@ -19,16 +21,16 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
 )
 from kalm_integrations.prompts import Role
-from kalm_integrations.protocol import EmbedRequest, Truncate, VectorDtype
+from kalm_integrations.protocol import TIMEOUT_HEADER, EmbedRequest, Truncate, VectorDtype
 from kalm_integrations.validation import MAX_CHARACTERS
 from modal_backend.http import json_body
 
+JSON: Final = "application/json"
 MAX_INSTRUCTION: Final = 16_384
 """Most characters in an instruction."""
 MAX_PROMPTED: Final = 16 * 2**20
 """Most characters in the texts of a request, with the instruction in each of them."""
 _MAX_REPORTED_ERRORS: Final = 5
-_MAX_QUOTED: Final = 200
 
 
 class EmbeddingsBody(BaseModel):
@@ -76,9 +78,10 @@ class EmbeddingsBody(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             details = error.errors(include_url=False, include_input=False, include_context=False)
+        names = [str(detail["loc"][0]) for detail in details]
         messages = [
-            f"{_field_name(detail['loc'])}: {detail['msg']}"
-            for detail in details[:_MAX_REPORTED_ERRORS]
+            f"{name if name.isidentifier() else repr(name)}: {detail['msg']}"
+            for name, detail in zip(names, details[:_MAX_REPORTED_ERRORS], strict=False)
         ]
         more = len(details) - len(messages)
         raise ConfigurationError("; ".join(messages) + (f"; and {more} more." if more else "."))
@@ -96,7 +99,8 @@ class EmbeddingsBody(BaseModel):
             raise InvalidArgumentError("input is neither a string nor a list of strings.")
         if not self.input:
             raise InvalidArgumentError("input is empty: a list without a text.")
-        if all(isinstance(item, int) or _is_token_ids(item) for item in self.input):
+        lists = (item if isinstance(item, list) else [item] for item in self.input)
+        if all(isinstance(item, int) for items in lists for item in items):
             raise InvalidArgumentError(json_body.IDS_REFUSED)
         return self.input
 
@@ -124,7 +128,7 @@ class EmbeddingsBody(BaseModel):
             try:
                 template = prompts.resolve(self.instruction)
             except ValueError as error:
-                raise ConfigurationError(f"instruction: {_shortened(str(error))}.") from None
+                raise ConfigurationError(f"instruction: {error}.") from None
         elif self.input_type == "query":
             template = query_template
         texts = self.texts
@@ -139,29 +143,6 @@ class EmbeddingsBody(BaseModel):
             dtype=dtype,
             timeout=timeout,
         )
-
-
-def quoted(value: str) -> str:
-    """`value` for a message: in quotes, and shortened if it is long."""
-    if len(value) <= _MAX_QUOTED:
-        return repr(value)
-    return f"{value[:_MAX_QUOTED]!r}... ({len(value):,} characters)"
-
-
-def _field_name(location: tuple[int | str, ...]) -> str:
-    if not location:
-        return "the body"
-    name = str(location[0])
-    return name if name.isidentifier() and len(name) < 100 else quoted(name)
-
-
-def _shortened(message: str) -> str:
-    """`message` without its middle, if what it quotes is long."""
-    return message if len(message) <= 600 else f"{message[:200]} ... {message[-300:]}"
-
-
-def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, int) for item in value)
 
 
 def _prompted(template: str, texts: list[Any], truncate: Truncate) -> list[Any]:
@@ -180,3 +161,47 @@ def _prompted(template: str, texts: list[Any], truncate: Truncate) -> list[Any]:
         prompts.apply(template, text) if isinstance(text, str) and text.strip() else text
         for text in texts
     ]
+
+
+def prefers_packed(headers: Headers) -> bool:
+    """Whether the caller prefers packed vectors to JSON.
+
+    The default is JSON: for equal weights, `*/*`, no header, and if neither type is accepted.
+    """
+    accept = ",".join(headers.getlist("accept"))
+    return _weight(MEDIA_TYPE, accept) > _weight(JSON, accept)
+
+
+def timeout(headers: Headers) -> float | None:
+    """Seconds that the caller waits; None without the header.
+
+    Raises:
+        ConfigurationError: It is not a positive number of seconds.
+    """
+    value = headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigurationError(f"{TIMEOUT_HEADER}: {value!r} is not a number of seconds.")
+    return seconds
+
+
+def _weight(media_type: str, accept: str) -> float:
+    """The weight of a media type in an Accept header: that of its most specific range (RFC 9110,
+    12.5.1). Malformed ranges are skipped."""
+    ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+    weights: dict[str, float] = {}
+    for choice in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in choice.split(";"))
+        values = [part[2:] for part in parameters if part.startswith("q=")]
+        try:
+            weight = float(values[0]) if values else 1.0
+        except ValueError:
+            continue
+        if name in ranges and 0 <= weight <= 1:
+            weights[name] = max(weight, weights.get(name, 0.0))
+    return next((weights[name] for name in ranges if name in weights), 0.0)

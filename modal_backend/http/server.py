@@ -179,7 +179,7 @@ class HttpServer(uvicorn.Server):
         for listener in self.listeners:
             try:
                 listener.listen(BACKLOG)
-            except OSError as error:  # another process has taken the port since `bind`
+            except OSError as error:  # another process listens on the port since `bind`
                 host, port, *_ = listener.getsockname()
                 raise _cannot_listen(host, port, error) from error
         self.table.limit = connection_limit()

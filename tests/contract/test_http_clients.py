@@ -22,7 +22,7 @@ from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from pydantic import SecretStr
 from scripted import vectors_of
-from serving import FaultyServer, Received, packed, serving
+from serving import FaultyServer, Received, embedded_engine, packed, serving
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, llama_index
 from kalm_integrations.errors import (
@@ -35,7 +35,6 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
 from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
@@ -47,7 +46,7 @@ TEXTS = ["K2 is 8,611 metres high.", "Brot geht auf.", "  two\n\nparagraphs ", "
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys([SecretStr(KEY)]))
+    return create_app(EmbeddingService(embedded_engine()), keys=BearerKeys([SecretStr(KEY)]))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def expected() -> np.ndarray[Any, Any]:
     return KalmClient(backend="local", vector_dtype="float32").embed(TEXTS).vectors
 
 
-class TestForeignClients:
+class TestOtherClients:
     def test_openai(self, url: str, expected: Any) -> None:
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
             answer = client.embeddings.create(input=TEXTS, model=MODEL)
@@ -121,7 +120,7 @@ class TestForeignClients:
         assert np.allclose(rows, expected, atol=1e-6)
 
 
-class TestOurs:
+class TestOurClients:
     @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
     def test_base_url_with_and_without_v1(self, url: str, expected: Any, suffix: str) -> None:
         with KalmClient(base_url=url + suffix, api_key=KEY, model=MODEL) as client:
@@ -150,7 +149,7 @@ class TestOurs:
             assert np.allclose(client.embed(TEXTS).vectors, expected, atol=1e-3)
             assert KEY not in repr(client) + str(client.config.model_dump())
 
-    def test_the_roles_and_the_caller_s_wait_arrive(self, url: str) -> None:
+    def test_roles_and_deadline_are_sent(self, url: str) -> None:
         with (
             FaultyServer() as server,
             KalmClient(
@@ -173,7 +172,7 @@ class TestOurs:
                 client.embed([f"text {i}"])
             assert len(server._tasks) == 1
 
-    def test_a_connection_that_the_server_closed_meanwhile_costs_nothing(
+    def test_a_connection_closed_by_the_server_is_replaced_without_a_retry(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         async def answer_and_close(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -205,7 +204,7 @@ class TestOurs:
                 time.sleep(0.01)
             assert not server._tasks
 
-    def test_a_script_that_closes_nothing_ends_without_a_word(self) -> None:
+    def test_a_script_that_closes_nothing_exits_without_output(self) -> None:
         with FaultyServer() as server:
             code = (
                 "from kalm_integrations import KalmClient\n"
@@ -234,7 +233,7 @@ class TestOurs:
             with pytest.raises(AuthenticationError, match="KALM_API_KEY"):
                 client.embed(["a"])
 
-    def test_kalm_is_expected_unless_told_otherwise(self, url: str) -> None:
+    def test_kalm_is_the_default_expected_model(self, url: str) -> None:
         with KalmClient(base_url=url, api_key=KEY) as client:
             with pytest.raises(IdentityMismatchError, match="expected tencent/KaLM"):
                 client.warm_up()
@@ -247,7 +246,9 @@ class TestOurs:
 
 
 class TestPlainServers:
-    def test_vectors_and_one_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_unverified_vectors_are_returned_with_one_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with (
             FaultyServer(ours=False) as server,
             KalmClient(base_url=server.url, model="some/model", batch_size=2) as client,
@@ -261,7 +262,7 @@ class TestPlainServers:
         for ours in (b"truncate", b"priority", b"embed_dtype"):
             assert ours not in sent
 
-    def test_an_expected_identity_cannot_be_met(self) -> None:
+    def test_an_expected_identity_is_refused(self) -> None:
         with (
             FaultyServer(ours=False) as server,
             KalmClient(
@@ -271,7 +272,7 @@ class TestPlainServers:
         ):
             client.embed(TEXTS)
 
-    def test_what_it_cannot_do_is_refused(self) -> None:
+    def test_unsupported_options_are_refused(self) -> None:
         with (
             FaultyServer(ours=False) as server,
             KalmClient(base_url=server.url, model=MODEL, truncate="end") as client,
@@ -279,7 +280,7 @@ class TestPlainServers:
         ):
             client.embed(TEXTS)
 
-    def test_no_texts_of_a_model_that_nobody_knows(self) -> None:
+    def test_no_texts_of_an_unknown_model(self) -> None:
         with KalmClient(base_url="http://127.0.0.1:9", model="some/model") as client:
             assert client.embed([]).vectors.shape == (0, 0)
 
@@ -296,9 +297,9 @@ class TestNetwork:
             blob.write_to_path(chain, append=True)
         authority.cert_pem.write_to_path(root)
         with serving(app, ssl_certfile=str(chain), ssl_keyfile=str(key)) as url:
-            with KalmClient(base_url=url, api_key=KEY, model=MODEL) as stranger:
+            with KalmClient(base_url=url, api_key=KEY, model=MODEL) as untrusting:
                 with pytest.raises(ConfigurationError, match="SSL_CERT_FILE"):
-                    stranger.embed(TEXTS)
+                    untrusting.embed(TEXTS)
             monkeypatch.setenv("SSL_CERT_FILE", str(root))
             assert ssl.get_default_verify_paths().openssl_cafile_env == "SSL_CERT_FILE"
             with KalmClient(base_url=url, api_key=KEY, model=MODEL) as client:

@@ -2,7 +2,7 @@
 """What a caller gets when HTTP goes wrong, over a real server that misbehaves.
 
 Ten texts travel in two requests, one after the other; the fault hits the second. For each fault:
-the class and message of the error, how often the service was asked, and what survived. The sync
+the class and message of the error, the number of requests, and the finished vectors. The sync
 and the async way give the same.
 """
 
@@ -87,12 +87,12 @@ async def redirect(request: Received, writer: asyncio.StreamWriter) -> None:
 
 @dataclass
 class Fault:
-    """`steps` go on for ever if there is one; `asked` counts requests to /v1/embeddings."""
+    """A single step is repeated for ever; `requests` counts those to /v1/embeddings."""
 
     steps: list[Step]
     error: type[errors.KalmError]
     message: str
-    asked: int
+    requests: int
     ours: bool = True
     timeout: float = 30
 
@@ -185,7 +185,7 @@ def test_fault(name: str, way: str) -> None:
     import re
 
     assert re.search(fault.message, str(error)), error
-    assert len(server.posted) == fault.asked
+    assert len(server.posted) == fault.requests
     assert error.partial is not None
     assert error.partial.indices.tolist() == [0, 1, 2, 3, 4]
     assert np.array_equal(error.partial.vectors, vectors_of(TEXTS[:5]))
@@ -210,7 +210,7 @@ PASSING: dict[str, list[Step]] = {
 
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("name", PASSING)
-def test_what_passes_costs_nothing(name: str, way: str) -> None:
+def test_a_transient_fault_is_retried(name: str, way: str) -> None:
     with FaultyServer([None, *PASSING[name]]) as server:
         client = client_of(server)
         assert call(client, way) is None
@@ -252,7 +252,7 @@ def test_shuffled_indices_are_put_in_order() -> None:
         client.close()
 
 
-def test_nobody_listens() -> None:
+def test_a_refused_connection() -> None:
     with FaultyServer() as server:
         pass
     client = client_of(server)
@@ -262,7 +262,7 @@ def test_nobody_listens() -> None:
     assert "Connect call failed" in str(error)
 
 
-def test_the_frameworks_store_holds_no_row_that_it_should_not() -> None:
+def test_a_failed_call_adds_nothing_to_a_vector_store() -> None:
     with FaultyServer([None, poisoned(NAN)]) as server:
         settings: dict[str, Any] = {"model": EMBEDDED.space.model, "batch_size": 5}
         embeddings = KalmModalEmbeddings(base_url=server.url, max_concurrency=1, **settings)
