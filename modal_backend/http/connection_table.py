@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from heapq import nsmallest
-from operator import attrgetter
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from kalm_integrations.errors import ServiceUnavailableError
-from modal_backend.http.responses import OpenAIErrorBody
+from modal_backend.http.responses import ErrorResponse
 
 if TYPE_CHECKING:
     from modal_backend.http.connections import Connection
 
-_MAX_CLOSED_AT_ONCE: Final = 64
+_MAX_EVICTED_AT_ONCE: Final = 32
 _CHECK_SECONDS: Final = 0.05
 _UNAUTHORIZED_PER_SECOND: Final = 1_000
 """Connections without a valid key that may come and go in a second. It determines how long each of
@@ -34,9 +33,7 @@ def final_response(status: int, fields: str, body: bytes) -> bytes:
 _SERVER_FULL: Final = final_response(
     503,
     "content-type: application/json\r\nretry-after: 1\r\n",
-    OpenAIErrorBody.of(ServiceUnavailableError("the server has too many connections.", 1.0))
-    .model_dump_json()
-    .encode(),
+    bytes(ErrorResponse(ServiceUnavailableError("the server has too many connections.", 1.0)).body),
 )
 
 
@@ -56,15 +53,33 @@ class ConnectionTable:
         self.timed_out = 0
         """Connections closed because of a deadline."""
         self.connections: set[Connection] = set()
+        # Both in the order of `Connection.since`; the values are not used. What is in neither has a
+        # request with a valid key in progress, or is being closed.
+        self._unauthorized: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
         self._removed = asyncio.Event()
 
     def __len__(self) -> int:
         return self.connecting + len(self.connections)
 
+    def update(self, connection: Connection) -> None:
+        """Note that a connection was opened, has sent a header or has got a response."""
+        self._unlist(connection)
+        self.connections.add(connection)
+        connection.since = connection.loop.time()
+        # The key of a request that has just arrived is not checked yet.
+        listed = self._idle if connection.authorized else self._unauthorized
+        listed[connection] = None
+
     def remove(self, connection: Connection) -> None:
         """Remove a connection that has ended."""
+        self._unlist(connection)
         self.connections.discard(connection)
         self._removed.set()
+
+    def _unlist(self, connection: Connection) -> None:
+        self._unauthorized.pop(connection, None)
+        self._idle.pop(connection, None)
 
     async def wait_for_capacity(self) -> None:
         """Wait until one more connection may be accepted.
@@ -101,20 +116,21 @@ class ConnectionTable:
         """Close connections to make room for others. Returns whether there were any to close."""
         now = asyncio.get_running_loop().time()
         patience = min(self.limit / _UNAUTHORIZED_PER_SECOND, _MAX_UNAUTHORIZED_SECONDS)
-        unauthorized, idle = [], []
-        for connection in self.connections:
-            age = now - connection.since
-            if not connection.authorized and age >= patience:
-                unauthorized.append(connection)
-            elif connection.authorized and connection.idle and age > _IDLE_SECONDS:
-                idle.append(connection)
-        by_age = attrgetter("since")
-        evicted = nsmallest(_MAX_CLOSED_AT_ONCE, unauthorized, key=by_age)
-        evicted = evicted or nsmallest(1, idle, key=by_age)
+        evicted: list[Connection] = []
+        for connection in list(self._unauthorized):
+            if connection.since + patience > now or len(evicted) == _MAX_EVICTED_AT_ONCE:
+                break
+            if connection.authorized:  # its key has been checked since then
+                self._unlist(connection)
+            else:
+                evicted.append(connection)
+        if not evicted:
+            evicted = [each for each in islice(self._idle, 1) if each.since + _IDLE_SECONDS < now]
         for connection in evicted:
             if not connection.has_requested and not connection.refused:
                 # The response to the request that it may be about to send.
                 connection.transport.write(_SERVER_FULL)
+            self._unlist(connection)
             connection.transport.abort()
         self.evicted += len(evicted)
         return bool(evicted)

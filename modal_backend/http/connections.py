@@ -96,9 +96,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
-        self.since = self.loop.time()
+        self._table.update(self)
         self._deadline = self.since + HEADER_SECONDS
-        self._table.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -170,7 +169,7 @@ class Connection(HttpToolsProtocol):
         self._request = self.scope
         self._reading = "body"
         self._overhead = 0
-        self.since = self.loop.time()
+        self._table.update(self)
         self._deadline = self.since + BODY_SECONDS
         if self._table.full or self._table.stopping:
             self.close_after_response()
@@ -199,7 +198,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._deadline = self.loop.time() + STALLED_SECONDS
         elif self.idle:  # there is no further request yet
-            self.since = self.loop.time()
+            self._table.update(self)
             if not self._reading:
                 self._wait_for_next()
             elif not self.authorized:

@@ -110,29 +110,28 @@ class OpenAIError(ResponseBody, ErrorBody):
     in `input`; after `retry_after` seconds a retry may succeed. `code` is stable; docs/errors.md
     lists them."""
 
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None
+    type: Literal["invalid_request_error", "server_error"] = "server_error"
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: KalmError) -> Self:
+        """The body that describes `error`."""
+        body = super().of(error)
+        message = body.message  # it may quote a field or header of any length
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+        update = {
+            "message": message,
+            "type": "invalid_request_error" if error.status < 500 else "server_error",
+            "param": f"input[{body.invalid[0].index}]" if body.invalid else None,
+        }
+        return body.model_copy(update=update)  # not validated again: an overload sends thousands
 
 
 class OpenAIErrorBody(ResponseBody):
     """An error."""
 
     error: OpenAIError
-
-    @classmethod
-    def of(cls, error: KalmError) -> Self:
-        """The body that describes `error`."""
-        body = ErrorBody.of(error)
-        message = body.message  # it may quote a field or header of any length
-        if len(message) > _MAX_MESSAGE:
-            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
-        return cls(
-            error=OpenAIError(
-                **dict(body) | {"message": message},
-                type="invalid_request_error" if error.status < 500 else "server_error",
-                param=f"input[{body.invalid[0].index}]" if body.invalid else None,
-            )
-        )
 
 
 class ErrorResponse(Response):
@@ -150,7 +149,7 @@ class ErrorResponse(Response):
         self, error: KalmError, status: int | None = None, headers: dict[str, str] | None = None
     ) -> None:
         self._code = error.code
-        body = OpenAIErrorBody.of(error).model_dump_json()
+        body = f'{{"error":{OpenAIError.of(error).model_dump_json()}}}'
         headers = error_headers(error) if headers is None else headers
         super().__init__(body, status or error.status, headers)
 

@@ -8,6 +8,7 @@ counts as absent, because clients send fields that their own callers left out.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -190,6 +191,7 @@ def timeout(headers: Headers) -> float | None:
     return seconds
 
 
+@lru_cache(maxsize=64)  # clients send the same header again and again
 def _weight(media_type: str, accept: str) -> float:
     """The weight of a media type in an Accept header: that of its most specific range (RFC 9110,
     12.5.1). Malformed ranges are skipped."""
