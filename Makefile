@@ -65,7 +65,7 @@ image-lock: $(VENV)/.dev
 bench-client: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/client/run.py
 	$(BENCH_VENV)/bin/python benchmarks/client/streaming.py
-	$(BENCH_VENV)/bin/python benchmarks/client/door.py
+	$(BENCH_VENV)/bin/python benchmarks/client/http_endpoint.py
 	$(BENCH_VENV)/bin/python benchmarks/client/rpc.py
 
 clean:

@@ -141,13 +141,13 @@ class VLLMEmbeddingSnapshot(EngineContainer):
     def prepared(self) -> None:
         """Build the doors."""
         from modal_backend.http.app import create_app
-        from modal_backend.http.middleware import BearerKeys
+        from modal_backend.http.auth import BearerKeys
 
         self.keys = BearerKeys([] if settings.needs_bearer else None)
         self.door = create_app(
             self.lifecycle.service,
             keys=self.keys,
-            max_inside=settings.http_concurrency,
+            max_concurrency=settings.http_concurrency,
             phases=self.lifecycle.phases,
         )
 
@@ -156,7 +156,7 @@ class VLLMEmbeddingSnapshot(EngineContainer):
         if settings.needs_bearer:
             # A Secret that has lost its key keeps everybody out; raising here would start another
             # container, and another.
-            self.keys.accept([SecretStr(os.environ.get("KALM_API_KEY", ""))])
+            self.keys.replace([SecretStr(os.environ.get("KALM_API_KEY", ""))])
 
     @modal.method()
     async def embed(self, sentences: list[str]) -> list[list[float]]:

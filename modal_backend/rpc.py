@@ -1,7 +1,7 @@
-"""The RPC door: what `VLLMEmbeddingSnapshot`'s methods do, without Modal.
+"""The RPC endpoint: the methods of `VLLMEmbeddingSnapshot`, without Modal.
 
-Arguments and answers are built-in types only. Modal's client unpickles what a method returns or
-raises; a caller needs none of our classes for it, not even numpy.
+Arguments and results are built-in types only. Modal's client unpickles what a method returns or
+raises, so callers need none of our classes, not even numpy.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ log = logging.getLogger(__name__)
 
 
 async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[float]]:
-    """Vectors as lists of floats; no instruction is added.
+    """Embed sentences as they are, without an instruction.
+
+    Returns:
+        One list of floats per sentence.
 
     Raises:
-        RuntimeError: Whatever failed, with our error's code and message.
+        RuntimeError: Any failure, with the code and message of our error.
     """
     role: Role = "query" if isinstance(sentences, list) and len(sentences) == 1 else "document"
     try:
-        answer = await _answer(service, {"texts": sentences, "role": role, "dtype": "float32"})
+        response = await _answer(service, {"texts": sentences, "role": role, "dtype": "float32"})
     except KalmError as error:
-        # Ours would need this package, in this version, to be unpickled.
+        # Unpickling our own class would need this package, in this version.
         raise RuntimeError(f"{error.code}: {error}") from None
-    vectors: list[list[float]] = answer.vectors.tolist()
+    vectors: list[list[float]] = response.vectors.tolist()
     return vectors
 
 
 async def embed_with_metadata(
     service: EmbeddingService, sentences: list[str]
 ) -> list[dict[str, Any]]:
-    """`embed`, one {"text", "embedding", "dimension"} for each sentence."""
+    """Like `embed`, with {"text", "embedding", "dimension"} for each sentence."""
     vectors = await embed(service, sentences)
     return [
         {"text": text, "embedding": vector, "dimension": len(vector)}
@@ -50,9 +53,9 @@ async def embed_with_metadata(
 
 
 async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What our client calls: {"packed": safetensors} or {"error": fields}; see `wire`.
+    """Answer our client's request: {"packed": safetensors} or {"error": fields}; see `protocol`.
 
-    Errors travel as data: an exception would be logged by every hand it passes through.
+    Errors are returned as data, because Modal logs every exception.
     """
     try:
         return {"packed": pack(await _answer(service, request))}
@@ -67,16 +70,16 @@ def describe(
     restored: bool = False,
     engine_age: float = 0.0,
 ) -> dict[str, Any]:
-    """Describe the service: identity, limits, version, warnings, and how it started; or an error,
-    as `embed_packed`.
+    """Describe the service: version, warnings, how it started, and its identity and limits, or the
+    error that keeps it from serving, as in `embed_packed`.
 
     Args:
-        service: What serves.
+        service: The service.
         phases: Seconds of each phase of the start.
         restored: Whether the container was restored from a snapshot.
         engine_age: Seconds from the end of the load to the start of this container.
     """
-    described: dict[str, Any] = {
+    description: dict[str, Any] = {
         "version": __version__,
         "phases": dict(phases),
         "restored": restored,
@@ -84,28 +87,28 @@ def describe(
         "warnings": [asdict(warning) for warning in service.warnings],
     }
     try:
-        return described | {
+        return description | {
             "identity": service.identity.to_dict(),
             "dimensions": list(service.dimensions),
             "max_tokens": service.max_tokens,
         }
     except KalmError as error:
-        return described | {"error": error_fields(error)}
+        return description | {"error": error_fields(error)}
 
 
 async def _answer(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
     """The response to the request in `fields`.
 
     Raises:
-        KalmError: Always one of these, whatever a stranger sent and whatever broke.
+        KalmError: Any failure, whatever the caller sent.
     """
     try:
         request = EmbedRequest.from_fields(fields)
-        # A single string would pass for the list of its letters.
+        # A single string would be embedded as the list of its letters.
         texts: list[Any] = list(validation.check_collection(request.texts))
         return await service.embed(replace(request, texts=texts))
     except KalmError:
         raise
     except Exception as error:
-        log.exception("a request broke")
+        log.exception("a request failed unexpectedly")
         raise TransportError(f"{type(error).__name__}: {error}.") from error

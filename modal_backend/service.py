@@ -1,4 +1,4 @@
-"""`EmbeddingService`: what every door serves. Limits, dimensions, packing, usage; one engine."""
+"""`EmbeddingService`: answers the requests of all endpoints with one engine."""
 
 from __future__ import annotations
 
@@ -31,72 +31,78 @@ from modal_backend.engines.failed import FailedEngine
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
 MAX_QUERY_CHARACTERS: Final = 8192
-"""Most characters in a request that goes before documents."""
+"""Most characters of a request that goes before documents."""
 _ROWS_AT_ONCE: Final = 16
 _LOOP_CHARACTERS: Final = 65_536
-"""More are checked in a thread, so that the event loop does not stall."""
+"""Longer requests are checked in a thread, so that the event loop does not stall."""
 
 
 class EmbeddingService:
-    """Requests in, answers out, over one loaded engine."""
+    """Validates requests, admits them, and validates the vectors of the engine.
+
+    Args:
+        engine: The loaded engine.
+        admission: Admission control; by default one with the default limits.
+    """
 
     def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self.engine = engine
-        """May be replaced, when a container finds its engine wrong."""
+        """Replaced when its container finds that it is defective."""
         self.admission = admission or Admission()
         self.warnings: tuple[ServiceWarning, ...] = ()
-        """What an operator has to fix; reported over every endpoint."""
+        """Problems that an operator has to fix; reported by every endpoint."""
 
     @property
     def failure(self) -> KalmError | None:
-        """Why nothing is served; None when all is well."""
+        """Why no vectors are served; None if they are."""
         return self.engine.failure if isinstance(self.engine, FailedEngine) else None
 
     @property
     def identity(self) -> SpaceIdentity:
-        """The loaded engine's own."""
+        """The space of the engine's vectors."""
         return self.engine.identity
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """What can be asked for, the native number first."""
+        """The dimensions that a request may have, the native number first."""
         return self.engine.dimensions
 
     @property
     def max_tokens(self) -> int:
-        """Longest text."""
+        """Tokens of the longest text."""
         return self.engine.max_tokens
 
     @property
     def query_template(self) -> str:
-        """What the model wants a query to be set into."""
+        """The model's own template for queries."""
         return self.engine.query_template
 
     @property
     def in_progress(self) -> dict[Role, int]:
-        """Texts queued or computed, by role."""
+        """Texts queued or being computed, by role."""
         return self.admission.in_progress
 
     def check_admission(self, request: EmbedRequest) -> None:
-        """Refuse a request that `embed` would refuse for want of room, at less cost than it does.
+        """Refuse a request that `embed` would refuse because of overload, at a lower cost.
 
         Raises:
-            ServiceUnavailableError: It would not finish in time; says when to retry.
+            ServiceUnavailableError: It would not finish in time. It has the time after which to
+                retry.
         """
         if self.admission.refusing:
             role = _scheduled_role(request)
             self.admission.check(role, request.texts, request.timeout)
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        """Answer one request.
+        """Embed the texts of a request.
 
         Raises:
             InvalidInputError: Texts that cannot be embedded, by index within the request.
-            ConfigurationError: Dimensions that the engine does not have.
+            ConfigurationError: The engine does not have these dimensions.
             RequestTooLargeError: Over `MAX_TEXTS` texts.
             DeadlineExceededError: `request.timeout` passed, or will before all is embedded.
             ServiceUnavailableError: Too much is queued for it to finish in time.
-            InvalidResponseError: The engine gave wrong vectors, or too few. None is handed out.
+            InvalidResponseError: The engine returned invalid vectors, or too few; none is returned.
             KalmError: `failure`, if there is one.
         """
         if self.failure is not None:
@@ -116,7 +122,7 @@ class EmbeddingService:
             texts, digest = _prepare(request)
         else:
             texts, digest = await asyncio.to_thread(_prepare, request)
-        request = replace(request, texts=texts)  # what was cut off need not stay in memory
+        request = replace(request, texts=texts)  # truncated parts need not stay in memory
         with self.admission.admit(role, texts, request.timeout) as admitted:
             output = await self.engine.embed(
                 texts,
@@ -127,27 +133,27 @@ class EmbeddingService:
             )
         if output.vectors.shape != (len(texts), self.engine.dimensions[0]):
             raise InvalidResponseError(
-                f"the engine gave {output.vectors.shape} for {len(texts)} texts."
+                f"the engine returned {output.vectors.shape} for {len(texts)} texts."
             )
         dimensions = request.dimensions or self.engine.dimensions[0]
         vectors: Vectors = output.vectors
-        as_they_are = vectors.shape[1] == dimensions and vectors.dtype == request.dtype
-        if not as_they_are:
+        convert = vectors.shape[1] != dimensions or vectors.dtype != request.dtype
+        if convert:
             vectors = np.empty((len(texts), dimensions), dtype=request.dtype)
-        wrong: list[InvalidText] = []
+        invalid: list[InvalidText] = []
         for start in range(0, len(texts), _ROWS_AT_ONCE):
             if start:
-                await asyncio.sleep(0)  # of so many, others need not wait for all
+                await asyncio.sleep(0)  # other requests run in between
             rows = output.vectors[start : start + _ROWS_AT_ONCE]
-            bad = invalid_rows(rows)  # most callers over HTTP check nothing
-            if not bad and rows.shape[1] != dimensions:
-                rows = _cut(rows, dimensions)
-                bad = invalid_rows(rows)
-            wrong += [replace(text, index=start + text.index) for text in bad]
-            if not as_they_are:
+            errors = invalid_rows(rows)  # most HTTP callers check nothing
+            if not errors and rows.shape[1] != dimensions:
+                rows = _shortened(rows, dimensions)
+                errors = invalid_rows(rows)
+            invalid += [replace(error, index=start + error.index) for error in errors]
+            if convert:
                 vectors[start : start + len(rows)] = rows[:, :dimensions]
-        if wrong:
-            raise InvalidResponseError.of(wrong)
+        if invalid:
+            raise InvalidResponseError.of(invalid)
         return EmbedResponse(
             vectors=vectors,
             identity=self.identity,
@@ -165,27 +171,26 @@ def _characters(request: EmbedRequest) -> int:
 
 
 def _scheduled_role(request: EmbedRequest) -> Role:
-    """The role by which a request is queued: a query that is long would hold up all others."""
+    """The role by which a request is queued. Long queries would delay all others, so they are
+    queued as documents."""
     return request.role if _characters(request) <= MAX_QUERY_CHARACTERS else "document"
 
 
 def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
-    """The texts that the engine gets, and the digest of the request.
+    """The texts for the engine, and the digest of the request.
 
     Raises:
         InvalidInputError: Texts that cannot be embedded.
     """
     texts = request.texts
-    if request.truncate == "end":  # no model takes more, and tokenizing it would take seconds
+    if request.truncate == "end":  # no model reads more, and tokenizing it would take seconds
         texts = [t[: validation.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
     return validation.check_texts(texts, request.truncate), request.digest()
 
 
-def _cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
-    """The first `dimensions` numbers of each vector, of unit length again."""
-    short = vectors[:, :dimensions]
-    lengths = np.linalg.norm(short, axis=1, keepdims=True)
-    cut: NDArray[np.float32] = np.divide(
-        short, lengths, out=np.zeros_like(short), where=lengths > 0
-    )
-    return cut
+def _shortened(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """The first `dimensions` numbers of each vector, normalized to unit length again."""
+    rows = vectors[:, :dimensions]
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    return unit

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from loopback_server import LoopbackServer
@@ -19,7 +20,14 @@ from kalm_integrations.codec import MEDIA_TYPE, pack
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import Usage
+from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.server import HttpServer, ServerOptions, bind
+
+
+@cache
+def embedded_engine() -> EmbeddedEngine:
+    """The real embedded engine. Loading takes seconds, so the tests of a process share one."""
+    return EmbeddedEngine.load()
 
 
 @contextmanager

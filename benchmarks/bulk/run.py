@@ -4,9 +4,9 @@
 
 Three questions. What does a job reach of what the service alone does, with the embedded engine
 behind `kalm serve`? How much memory does it take for 20,000 and for 200,000 rows? And 200,000 rows
-of KaLM's width, from our HTTP door over an engine that costs nothing: how long, how much memory,
-and what is left after a `kill -9` at half time? The three programs use our own client, so that they
-differ in nothing but the way they go about it. Each measurement is a process of its own.
+of KaLM's width, from our HTTP endpoint with an engine that costs nothing: how long, how much
+memory, and what is left after a `kill -9` at half time? The three programs use our own client, so
+that they differ in nothing but the way they go about it. Each measurement is a process of its own.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def main() -> None:
         work(program, Path(path), Path(out), model)
         return
     kalm = [sys.executable, "-m", "kalm_integrations.cli"]
-    instant = [sys.executable, HERE.parent / "client" / "door.py", "serve", "--port", PORT]
+    instant = [sys.executable, HERE.parent / "client" / "http_endpoint.py", "serve", "--port", PORT]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         few, many = corpus(folder / "few.jsonl", FEW), corpus(folder / "many.jsonl", MANY)

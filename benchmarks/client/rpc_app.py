@@ -1,4 +1,4 @@
-"""The app that `rpc.py` measures: the real RPC door over an engine that costs nothing."""
+"""The app that `rpc.py` measures: the real RPC endpoint over an engine that costs nothing."""
 
 from __future__ import annotations
 

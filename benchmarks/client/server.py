@@ -29,7 +29,7 @@ from kalm_integrations import models
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, VectorDtype
 from kalm_integrations.result import Usage
-from modal_backend.http.schema import render
+from modal_backend.http.responses import render
 
 DIMENSIONS = 3840
 MODEL = models.KALM.space.model

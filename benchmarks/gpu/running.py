@@ -146,7 +146,7 @@ class Running:
         from pydantic import SecretStr
 
         from modal_backend.http.app import create_app
-        from modal_backend.http.middleware import BearerKeys
+        from modal_backend.http.auth import BearerKeys
         from modal_backend.service import EmbeddingService
 
         keys = BearerKeys([SecretStr("benchmark")])

@@ -168,16 +168,16 @@ def connections() -> bool:
             attacker = Process(target=run_attack, args=(served.port, number, sent, reconnect))
             attacker.start()
             try:
-                found = asyncio.run(ask(served))
+                result = asyncio.run(ask(served))
             finally:
                 attacker.kill()
                 attacker.join()
-        times, statuses = found["times"], found["statuses"]
-        met &= set(statuses) == {200} and max(times) < LONGEST_QUERY and found["log"] < MOST_LOG
+        times, statuses = result["times"], result["statuses"]
+        met &= set(statuses) == {200} and max(times) < LONGEST_QUERY and result["log"] < MOST_LOG
         print(
             f"| {name} | {files} | {dict(statuses)} | {1000 * max(times):.0f} "
-            f"| {1000 * statistics.median(times):.0f} | {found['log'] / 1000:.1f} "
-            f"| {100 * found['cpu']:.0f} % |",
+            f"| {1000 * statistics.median(times):.0f} | {result['log'] / 1000:.1f} "
+            f"| {100 * result['cpu']:.0f} % |",
             flush=True,
         )
     print(
@@ -201,7 +201,7 @@ def serve_instant(server: str, port: int) -> None:
     from instant import InstantEngine
 
     from modal_backend.http.app import create_app
-    from modal_backend.http.middleware import BearerKeys
+    from modal_backend.http.auth import BearerKeys
     from modal_backend.http.server import HttpServer, bind
     from modal_backend.service import EmbeddingService
 
@@ -242,7 +242,7 @@ def speed() -> None:
     """Print the table. Processor time, because a busy machine changes it least."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "client"))
     servers = ("h11", "httptools", "kalm serve")
-    found: dict[str, list[float]] = {server: [] for server in servers}
+    result: dict[str, list[float]] = {server: [] for server in servers}
     for round_ in range(5):
         for i, server in enumerate(servers):
             port = 8_450 + i
@@ -252,17 +252,17 @@ def speed() -> None:
                 assert process.pid is not None
                 cpu = cpu_of_queries(port, process.pid, 2_000)
                 if round_:
-                    found[server].append(cpu)
+                    result[server].append(cpu)
             finally:
                 process.kill()
                 process.join()
     print("| server | CPU of a query, µs |\n|---|---|")
-    for server, figures in found.items():
+    for server, figures in result.items():
         print(f"| {server} | {statistics.median(figures):.0f} |")
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the chosen measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speed", action="store_true")
     if parser.parse_args().speed:

@@ -178,9 +178,9 @@ def poll(port: int, pipe: Connection) -> None:
         while not stop.is_set():
             start = time.perf_counter()
             status, _ = ask(port, method, path, body)
-            taken = time.perf_counter() - start
+            seconds = time.perf_counter() - start
             # A refusal counts as no answer at all.
-            longest[path] = max(longest[path], taken if status == 200 else _PATIENCE)
+            longest[path] = max(longest[path], seconds if status == 200 else _PATIENCE)
             time.sleep(0.005)
 
     threads = [

@@ -90,22 +90,24 @@ class Retries:
 
     async def sample(self, refused: Outcome) -> None:
         """Retry `refused`, unless some are being retried."""
-        told = refused.retry_after
-        if self._busy == 4 or told is None or told > self.deadline:
+        retry_after = refused.retry_after
+        if self._busy == 4 or retry_after is None or retry_after > self.deadline:
             return
         self._busy += 1
         self._polling = polling = not self._polling
         try:
             if not polling:
-                await asyncio.sleep(told)
+                await asyncio.sleep(retry_after)
                 again = await self._retry(refused)
                 self.first.append(again.status == 200)
                 return
             again = refused
-            while again.status != 200 and again.sent < refused.ended + 4 * told + 2:
-                await asyncio.sleep(max(told / 8, 0.04))
+            while again.status != 200 and again.sent < refused.ended + 4 * retry_after + 2:
+                await asyncio.sleep(max(retry_after / 8, 0.04))
                 again = await self._retry(refused)
-            self.ratios.append(told / (again.sent - refused.ended) if again.status == 200 else 0)
+            self.ratios.append(
+                retry_after / (again.sent - refused.ended) if again.status == 200 else 0
+            )
         finally:
             self._busy -= 1
 

@@ -1,15 +1,15 @@
-"""The HTTP API: an OpenAI-compatible ASGI app over the one service.
+"""The HTTP API: an OpenAI-compatible ASGI app for the service.
 
 | route | credential | |
 |---|---|---|
-| POST /v1/embeddings | key | OpenAI's, with our extensions (`openai_schema`) |
+| POST /v1/embeddings | key | OpenAI's, with our extensions (`schema`) |
 | GET /v1/models, /v1/models/{id} | key | the model, with its identity |
-| GET /ready | key | 200 when vectors are served; 503 with the reason when not |
+| GET /ready | key | 200 if vectors are served, else 503 with the reason |
 | GET /metrics | key | Prometheus |
 | GET /openapi.json | key | this API, as an OpenAPI document |
 | GET /health | none | 200 while the process runs |
 
-Polling any of them keeps a scale-to-zero container up, and paid.
+Polling any of them keeps a scale-to-zero container running, and billed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,22 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
-from functools import lru_cache, partial
-from typing import Final
+from typing import Final, TypeVar
 
+from pydantic import BaseModel
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope
+from starlette.types import ASGIApp
 
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
-from kalm_integrations.errors import (
-    KalmError,
-    NotFoundError,
-    ServiceUnavailableError,
-)
-from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.errors import KalmError, NotFoundError
 from kalm_integrations.protocol import (
     ECHO_HEADER,
     IDENTITY_HEADER,
@@ -48,38 +41,32 @@ from kalm_integrations.protocol import (
     WARNING_HEADER,
     EmbedRequest,
 )
-from modal_backend.admission import RETRY_AFTER
-from modal_backend.http.headers import JSON, prefers_packed, quoted, timeout
+from modal_backend.http import json_body
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.metrics import CONTENT_TYPE, Metrics
-from modal_backend.http.middleware import BearerKeys, HttpGuard
+from modal_backend.http.middleware import RequestMiddleware
 from modal_backend.http.openapi import document
-from modal_backend.http.responses import (
-    error_response,
-    no_such_route,
-    nobody_listens,
-    read_body,
-    response,
-    unless_disconnected,
-)
-from modal_backend.http.schema import EmbeddingsBody, render
+from modal_backend.http.responses import ErrorResponse, Model, Models, Status, render, response
+from modal_backend.http.schema import JSON, EmbeddingsBody, prefers_packed, timeout
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_BODY_BYTES: Final = 16 * 2**20
-# What is larger is parsed on a thread, or written in parts: the event loop must not stand still.
-_PARSED_BYTES: Final = 65_536
-_RETRY_HEADERS: Final = ("Retry-After", "Retry-After-Ms")
 _EXPOSED_HEADERS: Final = (
-    *(REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER, WARNING_HEADER),
-    *_RETRY_HEADERS,
-)
-"""Headers of answers that a page in a browser may read, beside the ordinary ones."""
-_WRITTEN_BYTES: Final = 2**20
-_WRITTEN_NUMBERS: Final = 65_536
-_LOG_EVERY: Final = 10.0
-"""Seconds between two lines of the log about failures of one kind: an engine that dies, or too much
-to do, fails hundreds of requests in one go. /metrics counts them all."""
+    REQUEST_ID_HEADER, ECHO_HEADER, IDENTITY_HEADER, WARNING_HEADER, "Retry-After",
+    "Retry-After-Ms",
+)  # fmt: skip
+"""Response headers that a page in a browser may read, in addition to the standard ones."""
+_LOOP_BYTES: Final = 65_536
+"""Longer bodies are parsed in a thread, so that the event loop does not stall."""
+_WHOLE_BYTES: Final = 2**20
+_WHOLE_NUMBERS: Final = 65_536
+"""Larger responses are written in parts, for the same reason."""
+_LOG_SECONDS: Final = 10.0
+"""Time between two log lines about errors of one code. An engine that dies, or an overload, fails
+hundreds of requests at once; /metrics counts all of them."""
 
 
 def create_app(
@@ -87,7 +74,7 @@ def create_app(
     *,
     keys: BearerKeys,
     max_body_bytes: int = MAX_BODY_BYTES,
-    max_inside: int | None = None,
+    max_concurrency: int | None = None,
     phases: Mapping[str, float] | None = None,
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
@@ -95,52 +82,44 @@ def create_app(
     """The ASGI app.
 
     Args:
-        service: What answers.
-        keys: Who may enter.
-        max_body_bytes: Larger bodies are refused with 413, without being read whole.
-        max_inside: Most requests at a time; more are refused with 503. None is no limit.
-        phases: Seconds that each phase of the start took, for /metrics.
+        service: Answers the requests.
+        keys: The valid keys.
+        max_body_bytes: Larger bodies are refused with 413, and not read to their end.
+        max_concurrency: Most requests at a time; more are refused with 503. None for no limit.
+        phases: Seconds of each phase of the start, for /metrics.
         cors_origins: Origins whose pages may call from a browser; "*" is every origin.
-        stopping: Whether the server is shutting down and takes no new work.
+        stopping: Whether the server is shutting down and accepts no new requests.
     """
-    door = _Door(service, max_body_bytes, phases or {})
-
-    def identity() -> str | None:
-        return None if service.failure else _fingerprint(service.identity)
-
-    app = _App(
-        routes=[
-            Route("/v1/embeddings", door.embeddings, methods=["POST"]),
-            Route("/v1/models", door.models),
-            Route("/v1/models/{name:path}", door.model),
-            Route("/ready", door.ready),
-            Route("/metrics", door.metrics_page),
-            Route("/openapi.json", door.openapi),
-            Route("/health", door.health),
-        ],
-        exception_handlers={
-            KalmError: door.failed,
-            HTTPException: no_such_route,
-            ClientDisconnect: nobody_listens,
-        },
-    )
-    app.router.redirect_slashes = False
-    guard = HttpGuard(
-        app,
+    handlers = _Handlers(service, max_body_bytes, phases or {})
+    app: ASGIApp = RequestMiddleware(
+        _Routes(
+            routes=[
+                Route("/v1/embeddings", handlers.embeddings, methods=["POST"]),
+                Route("/v1/models", handlers.models),
+                Route("/v1/models/{name:path}", handlers.model),
+                Route("/ready", handlers.ready),
+                Route("/metrics", handlers.metrics_page),
+                Route("/openapi.json", handlers.openapi),
+                Route("/health", handlers.health),
+            ],
+            exception_handlers={
+                KalmError: handlers.failed,
+                HTTPException: _no_such_route,
+                ClientDisconnect: _disconnected,
+            },
+        ),
+        service,
         keys=keys,
-        identity=identity,
-        warnings=lambda: service.warnings,
-        metrics=door.metrics,
-        refuse_early=door.refuse_early,
-        max_inside=max_inside,
+        metrics=handlers.metrics,
+        max_concurrency=max_concurrency,
         stopping=stopping,
     )
     if not cors_origins:
-        return guard
-    # Around the guard: a browser sends no key with its preflight request, and shows a page no
-    # answer without these headers, not even a 401.
+        return app
+    # Outermost: a browser sends no key with its preflight request, and hides every response
+    # without these headers from the page, 401 included.
     return CORSMiddleware(
-        guard,
+        app,
         allow_origins=cors_origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
@@ -148,126 +127,83 @@ def create_app(
     )
 
 
-@lru_cache(maxsize=4)  # it takes longer to compute than to refuse a request
-def _fingerprint(identity: SpaceIdentity) -> str:
-    return identity.fingerprint
-
-
-class _App(Starlette):
-    """An app without `ServerErrorMiddleware`, which would answer what `HttpGuard` answers."""
+class _Routes(Starlette):
+    """Starlette without `ServerErrorMiddleware`, whose work `RequestMiddleware` does, and without
+    redirects: behind a proxy that speaks TLS, some clients would follow them in clear text."""
 
     def build_middleware_stack(self) -> ASGIApp:
+        self.router.redirect_slashes = False
         return ExceptionMiddleware(self.router, handlers=self.exception_handlers)
 
 
-class _Door:
-    """The routes' handlers."""
+class _Handlers:
+    """The handlers of the routes."""
 
     def __init__(
         self, service: EmbeddingService, max_body_bytes: int, phases: Mapping[str, float]
     ) -> None:
         self._service = service
-        self._phases = phases
         self._max_body_bytes = max_body_bytes
         self._parsing = asyncio.Lock()
-        """Of two large bodies at a time, the second one waits: while one is parsed, everything
-        else in the process runs with interruptions."""
+        """One large body at a time: parsing one slows down everything else in the process."""
         self._logged: dict[str, tuple[float, int]] = {}
-        """When a failure was logged last, and how many have not been since, by code."""
-        self.metrics = Metrics()
-        admission = service.admission
-        for role in admission.in_progress:
-            count = partial(admission.in_progress.__getitem__, role)
-            self.metrics.in_progress.labels(role).set_function(count)
-            self.metrics.wait.labels(role).set_function(partial(admission.wait, role))
-        self.metrics.speed.set_function(lambda: admission.speed.tokens_per_second or 0.0)
+        """Per error code: when it was last logged, and how many errors were not logged since."""
+        self.metrics = Metrics(service, phases)
 
     async def embeddings(self, request: Request) -> Response:
         start = time.perf_counter()
         packed = prefers_packed(request.headers)
-        wait = timeout(request.headers)
-        body = await read_body(request, self._max_body_bytes)
-        if len(body) <= _PARSED_BYTES:
-            asked, encoding = self._parse(body, packed, wait)
+        deadline = timeout(request.headers)
+        body = await json_body.read(request, self._max_body_bytes)
+        if len(body) <= _LOOP_BYTES:
+            parsed, encoding = self._parse(body, packed, deadline)
         else:
             async with self._parsing:
-                asked, encoding = await asyncio.to_thread(self._parse, body, packed, wait)
-        texts, role = len(asked.texts), asked.role
-        work = self._service.embed(asked)
-        del asked, body  # texts that the service has cut need not stay in memory
-        try:
-            answer = await unless_disconnected(request, work)
-        except asyncio.CancelledError:  # by the server that shuts down
-            raise ServiceUnavailableError("the service is stopping.", RETRY_AFTER) from None
+                parsed, encoding = await asyncio.to_thread(self._parse, body, packed, deadline)
+        self._service.check_admission(parsed)
+        count, role = len(parsed.texts), parsed.role
+        work = self._service.embed(parsed)
+        del parsed, body  # texts that the service truncates need not stay in memory
+        result = await _unless_disconnected(request, work)
 
-        self.metrics.texts.labels(role).inc(texts)
-        self.metrics.tokens.labels(role).inc(answer.usage.tokens)
+        self.metrics.texts.labels(role).inc(count)
+        self.metrics.tokens.labels(role).inc(result.usage.tokens)
         self.metrics.seconds.labels(role).observe(time.perf_counter() - start)
-        whole = request.scope["http_version"] == "1.0"  # which has no parts
+        whole = request.scope["http_version"] == "1.0"  # which has no chunked responses
         if packed:
-            whole = whole or answer.vectors.nbytes <= _WRITTEN_BYTES
-            return response(packed_parts(answer), MEDIA_TYPE, short=whole)
-        whole = whole or answer.vectors.size <= _WRITTEN_NUMBERS
-        return response(render(answer, encoding), JSON, short=whole)
+            whole = whole or result.vectors.nbytes <= _WHOLE_BYTES
+            return response(packed_parts(result), MEDIA_TYPE, whole=whole)
+        whole = whole or result.vectors.size <= _WHOLE_NUMBERS
+        return response(render(result, encoding), JSON, whole=whole)
 
-    def _parse(self, body: bytearray, packed: bool, wait: float | None) -> tuple[EmbedRequest, str]:
-        """The request that a body is, and the encoding of a JSON answer."""
+    def _parse(
+        self, body: bytearray, packed: bool, deadline: float | None
+    ) -> tuple[EmbedRequest, str]:
+        """The request in a body, and the encoding of a JSON response."""
         fields = EmbeddingsBody.parse(body)
         self._check_model(fields.model)
-        asked = fields.request(self._service.query_template, packed=packed, timeout=wait)
-        return asked, fields.encoding_format or "float"
-
-    async def refuse_early(
-        self, scope: Scope, headers: Headers, receive: Receive
-    ) -> tuple[KalmError | None, Receive]:
-        """See `HttpGuard`. At several times the capacity most requests are refused: they must not
-        take the time of those that are served."""
-        if not self._service.admission.refusing or scope["path"] != "/v1/embeddings":
-            return None, receive
-        first = await receive()
-        body = first.get("body", b"")
-        if len(body) <= _PARSED_BYTES and not first.get("more_body") and scope["method"] == "POST":
-            try:
-                fields = EmbeddingsBody.parse(body)
-                self._check_model(fields.model)
-                template, wait = self._service.query_template, timeout(headers)
-                self._service.check_admission(fields.request(template, packed=True, timeout=wait))
-            except ServiceUnavailableError as error:
-                self._log(scope["state"]["request_id"], error)
-                return error, receive
-            except KalmError:
-                pass  # the handler finds out what is wrong
-        messages = iter((first,))
-
-        async def replay() -> Message:
-            for message in messages:
-                return message
-            return await receive()
-
-        return None, replay
+        request = fields.request(self._service.query_template, packed=packed, timeout=deadline)
+        return request, fields.encoding_format or "float"
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._description()]})
+        return _json(Models(data=(Model.of(self._service),)))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if not name:
             raise HTTPException(404)
         self._check_model(name)
-        return JSONResponse(self._description())
+        return _json(Model.of(self._service))
 
     async def ready(self, _: Request) -> Response:
         if self._service.failure is not None:
             raise copy(self._service.failure)
-        return JSONResponse({"status": "ready"})
+        return _json(Status(status="ready"))
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "alive"})
+        return _json(Status(status="alive"))
 
     async def metrics_page(self, _: Request) -> Response:
-        for phase, seconds in self._phases.items():
-            self.metrics.phases.labels(phase).set(seconds)
-        self.metrics.warn(warning.code for warning in self._service.warnings)
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def openapi(self, _: Request) -> Response:
@@ -275,36 +211,67 @@ class _Door:
 
     async def failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, KalmError)
-        request.state.end = error.code
         if error.status >= 500:
             self._log(request.state.request_id, error)
-        return error_response(error)
+        return ErrorResponse(error)
 
     def _log(self, request_id: str, error: KalmError) -> None:
         now = time.monotonic()
-        last, silent = self._logged.get(error.code, (-math.inf, 0))
-        if now - last < _LOG_EVERY:
-            self._logged[error.code] = (last, silent + 1)
+        last, omitted = self._logged.get(error.code, (-math.inf, 0))
+        if now - last < _LOG_SECONDS:
+            self._logged[error.code] = (last, omitted + 1)
             return
         self._logged[error.code] = (now, 0)
-        more = f" ({silent:,} more like it since the last of these lines)" if silent else ""
+        more = f" ({omitted:,} similar errors since the last such line)" if omitted else ""
         log.warning("request %s: %s%s", request_id, error.message, more)
 
     def _check_model(self, name: str | None) -> None:
         served = self._service.identity.model
         if name is not None and name != served:
-            raise NotFoundError(f"model {quoted(name)} is not served here; {served!r} is.")
+            raise NotFoundError(f"model {name!r} is not served here; {served!r} is.")
 
-    def _description(self) -> dict[str, object]:
-        service = self._service
-        return {
-            "id": service.identity.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "kalm-integrations",
-            "identity": service.identity.to_dict(),
-            "fingerprint": service.identity.fingerprint,
-            "dimensions": list(service.dimensions),
-            "max_tokens": service.max_tokens,
-            "warnings": [asdict(warning) for warning in service.warnings],
-        }
+
+def _json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(), media_type=JSON)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the caller disconnects first.
+
+    Raises:
+        ClientDisconnect: The caller disconnected.
+    """
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """The response for an unknown path or method. It names the path that was probably meant."""
+    assert isinstance(error, HTTPException)
+    path, headers = request.url.path, dict(error.headers or {})
+    if allowed := headers.get("Allow"):
+        message = f"{request.method} is not allowed at {path!r}; use {allowed}."
+    else:
+        paths = {route.path.rpartition("/")[2]: route.path for route in request.app.routes}
+        matches = [paths[name] for name in path.lower().split("/") if name in paths]
+        hint = f"; the path is {matches[-1]}" if matches else ""
+        message = f"there is no route {path!r}{hint}."
+    return ErrorResponse(NotFoundError(message), error.status_code, headers)
+
+
+async def _disconnected(request: Request, _: Exception) -> Response:
+    """The response to a caller who has disconnected. Only logs and metrics see it."""
+    request.state.result = "caller_left"
+    return Response(status_code=499)  # nginx's status for it

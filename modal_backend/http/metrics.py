@@ -1,65 +1,64 @@
-"""What a service counts, for Prometheus."""
+"""Prometheus metrics of a service."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+from modal_backend.service import EmbeddingService
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """One registry a service, so that two in one process do not mix."""
+    """Each service has its own registry, so that two services in one process stay apart.
 
-    def __init__(self) -> None:
+    Args:
+        service: Its admission control and warnings are exported.
+        phases: Seconds of each phase of the start; read whenever the metrics are.
+    """
+
+    def __init__(self, service: EmbeddingService, phases: Mapping[str, float]) -> None:
+        self._service = service
+        self._phases = phases
         self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "kalm_requests", "Requests by their end", ["code"], registry=self._registry
-        )
-        self.texts = Counter("kalm_texts", "Texts embedded", ["role"], registry=self._registry)
-        self.tokens = Counter("kalm_tokens", "Tokens read", ["role"], registry=self._registry)
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+
+        self.requests = counter("kalm_requests", "Requests by result", ["code"])
+        self.texts = counter("kalm_texts", "Embedded texts", ["role"])
+        self.tokens = counter("kalm_tokens", "Tokens of embedded texts", ["role"])
         self.seconds = Histogram(
             "kalm_request_seconds",
-            "From the whole request to the answer",
+            "From the complete request to its response",
             ["role"],
-            buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120),
+            buckets=_BUCKETS,
             registry=self._registry,
         )
-        self.in_progress = Gauge(
-            "kalm_texts_in_progress", "Texts queued or computed", ["role"], registry=self._registry
-        )
-        self.wait = Gauge(
-            "kalm_estimated_wait_seconds",
-            "Estimated wait of a new request",
-            ["role"],
-            registry=self._registry,
-        )
-        self.speed = Gauge(
+        admission = service.admission
+        texts = gauge("kalm_texts_in_progress", "Texts queued or being computed", ["role"])
+        wait = gauge("kalm_estimated_wait_seconds", "Estimated wait of a new request", ["role"])
+        for role in admission.in_progress:
+            texts.labels(role).set_function(partial(admission.in_progress.__getitem__, role))
+            wait.labels(role).set_function(partial(admission.wait, role))
+        gauge(
             "kalm_engine_tokens_per_second",
             "Speed that admission has learnt from completed work; 0 before there was any",
-            registry=self._registry,
+        ).set_function(lambda: admission.speed.tokens_per_second or 0.0)
+        self._starts = gauge("kalm_start_seconds", "Phases of this container's start", ["phase"])
+        self._warnings = gauge(
+            "kalm_warning", "1 for each warning that an operator has to fix", ["code"]
         )
-        self.phases = Gauge(
-            "kalm_start_seconds",
-            "Phases of this container's start",
-            ["phase"],
-            registry=self._registry,
-        )
-
-        self._warnings = Gauge(
-            "kalm_warning",
-            "1 for each warning of the service that an operator has to fix",
-            ["code"],
-            registry=self._registry,
-        )
-
-    def warn(self, codes: Iterable[str]) -> None:
-        """Show these warnings, and no others."""
-        self._warnings.clear()
-        for code in codes:
-            self._warnings.labels(code).set(1)
 
     def render(self) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
+        for phase, seconds in self._phases.items():
+            self._starts.labels(phase).set(seconds)
+        self._warnings.clear()
+        for warning in self._service.warnings:
+            self._warnings.labels(warning.code).set(1)
         return generate_latest(self._registry)

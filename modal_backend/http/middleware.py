@@ -1,19 +1,16 @@
-"""Who may enter, and what every answer carries: one layer around all routes."""
+"""The layer around all routes: credentials, request ids, response headers, unexpected errors."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Final
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalm_integrations.errors import (
@@ -22,94 +19,55 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
+from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.protocol import (
     ECHO_HEADER,
     IDENTITY_HEADER,
     REQUEST_ID_HEADER,
     WARNING_HEADER,
-    ServiceWarning,
 )
 from modal_backend.admission import RETRY_AFTER
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.metrics import Metrics
-from modal_backend.http.schema import error_headers, render_error
+from modal_backend.http.responses import ErrorResponse
+from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
 
-OPEN_ROUTES: Final = frozenset({"/health"})
+PUBLIC_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
-"""What watches the service is no use of it; refusals are counted all the same."""
+"""Monitoring is not counted as use of the service; its refusals are."""
 
 
-RefuseEarly = Callable[[Scope, Headers, Receive], Awaitable[tuple[KalmError | None, Receive]]]
-
-
-class BearerKeys:
-    """The keys that open the door; any of them, so that they can be rotated.
+class RequestMiddleware:
+    """Checks the bearer key before the body is read, and adds the headers of every response.
 
     Args:
-        keys: An empty list keeps everybody out until `accept`; None lets everybody in.
-    """
-
-    def __init__(self, keys: Sequence[SecretStr] | None) -> None:
-        self._digests: list[bytes] | None = None
-        if keys is not None:
-            self.accept(keys)
-
-    def accept(self, keys: Sequence[SecretStr]) -> None:
-        """These keys from now on, and no others. One secret may hold several, with white space
-        between them."""
-        # Digests have one length, so that comparing them tells nothing about the key.
-        self._digests = [
-            _digest(one.encode()) for key in keys for one in key.get_secret_value().split()
-        ]
-
-    def know(self, authorization: str) -> bool:
-        """Whether an Authorization header opens the door."""
-        if self._digests is None:
-            return True
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # as ASGI's bytes were read
-        # Every key is compared, so that time does not tell which one was near.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
-
-
-class HttpGuard:
-    """Checks the bearer key before anything is read; names the request and the identity.
-
-    Args:
-        app: What is behind it.
-        keys: Who may enter.
-        identity: Gives the fingerprint of the space, for the header of every answer.
-        warnings: Gives the service's warnings, for another one.
-        metrics: Where requests are counted.
-        refuse_early: Gives the error of a request that overload refuses, before the app spends time
-            on it, and a `receive` for the app if there is none.
-        max_inside: Most requests that are let in at a time, so that they leave another door its
-            share; None is no limit.
-        stopping: Whether the server is shutting down and takes no new work.
+        app: The ASGI app with the routes.
+        service: Its identity and warnings are sent as headers.
+        keys: The valid keys.
+        metrics: Counts the requests.
+        max_concurrency: Most requests at a time, so that RPC calls to the same container keep their
+            share; None for no limit.
+        stopping: Whether the server is shutting down and accepts no new requests.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        service: EmbeddingService,
         *,
         keys: BearerKeys,
-        identity: Callable[[], str | None],
-        warnings: Callable[[], Sequence[ServiceWarning]],
         metrics: Metrics,
-        refuse_early: RefuseEarly,
-        max_inside: int | None,
+        max_concurrency: int | None,
         stopping: Callable[[], bool],
     ) -> None:
         self._app = app
-        self._metrics = metrics
+        self._service = service
         self._keys = keys
-        self._identity = identity
-        self._warnings = warnings
-        self._refuse_early = refuse_early
-        self._max_inside = max_inside
-        self._inside = 0
+        self._metrics = metrics
+        self._max_concurrency = max_concurrency
+        self._in_progress = 0
         self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,93 +75,86 @@ class HttpGuard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers, REQUEST_ID_HEADER) or uuid.uuid4().hex
-        echo = _request_id(headers, ECHO_HEADER)
-        scope.setdefault("state", {})["request_id"] = request_id
-
+        request_id = _safe_id(headers, REQUEST_ID_HEADER) or uuid.uuid4().hex
+        echo = _safe_id(headers, ECHO_HEADER)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        # The server reads it: when it is full, it closes connections without a valid key first.
+        state["authorized"] = self._keys.accept(headers.get("authorization", ""))
         started = False
 
-        async def send_with_names(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 self._count(scope, message["status"])
-                answer = MutableHeaders(scope=message)
-                if identity := self._identity():
-                    answer[IDENTITY_HEADER] = identity
-                if warnings := self._warnings():
-                    answer[WARNING_HEADER] = ",".join(each.code for each in warnings)
-                answer[REQUEST_ID_HEADER] = request_id
+                added = MutableHeaders(scope=message)
+                if self._service.failure is None:
+                    added[IDENTITY_HEADER] = _fingerprint(self._service.identity)
+                if warnings := self._service.warnings:
+                    added[WARNING_HEADER] = ",".join(warning.code for warning in warnings)
+                added[REQUEST_ID_HEADER] = request_id
                 if echo:
-                    answer[ECHO_HEADER] = echo
+                    added[ECHO_HEADER] = echo
             await send(message)
 
-        admitted = 0
+        async def refuse(error: KalmError) -> None:
+            await ErrorResponse(error)(scope, receive, send_with_headers)
+
+        if refusal := self._refusal(scope):
+            await refuse(refusal)
+            return
+        self._in_progress += 1
         try:
-            refusal, receive = await self._refusal(scope, headers, receive)
-            if refusal is not None:
-                await _refuse(refusal, scope, receive, send_with_names)
-                return
-            admitted = 1
-            self._inside += admitted
-            await self._app(scope, receive, send_with_names)
-        except asyncio.CancelledError:
+            await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # by the server, at the end of its grace period
             if not self._stopping():
                 raise
             if not started:
-                await _refuse(_stopped(), scope, receive, send_with_names)
+                await refuse(_stopping_error())
         except Exception as error:
-            # What nobody foresaw: to the log with its traceback, to the caller by its id.
-            log.exception("request %s broke", request_id)
+            # The log gets the traceback, the caller only the id under which it is logged.
+            log.exception("request %s failed unexpectedly", request_id)
             if started:
                 raise
-            broken = TransportError(f"the service broke; its log has request {request_id}.")
-            broken.__cause__ = error
-            await _refuse(broken, scope, receive, send_with_names)
+            failure = TransportError(f"the service failed; see its log for request {request_id}.")
+            failure.__cause__ = error
+            await refuse(failure)
         finally:
-            self._inside -= admitted
+            self._in_progress -= 1
 
-    async def _refusal(
-        self, scope: Scope, headers: Headers, receive: Receive
-    ) -> tuple[KalmError | None, Receive]:
-        """Why a request does not reach the app, if it does not; and a `receive` for the app."""
-        known = self._keys.know(headers.get("authorization", ""))
-        scope["state"]["authorized"] = known  # read by the server, which may have to close others
-        if scope["path"] not in OPEN_ROUTES and not known:
-            return AuthenticationError("the bearer key is missing or wrong."), receive
-        if self._stopping() and scope["path"] not in OPEN_ROUTES:
-            return _stopped(), receive
-        overload, receive = await self._refuse_early(scope, headers, receive)
-        if overload is None and self._inside == self._max_inside:
-            overload = ServiceUnavailableError(
-                f"this container has {self._inside} requests over HTTP, which is all it takes; "
-                "--concurrency and --max-containers of `kalm deploy` raise that.",
+    def _refusal(self, scope: Scope) -> KalmError | None:
+        """Why a request does not reach the routes; None if it does."""
+        if scope["path"] not in PUBLIC_ROUTES:
+            if not scope["state"]["authorized"]:
+                return AuthenticationError("the bearer key is missing or wrong.")
+            if self._stopping():
+                return _stopping_error()
+        if self._in_progress == self._max_concurrency:
+            return ServiceUnavailableError(
+                f"this container has {self._in_progress} HTTP requests in progress, its limit; "
+                "--concurrency and --max-containers of `kalm deploy` raise it.",
                 RETRY_AFTER,
             )
-        return overload, receive
+        return None
 
     def _count(self, scope: Scope, status: int) -> None:
-        """Count the request by its end: an error's code, else "ok" or the status."""
+        """Count the request by its result: an error's code, else "ok" or the status."""
         if scope["path"] not in UNCOUNTED_ROUTES or status >= 400:
-            end = scope["state"].get("end") or ("ok" if status < 400 else str(status))
-            self._metrics.requests.labels(end).inc()
+            result = scope["state"].get("result") or ("ok" if status < 400 else str(status))
+            self._metrics.requests.labels(result).inc()
 
 
-def _request_id(headers: Headers, name: str) -> str:
-    """What a caller names its request; nothing where that is no safe name."""
-    given = headers.get(name, "")
-    return given if re.fullmatch(r"[\w.-]{1,64}", given) else ""
+def _safe_id(headers: Headers, name: str) -> str:
+    """The caller's id for its request; empty if it has none that is safe to log."""
+    value = headers.get(name, "")
+    return value if re.fullmatch(r"[\w.-]{1,64}", value) else ""
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+@lru_cache(maxsize=4)  # computing it takes longer than refusing a request
+def _fingerprint(identity: SpaceIdentity) -> str:
+    return identity.fingerprint
 
 
-def _stopped() -> KalmError:
+def _stopping_error() -> KalmError:
     return ServiceUnavailableError("the service is stopping.", RETRY_AFTER)
-
-
-async def _refuse(error: KalmError, scope: Scope, receive: Receive, send: Send) -> None:
-    scope["state"]["end"] = error.code
-    answer = Response(render_error(error), error.status, error_headers(error), "application/json")
-    await answer(scope, receive, send)

@@ -1,45 +1,180 @@
-"""Bodies and answers of the HTTP API: long ones in parts, errors as JSON, a hint where nothing is
-served."""
+"""Responses of the HTTP API: their bodies as models, vectors as JSON, errors."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable
-from typing import Final, TypeVar
+import binascii
+import math
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Final, Literal, Self
 
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, JsonValue
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from kalm_integrations.errors import (
-    ConfigurationError,
-    KalmError,
-    NotFoundError,
-    RequestTooLargeError,
-)
-from modal_backend.http.headers import quoted
-from modal_backend.http.schema import error_headers, render_error
+from kalm_integrations.errors import KalmError, ServiceUnavailableError
+from kalm_integrations.protocol import EmbedResponse, ErrorBody, ServiceWarning
+from modal_backend.service import EmbeddingService
 
-T = TypeVar("T")
 Part = bytes | memoryview
+_ROWS_PER_PART: Final = 8
+_MAX_MESSAGE: Final = 700
 
-_PATHS: Final = {
-    path.rpartition("/")[2]: path
-    for path in (
-        "/v1/embeddings",
-        "/v1/models",
-        "/ready",
-        "/metrics",
-        "/health",
-        "/openapi.json",
+
+class ResponseBody(BaseModel):
+    """What all bodies have in common."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_serialization_defaults_required=True,
     )
-}
 
 
-def response(parts: Iterable[Part], media_type: str, *, short: bool) -> Response:
-    """An answer that is sent in one go if it is short, or part by part, so that the event loop can
-    do other work in between."""
-    if short:
+class Embedding(ResponseBody):
+    """The vector of one text."""
+
+    object: Literal["embedding"]
+    index: int
+    """Index of the text in `input`."""
+    embedding: list[float] | str
+    """Numbers, or base64 of little-endian float32."""
+
+
+class EmbeddingsUsage(ResponseBody):
+    """The tokens of the request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(ResponseBody):
+    """One vector for each text, in the order of `input`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+
+
+class Model(ResponseBody):
+    """The served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "kalm-integrations"
+    identity: dict[str, JsonValue]
+    """What makes its vectors comparable."""
+    fingerprint: str
+    """Fingerprint of the identity."""
+    dimensions: tuple[int, ...]
+    """The native number first."""
+    max_tokens: int
+    """Tokens of the longest text."""
+    warnings: tuple[ServiceWarning, ...]
+    """Problems that an operator has to fix; see docs/troubleshooting.md."""
+
+    @classmethod
+    def of(cls, service: EmbeddingService) -> Self:
+        """The model that `service` serves."""
+        return cls(
+            id=service.identity.model,
+            identity=service.identity.to_dict(),
+            fingerprint=service.identity.fingerprint,
+            dimensions=service.dimensions,
+            max_tokens=service.max_tokens,
+            warnings=service.warnings,
+        )
+
+
+class Models(ResponseBody):
+    """A list of the one served model."""
+
+    object: Literal["list"] = "list"
+    data: tuple[Model, ...]
+
+
+class Status(ResponseBody):
+    """Reports that all is well."""
+
+    status: str
+
+
+class OpenAIError(ResponseBody, ErrorBody):
+    """OpenAI's fields, and two of ours: `invalid` lists the texts that cannot be embedded, by index
+    in `input`; after `retry_after` seconds a retry may succeed. `code` is stable; docs/errors.md
+    lists them."""
+
+    type: Literal["invalid_request_error", "server_error"] = "server_error"
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: KalmError) -> Self:
+        """The body that describes `error`."""
+        body = super().of(error)
+        message = body.message  # it may quote a field or header of any length
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+        update = {
+            "message": message,
+            "type": "invalid_request_error" if error.status < 500 else "server_error",
+            "param": f"input[{body.invalid[0].index}]" if body.invalid else None,
+        }
+        return body.model_copy(update=update)  # not validated again: an overload sends thousands
+
+
+class OpenAIErrorBody(ResponseBody):
+    """An error."""
+
+    error: OpenAIError
+
+
+class ErrorResponse(Response):
+    """An error as OpenAI's JSON.
+
+    Args:
+        error: The error; `/metrics` counts the request under its code.
+        status: By default the error's own.
+        headers: By default those of `error_headers`.
+    """
+
+    media_type = "application/json"
+
+    def __init__(
+        self, error: KalmError, status: int | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        self._code = error.code
+        body = f'{{"error":{OpenAIError.of(error).model_dump_json()}}}'
+        headers = error_headers(error) if headers is None else headers
+        super().__init__(body, status or error.status, headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["result"] = self._code
+        await super().__call__(scope, receive, send)
+
+
+def error_headers(error: KalmError) -> dict[str, str]:
+    """Headers of an error: how to authenticate, or when to retry."""
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, ServiceUnavailableError) and error.retry_after is not None:
+        return {
+            "Retry-After": str(math.ceil(error.retry_after)),
+            # OpenAI's servers send it and its clients prefer it: it is not rounded to a second.
+            "Retry-After-Ms": str(math.ceil(1000 * error.retry_after)),
+        }
+    return {}
+
+
+def response(parts: Iterable[Part], media_type: str, *, whole: bool) -> Response:
+    """A response that is sent at once, or part by part so that the event loop does other work in
+    between."""
+    if whole:
         return Response(b"".join(parts), media_type=media_type)
     return StreamingResponse(_one_by_one(parts), media_type=media_type)
 
@@ -50,77 +185,27 @@ async def _one_by_one(parts: Iterable[Part]) -> AsyncIterator[Part]:
         await asyncio.sleep(0)
 
 
-def error_response(error: KalmError, headers: dict[str, str] | None = None) -> Response:
-    """An error as OpenAI's JSON.
-
-    Args:
-        error: What happened.
-        headers: By default those of `error_headers`.
-    """
-    headers = error_headers(error) if headers is None else headers
-    return Response(render_error(error), error.status, headers, "application/json")
-
-
-async def read_body(request: Request, most: int) -> bytearray:
-    """The body of a request.
-
-    Raises:
-        ConfigurationError: It is compressed.
-        RequestTooLargeError: It has more bytes than `most`; the rest is not read.
-    """
-    encoding = request.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity"):
-        raise ConfigurationError("a compressed body: send it as it is.")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise RequestTooLargeError(f"a body over {most:,} bytes.")
-    return body
+def render(vectors: EmbedResponse, encoding_format: str) -> Iterator[bytes]:
+    """Vectors as OpenAI's JSON: `Embeddings`, as lists of numbers or as base64 of
+    little-endian float32. Written by hand, in parts none of which takes long."""
+    rows = vectors.vectors.astype("<f4", copy=False)
+    encode = _base64 if encoding_format == "base64" else _numbers
+    yield b'{"object":"list","data":['
+    for start in range(0, len(rows), _ROWS_PER_PART):
+        items = (
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, encode(row))
+            for index, row in enumerate(rows[start : start + _ROWS_PER_PART], start)
+        )
+        yield (b"," if start else b"") + b",".join(items)
+    tokens = vectors.usage.tokens
+    model = orjson.dumps(vectors.identity.model if vectors.identity else "")
+    usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
+    yield b'],"model":%b,"usage":%b}' % (model, usage)
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the caller disconnects first.
-
-    Raises:
-        ClientDisconnect: The caller disconnected.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return await working
-    finally:
-        working.cancel()
-        leaving.cancel()
+def _base64(row: NDArray[np.float32]) -> bytes:
+    return b'"%b"' % binascii.b2a_base64(row.data, newline=False)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def no_such_route(request: Request, error: Exception) -> Response:
-    """The answer to a path or method that is not served. Names the path that was probably meant: a
-    redirect would make some clients send their texts again in clear text, from behind a proxy that
-    speaks TLS."""
-    assert isinstance(error, HTTPException)
-    path, headers = request.url.path, dict(error.headers or {})
-    if allowed := headers.get("Allow") or headers.get("allow"):
-        message = f"{request.method} is not allowed at {quoted(path)}; use {allowed}."
-    else:
-        known = [_PATHS[name] for name in path.lower().split("/") if name in _PATHS]
-        hint = f": the path is {known[-1]}" if known else ""
-        message = f"nothing is served at {quoted(path)}{hint}."
-    request.state.end = NotFoundError.code
-    answer = error_response(NotFoundError(message), headers)
-    answer.status_code = error.status_code
-    return answer
-
-
-async def nobody_listens(request: Request, _: Exception) -> Response:
-    """The answer to a caller who disconnected. Only the access log sees it."""
-    request.state.end = "caller_left"
-    return Response(status_code=499)  # nginx's
+def _numbers(row: NDArray[np.float32]) -> bytes:
+    return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)

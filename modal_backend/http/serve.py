@@ -11,8 +11,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from types import FrameType
@@ -26,13 +28,13 @@ from modal_backend import lifecycle
 from modal_backend.engines.base import Engine
 from modal_backend.engines.registry import EngineType, Load, Options
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.server import HttpServer, ServerOptions, bind, raise_file_limit
 from modal_backend.log_output import never_block_on_output
 from modal_backend.settings import CanaryMode
 
 _CLOSE_SECONDS: Final = 3.0
-"""How long closing the engine may take: a computation cannot be interrupted."""
+"""Limit for closing the engine: a computation cannot be interrupted."""
 
 
 def serve(
@@ -49,14 +51,14 @@ def serve(
     """Serve until interrupted, or until the engine dies.
 
     Args:
-        engine: What to serve.
-        engine_options: What it is loaded with.
+        engine: The engine to serve.
+        engine_options: Options to load it with.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         api_key: The key that callers must present.
         insecure: Serve without a key. On a loopback address only.
         canary_mode: Whether to "refuse" an engine that fails the canary, or "warn" and serve it.
-        options: Time limits of connections and requests, and the origins of browser pages.
+        options: Time limits of connections, and the origins of browser pages.
 
     Raises:
         ConfigurationError: Not exactly one of a key and `insecure`, a key that is not ASCII,
@@ -72,7 +74,7 @@ def serve(
         for listener in listeners:
             cleanup.callback(listener.close)
         raise_file_limit()
-        _raise_on_signals()
+        _on_signals(_interrupt)
         if find_spec(engine.module) is None:
             raise ImportError(f"{engine.label} is not installed")
         never_block_on_output()
@@ -80,7 +82,7 @@ def serve(
         if engine.blocks:
             model = engine_options.get("model", KALM.space.model)
             _print(f"loading {model} with {engine.label}; a minute or more")
-            load = _InterruptibleLoad(engine.serve)
+            load = partial(_load_interruptibly, engine.serve)
         container = lifecycle.Lifecycle(
             lambda: load(engine_options), "off", canary_mode=canary_mode
         )
@@ -120,7 +122,7 @@ async def _serve(
     options: ServerOptions,
     cleanup: ExitStack,
 ) -> None:
-    # It would log with a traceback what is raised here and printed once.
+    # It would log with its traceback the error that is raised here and printed once.
     lifecycle.log.setLevel(logging.CRITICAL)
     try:
         await container.resume()
@@ -139,7 +141,7 @@ async def _serve(
         space = container.service.identity
         authentication = "key required" if keys else "NO AUTHENTICATION"
         summary = f"{space.model}, identity {space.fingerprint}, {authentication}"
-        # Logging a request would cost more than refusing it; /metrics counts them.
+        # Logging a request costs more than refusing it; /metrics counts them.
         server = HttpServer(app, listeners, options, end_now=_kill, access_log=False)
         server.on_ready = lambda: _print(f"ready: {summary}, on {server.address}")
 
@@ -159,60 +161,55 @@ async def _serve(
                 cleanup.callback(limit.cancel)
         failure = container.failure
         if failure is not None:
-            reason = failure.message  # the error's remedy is for callers
-            raise KalmError(f"{reason} Start it again, or have a supervisor do so.")
+            # The remedy of the error is for callers.
+            raise KalmError(f"{failure.message} Restart it, or have a supervisor do so.")
     finally:
         await container.close()
 
 
-def _raise_on_signals() -> None:
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+        signal.signal(number, handler)
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    """End by an exception, so that everything is closed on the way out. uvicorn holds signals back
+    """End by an exception, so that everything is closed on the way out. uvicorn delays signals
     until it has stopped."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 
-class _InterruptibleLoad:
-    """Loads an engine, and ends the process at once when a signal arrives meanwhile.
+async def _load_interruptibly(load: Load, options: Options) -> Engine:
+    """Load an engine; a signal ends the process at once meanwhile.
 
-    An exception does not work here: loading blocks the event loop, and some code that vLLM imports
+    An exception would not end it: loading blocks the event loop, and some code that vLLM imports
     swallows exceptions. Only vLLM's processes have to be ended at that point.
 
     Ctrl-C in a terminal reaches all processes of its group. It is blocked while the engine's
-    processes are started, and therefore in them for good: this process ends them, after it has
-    answered everything.
+    processes are started, and so remains blocked in them: this process ends them once it has
+    answered its requests. Meanwhile a thread waits for it.
     """
+    loaded = False
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
-        self._loaded = False
-
-    async def __call__(self, options: Options) -> Engine:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _kill)
-        resource_tracker.ensure_running()  # starting it later would unblock the signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        waiting = threading.Thread(target=self._wait, daemon=True)
-        waiting.start()
-        try:
-            return await self._load(options)
-        finally:
-            self._loaded = True
-            signal.pthread_kill(waiting.ident or 0, signal.SIGINT)
-            waiting.join()
-            _raise_on_signals()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    def _wait(self) -> None:
+    def wait_for_interrupt() -> None:
         signal.sigwait({signal.SIGINT})
-        if not self._loaded:
+        if not loaded:
             _kill(signal.SIGINT, None)
+
+    _on_signals(_kill)
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    waiting = threading.Thread(target=wait_for_interrupt, daemon=True)
+    waiting.start()
+    try:
+        return await load(options)
+    finally:
+        loaded = True
+        signal.pthread_kill(waiting.ident or 0, signal.SIGINT)
+        waiting.join()
+        _on_signals(_interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _kill(number: int, _: FrameType | None) -> None:

@@ -1,18 +1,20 @@
-"""The HTTP server of `kalm serve`: uvicorn with bounded connections and an orderly end.
+"""The HTTP server of `kalm serve`: uvicorn with limited connections and a graceful shutdown.
 
-No part of it is needed where the ASGI app runs under another server, as it does on Modal.
+On Modal, the ASGI app runs under Modal's server instead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -20,7 +22,7 @@ from typing import Any, Final
 import uvicorn
 
 from kalm_integrations.errors import ConfigurationError
-from modal_backend.http.connection_table import Closed, ConnectionTable
+from modal_backend.http.connection_table import ConnectionTable
 from modal_backend.http.connections import Connection
 
 log = logging.getLogger(__name__)
@@ -31,14 +33,14 @@ MAX_CONNECTIONS: Final = 10_000
 """However many files the process may open: each connection takes about 10 kB of memory."""
 _MAX_FILES: Final = 2**20
 _ACCEPTED_AT_ONCE: Final = 16
-_LOG_EVERY: Final = 60.0
-_LAST_ANSWERS: Final = 1.0
-"""Seconds in which what is refused at the end of the grace period is answered."""
+_LOG_SECONDS: Final = 60.0
+_CLOSE_SECONDS: Final = 1.0
+"""Time to send the responses to requests that are refused at the end of the grace period."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """How long connections last, and who may call from a browser.
+    """Time limits of connections, and which browser pages may call.
 
     Attributes:
         keep_alive: Seconds that a connection may be idle between requests. Proxies and clients
@@ -55,13 +57,12 @@ class ServerOptions:
 
 def raise_file_limit() -> None:
     """Raise the number of files that this process may open as far as it is allowed to."""
-    try:
+    # Windows has no such limit; macOS allows less than its hard limit.
+    with suppress(ImportError, ValueError, OSError):
         import resource
-    except ImportError:  # Windows has no such limit
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
-    with suppress(ValueError, OSError):  # macOS allows less than its hard limit
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
@@ -88,24 +89,22 @@ def bind(host: str, port: int) -> list[socket.socket]:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise ConfigurationError(f"--host {host}: {error.strerror}.") from error
-    bound: list[socket.socket] = []
-    try:
+    with ExitStack() as close_on_error:
+        listeners = []
         for family, kind, protocol, _, address in dict.fromkeys(addresses):
-            one = socket.socket(family, kind, protocol)
-            bound.append(one)
+            listener = close_on_error.enter_context(socket.socket(family, kind, protocol))
+            listeners.append(listener)
             if os.name == "posix":  # elsewhere it would share a port that is in use
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.bind(address)
-            one.setblocking(False)
-    except OSError as error:
-        for one in bound:
-            one.close()
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
-            raise
-        raise _cannot_listen(host, port, error) from error
-    return bound
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                listener.bind(address)
+            except OSError as error:
+                raise _cannot_listen(host, port, error) from error
+            listener.setblocking(False)
+        close_on_error.pop_all()
+    return listeners
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ConfigurationError:
@@ -115,13 +114,13 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigurationError:
 class HttpServer(uvicorn.Server):
     """Serves an ASGI app on sockets from `bind`.
 
-    Accepting connections is done here and not by asyncio's server, which takes new connections
-    until no file can be opened, and then logs an error for each place in its backlog.
+    It accepts connections itself. asyncio's server would accept them until no file can be opened,
+    and then log an error for each place in its backlog.
 
     Args:
         app: The ASGI app.
-        listeners: Where to listen; closed at the end.
-        options: How long connections last.
+        listeners: Sockets to listen on; closed at the end.
+        options: Time limits of connections.
         end_now: Called with the number of a second signal; ends the process.
         uvicorn_options: Passed to `uvicorn.Config`.
     """
@@ -137,7 +136,7 @@ class HttpServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            # Named, so that it does not depend on what happens to be installed.
+            # Explicit, so that it does not depend on which packages are installed.
             http=Connection,
             ws="none",
             lifespan="off",
@@ -152,14 +151,14 @@ class HttpServer(uvicorn.Server):
         self.on_ready: Callable[[], None] = lambda: None
         self._options = options
         self._end_now = end_now
-        self._accepting: list[asyncio.Task[None]] = []
-        self._connecting: set[asyncio.Task[None]] = set()
-        self._logged = -_LOG_EVERY
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Tasks that accept connections or set them up."""
+        self._logged = -_LOG_SECONDS
         self._accept_error: OSError | None = None
 
     @property
     def stopping(self) -> bool:
-        """Whether no new work is taken."""
+        """Whether no new requests are accepted."""
         return self.should_exit
 
     @property
@@ -180,30 +179,28 @@ class HttpServer(uvicorn.Server):
         for listener in self.listeners:
             try:
                 listener.listen(BACKLOG)
-            except OSError as error:  # another process has been quicker
+            except OSError as error:  # another process listens on the port since `bind`
                 host, port, *_ = listener.getsockname()
                 raise _cannot_listen(host, port, error) from error
         self.table.limit = connection_limit()
-        loop = asyncio.get_running_loop()
-        self._accepting = [loop.create_task(self._accept(one)) for one in self.listeners]
-        for task in self._accepting:
-            task.add_done_callback(self._accepting_ended)
+        for listener in self.listeners:
+            self._start(self._accept(listener)).add_done_callback(self._accepting_ended)
         self.started = True
         self.on_ready()
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:  # once a second
             now = asyncio.get_running_loop().time()
-            for connection in self.table.connections():
+            for connection in list(self.table.connections):
                 connection.check_deadlines(now)
             self._log_closed(now)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer what is in progress; meanwhile refuse what comes (the app does, by `stopping`)."""
+        """Finish the requests in progress. The app refuses new ones meanwhile, by `stopping`."""
         self.table.stopping = True
-        for connection in self.table.connections():
-            connection.close_after_answer()
+        for connection in self.table.connections:
+            connection.close_after_response()
         in_progress = set(self.server_state.tasks)
         if in_progress:
             console.info(
@@ -212,18 +209,18 @@ class HttpServer(uvicorn.Server):
                 self._options.grace,
             )
             _, late = await asyncio.wait(in_progress, timeout=self._options.grace)
-            for task in late:
-                task.cancel()
+            for request in late:
+                request.cancel()
             if late:
-                await asyncio.wait(late, timeout=_LAST_ANSWERS)
-        for task in self._accepting:
+                await asyncio.wait(late, timeout=_CLOSE_SECONDS)
+        for task in self._tasks:
             task.cancel()
         for listener in self.listeners:
             listener.close()
-        for connection in self.table.connections():
+        for connection in list(self.table.connections):
             connection.transport.close()  # sends what has been written
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.table.empty(), _LAST_ANSWERS)
+            await asyncio.wait_for(self.table.wait_until_empty(), _CLOSE_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._captured_signals and self._end_now is not None:
@@ -233,64 +230,63 @@ class HttpServer(uvicorn.Server):
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        accepted = 0
-        while True:
-            await self.table.room()
+        for accepted in itertools.count(1):
+            await self.table.wait_for_capacity()
             try:
                 peer, _ = await loop.sock_accept(listener)
             except OSError as error:
-                if error.errno != errno.ECONNABORTED:  # else the caller has already gone
-                    self._accept_error = error  # no file or no memory is left in the whole system
+                if error.errno != errno.ECONNABORTED:  # else the caller has already disconnected
+                    self._accept_error = error  # the system has no file or memory left
                     await asyncio.sleep(0.5)
                 continue
             self.table.connecting += 1
-            task = loop.create_task(self._connect(peer))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
-            accepted += 1
+            self._start(self._connect(peer))
             if accepted % _ACCEPTED_AT_ONCE == 0:
-                await asyncio.sleep(0)  # others have their turn
+                await asyncio.sleep(0)  # let other tasks run
 
     def _accepting_ended(self, task: asyncio.Task[None]) -> None:
-        """End the server if it does not accept connections any more, rather than seem to run."""
+        """Stop the server if it cannot accept connections any more."""
         if not task.cancelled() and (error := task.exception()):
             log.critical("the server cannot accept connections any more", exc_info=error)
             self.should_exit = True
 
     async def _connect(self, peer: socket.socket) -> None:
-        def connection() -> Connection:
-            return Connection(
-                config=self.config,
-                server_state=self.server_state,
-                app_state={},
-                table=self.table,
-            )
-
+        connection = partial(
+            Connection,
+            config=self.config,
+            server_state=self.server_state,
+            app_state={},
+            table=self.table,
+        )
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(connection, peer, ssl=self.config.ssl)
-        except OSError:  # the caller has already gone
+        except OSError:  # the caller has already disconnected
             peer.close()
         finally:
             self.table.connecting -= 1
 
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     def _log_closed(self, now: float) -> None:
-        closed = self.table.closed
-        if now - self._logged < _LOG_EVERY or not (
-            closed.for_room or closed.late or self._accept_error
-        ):
+        """Log once a minute how many connections were closed, if any were."""
+        table, error = self.table, self._accept_error
+        if now - self._logged < _LOG_SECONDS or not (table.evicted or table.timed_out or error):
             return
-        error = f"; not accepted: {self._accept_error}" if self._accept_error else ""
         log.warning(
             "%d of at most %d connections are open; closed to make room: %d, closed because they "
             "were too slow: %d%s. A higher limit for open files (LimitNOFILE, ulimit -n) allows "
             "more connections.",
-            len(self.table),
-            self.table.limit,
-            closed.for_room,
-            closed.late,
-            error,
+            len(table),
+            table.limit,
+            table.evicted,
+            table.timed_out,
+            f"; not accepted: {error}" if error else "",
         )
         self._logged = now
         self._accept_error = None
-        self.table.closed = Closed()
+        table.evicted = table.timed_out = 0

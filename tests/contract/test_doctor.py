@@ -37,7 +37,7 @@ from kalm_integrations.options import ClientConfig
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 ROOT = Path(__file__).parents[2]

@@ -32,7 +32,7 @@ from kalm_integrations.install_hints import install_command
 from kalm_integrations.models import EMBEDDED, KALM, KALM_FP8
 from kalm_integrations.protocol import EmbedResponse
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY = "hunter2"

@@ -22,7 +22,7 @@ from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from pydantic import SecretStr
 from scripted import vectors_of
-from serving import FaultyServer, Received, packed, serving
+from serving import FaultyServer, Received, embedded_engine, packed, serving
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings, llama_index
 from kalm_integrations.errors import (
@@ -35,9 +35,8 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY = "correct-horse"
@@ -47,7 +46,7 @@ TEXTS = ["K2 is 8,611 metres high.", "Brot geht auf.", "  two\n\nparagraphs ", "
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys([SecretStr(KEY)]))
+    return create_app(EmbeddingService(embedded_engine()), keys=BearerKeys([SecretStr(KEY)]))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def expected() -> np.ndarray[Any, Any]:
     return KalmClient(backend="local", vector_dtype="float32").embed(TEXTS).vectors
 
 
-class TestForeignClients:
+class TestOtherClients:
     def test_openai(self, url: str, expected: Any) -> None:
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
             answer = client.embeddings.create(input=TEXTS, model=MODEL)
@@ -121,7 +120,7 @@ class TestForeignClients:
         assert np.allclose(rows, expected, atol=1e-6)
 
 
-class TestOurs:
+class TestOurClients:
     @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
     def test_base_url_with_and_without_v1(self, url: str, expected: Any, suffix: str) -> None:
         with KalmClient(base_url=url + suffix, api_key=KEY, model=MODEL) as client:
@@ -296,9 +295,9 @@ class TestNetwork:
             blob.write_to_path(chain, append=True)
         authority.cert_pem.write_to_path(root)
         with serving(app, ssl_certfile=str(chain), ssl_keyfile=str(key)) as url:
-            with KalmClient(base_url=url, api_key=KEY, model=MODEL) as stranger:
+            with KalmClient(base_url=url, api_key=KEY, model=MODEL) as untrusting:
                 with pytest.raises(ConfigurationError, match="SSL_CERT_FILE"):
-                    stranger.embed(TEXTS)
+                    untrusting.embed(TEXTS)
             monkeypatch.setenv("SSL_CERT_FILE", str(root))
             assert ssl.get_default_verify_paths().openssl_cafile_env == "SSL_CERT_FILE"
             with KalmClient(base_url=url, api_key=KEY, model=MODEL) as client:

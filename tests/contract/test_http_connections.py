@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -20,14 +19,13 @@ from delaying_proxy import DelayingProxy
 from pydantic import SecretStr
 from scripted import vectors_of
 from scripted_engine import ScriptedEngine
-from serving import serving
+from serving import embedded_engine, serving
 
 from kalm_integrations import KalmClient
 from modal_backend.engines.base import EngineOutput
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http import connection_table, connections, server
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.server import ServerOptions
 from modal_backend.service import EmbeddingService
 
@@ -38,16 +36,11 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 SLOW = 0.4
 
 
-@cache
-def engine() -> EmbeddedEngine:
-    return EmbeddedEngine.load()
-
-
 class SlowEngine:
     """The embedded engine, after a while."""
 
     def __init__(self) -> None:
-        self._real = engine()
+        self._real = embedded_engine()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -66,7 +59,7 @@ def post(fields: str = "", body: str = BODY, key: str = AUTHORIZATION) -> bytes:
 @contextmanager
 def running_server(slow: SlowEngine | None = None, **options: Any) -> Iterator[int]:
     """A server of ours; its port."""
-    service = EmbeddingService(slow or engine())
+    service = EmbeddingService(slow or embedded_engine())
     app = create_app(service, keys=BearerKeys([SecretStr(KEY)]))
     with serving(app, **options) as url:
         yield int(url.rpartition(":")[2])
@@ -98,7 +91,7 @@ def query(port: int, request: bytes = b"") -> int:
         return answer(connection)[0]
 
 
-def drip(connection: socket.socket, data: bytes) -> None:
+def send_slowly(connection: socket.socket, data: bytes) -> None:
     """Send slowly, until the other side does not want more."""
     try:
         for i in range(len(data)):
@@ -125,7 +118,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
 class TestDeadlines:
     @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
     @pytest.mark.parametrize("before", [b"", HEALTH])
-    def test_no_complete_header(self, short_times: None, sent: bytes, before: bytes) -> None:
+    def test_a_connection_without_a_complete_header_is_closed(
+        self, short_times: None, sent: bytes, before: bytes
+    ) -> None:
         with (
             running_server(server_options=ServerOptions(keep_alive=1)) as port,
             connect(port) as slow,
@@ -136,42 +131,42 @@ class TestDeadlines:
             slow.sendall(sent)
             assert slow.recv(1) == b""
 
-    def test_a_header_that_drips(self, short_times: None) -> None:
+    def test_a_slow_header_is_closed(self, short_times: None) -> None:
         with running_server() as port, connect(port) as slow:
-            drip(slow, b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 400)
+            send_slowly(slow, b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 400)
             with pytest.raises(ConnectionError):
                 for _ in range(100):
                     slow.sendall(b"x" * 10_000)
 
-    def test_a_body_that_drips(self, short_times: None) -> None:
+    def test_a_slow_body_gets_408(self, short_times: None) -> None:
         with running_server() as port, connect(port) as slow:
             slow.sendall(post(body=" " * 9_000)[:-9_000])
-            sending = threading.Thread(target=drip, args=(slow, b" " * 200))
+            sending = threading.Thread(target=send_slowly, args=(slow, b" " * 200))
             sending.start()
             status, headers, _ = answer(slow)
             assert (status, headers["connection"]) == (408, "close")
             sending.join()
 
-    def test_a_body_that_drips_after_its_refusal(self, short_times: None) -> None:
+    def test_a_slow_body_after_its_refusal_is_closed(self, short_times: None) -> None:
         with running_server() as port, connect(port) as slow:
             slow.sendall(post(key="", body=" " * 9_000)[:-9_000])
             assert answer(slow)[0] == 401
-            drip(slow, b" " * 200)
+            send_slowly(slow, b" " * 200)
             with pytest.raises(ConnectionError):
                 for _ in range(100):
                     slow.sendall(b" " * 10)
                     time.sleep(0.01)
 
-    def test_answers_that_nobody_reads(self, short_times: None) -> None:
+    def test_a_caller_that_does_not_read_is_disconnected(self, short_times: None) -> None:
         large_answer = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}\r\n".encode()
-        with running_server() as port, connect(port) as deaf:
-            deaf.settimeout(0.2)
+        with running_server() as port, connect(port) as connection:
+            connection.settimeout(0.2)
             with pytest.raises(ConnectionError):
                 for _ in range(1_000):
                     with suppress(TimeoutError):
-                        deaf.sendall(large_answer * 100)
+                        connection.sendall(large_answer * 100)
 
-    def test_idle_connections_are_kept_as_long_as_the_option_says(self) -> None:
+    def test_idle_connections_are_kept_for_keep_alive_seconds(self) -> None:
         assert ServerOptions().keep_alive == 75
         with (
             running_server(server_options=ServerOptions(keep_alive=1)) as port,
@@ -184,23 +179,23 @@ class TestDeadlines:
             assert time.monotonic() - start > 0.9
 
 
-class TestTooMany:
+class TestConnectionLimit:
     @pytest.mark.parametrize("sent", [b"", b"POST /v1/embeddings HTTP/1.1\r\nX: ", HEALTH])
-    def test_connections_without_a_key_make_room(self, few: int, sent: bytes) -> None:
+    def test_connections_without_a_key_are_closed_first(self, few: int, sent: bytes) -> None:
         with running_server() as port, ExitStack() as stack:
             for _ in range(10 * few):
-                stranger = stack.enter_context(connect(port))
-                stranger.sendall(sent)
+                connection = stack.enter_context(connect(port))
+                connection.sendall(sent)
             assert [query(port) for _ in range(3)] == [200] * 3
 
-    def test_those_that_were_refused_make_room_too(self, few: int) -> None:
+    def test_refused_connections_are_closed_too(self, few: int) -> None:
         with running_server() as port, ExitStack() as stack:
             for _ in range(3 * few):
-                stranger = stack.enter_context(connect(port))
-                stranger.sendall(b"\0\1\2\r\n\r\n")
+                connection = stack.enter_context(connect(port))
+                connection.sendall(b"\0\1\2\r\n\r\n")
             assert [query(port) for _ in range(3)] == [200] * 3
 
-    def test_whoever_makes_room_is_told_when_to_come_back(self, few: int) -> None:
+    def test_a_closed_connection_gets_503_with_retry_after(self, few: int) -> None:
         with running_server() as port, ExitStack() as stack:
             first = stack.enter_context(connect(port))
             for _ in range(3 * few):
@@ -210,15 +205,15 @@ class TestTooMany:
         assert int(headers["retry-after"]) >= 1
         assert json.loads(body)["error"]["code"] == "service_unavailable"
 
-    def test_requests_with_a_key_wait_and_none_is_lost(
+    def test_requests_with_a_key_wait_for_a_connection(
         self, few: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # On a busy machine callers take their time between connecting and sending.
-        monkeypatch.setattr(connection_table, "_STRANGERS_A_SECOND", 0.1)
+        monkeypatch.setattr(connection_table, "_UNAUTHORIZED_PER_SECOND", 0.1)
         with running_server(SlowEngine()) as port, ThreadPoolExecutor(5 * few) as pool:
             assert set(pool.map(lambda _: query(port), range(5 * few))) == {200}
 
-    def test_connections_that_are_kept_give_way_in_order(self, few: int) -> None:
+    def test_kept_connections_end_with_their_responses_when_full(self, few: int) -> None:
         with running_server(SlowEngine()) as port, ExitStack() as stack:
             kept = [stack.enter_context(connect(port)) for _ in range(few)]
             for connection in kept:
@@ -231,7 +226,7 @@ class TestTooMany:
             assert "close" in {headers.get("connection") for _, headers, _ in answers}
             assert answer(waiting)[0] == 200
 
-    def test_the_limit_leaves_files_for_others(self) -> None:
+    def test_the_limit_leaves_files_for_the_rest_of_the_process(self) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -274,7 +269,7 @@ class TestUpgrade:
         with running_server() as port:
             assert query(port, (head + chunked).encode()) == 200
 
-    def test_a_crowd_of_them_is_refused_at_once(self) -> None:
+    def test_many_pipelined_upgrades_are_refused_at_once(self) -> None:
         many = HEALTH.replace(b"\r\n\r\n", f"\r\n{UPGRADES['h2c']}\r\n".encode()) * 1_000
         with running_server() as port, connect(port) as connection:
             connection.sendall(many)
@@ -288,7 +283,7 @@ class TestUpgrade:
     [(HEALTH, 10_000), (post(body='{"input": 1}'), 3_000)],
     ids=["GET", "POST"],
 )
-def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
+def test_pipelined_requests_are_parsed_in_small_parts(
     request_: bytes, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowds = []
@@ -309,7 +304,7 @@ def test_a_crowd_of_requests_on_one_connection_is_read_bit_by_bit(
 
 
 class TestHeaders:
-    def test_a_header_without_end(self) -> None:
+    def test_an_endless_header_gets_431(self) -> None:
         with running_server() as port, connect(port) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\n")
             for _ in range(40):
@@ -317,13 +312,13 @@ class TestHeaders:
             assert answer(connection)[0] == 431
 
     @pytest.mark.parametrize("size", [90_000, 200_000])
-    def test_a_large_header_in_one_piece(self, size: int) -> None:
+    def test_a_large_header_in_one_piece_gets_431(self, size: int) -> None:
         with running_server() as port, connect(port) as connection:
             large = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * size + b"\r\n\r\n"
             connection.sendall(large)
             assert answer(connection)[0] == 431
 
-    def test_a_malformed_body_is_refused_once_and_not_logged(
+    def test_a_malformed_body_is_refused_and_not_logged(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -333,14 +328,16 @@ class TestHeaders:
         assert caplog.records == []
 
     @pytest.mark.parametrize("request_", [b"\0\1\2\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"])
-    def test_what_is_no_request(self, request_: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    def test_data_that_is_not_http_gets_400(
+        self, request_: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with running_server() as port:
             assert query(port, request_) == 400
         assert caplog.records == []
 
 
 @pytest.mark.parametrize("keepalive_timeout", [0.5, 5.0])
-def test_no_call_is_lost_when_idle_connections_end(keepalive_timeout: float) -> None:
+def test_no_call_is_lost_when_idle_connections_are_closed(keepalive_timeout: float) -> None:
     """At 20 ms of latency each way, with pauses around the server's second and the client's half;
     a client that keeps connections longer than the server does sends on closed ones, and retries.
     """
@@ -363,8 +360,8 @@ def test_no_call_is_lost_when_idle_connections_end(keepalive_timeout: float) -> 
             call.result()
 
 
-class TestWhatIsNoHeader:
-    def test_a_trailer_is_no_header(self) -> None:
+class TestFraming:
+    def test_a_trailer_is_not_read_as_a_header(self) -> None:
         head = b"GET /ready HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         with running_server() as port, connect(port) as connection:
             connection.sendall(head + f"0\r\n{AUTHORIZATION}\r\n".encode())
@@ -386,7 +383,7 @@ class TestWhatIsNoHeader:
         with running_server() as port:
             assert query(port, head.encode() + chunks + b"0\r\n\r\n") == 200
 
-    def test_a_request_behind_a_large_one_is_not_taken_for_a_large_header(self) -> None:
+    def test_a_request_after_a_large_one_is_not_counted_as_its_header(self) -> None:
         large = json.dumps({"input": ["a" * 100_000], "truncate": "end"})
         with running_server() as port, connect(port) as connection:
             connection.sendall(post(body=large) + b"GET /hea")
@@ -394,7 +391,7 @@ class TestWhatIsNoHeader:
             connection.sendall(b"lth HTTP/1.1\r\nHost: x\r\n\r\n")
             assert answer(connection)[0] == 200
 
-    def test_an_error_is_not_written_as_the_answer_to_the_request_before(self) -> None:
+    def test_an_error_is_not_sent_as_the_response_to_an_earlier_request(self) -> None:
         bad = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}"
         bad += "Transfer-Encoding: chunked\r\n\r\nzz\r\n"
         with running_server(SlowEngine()) as port, connect(port) as connection:

@@ -2,7 +2,7 @@
 """What a caller gets when HTTP goes wrong, over a real server that misbehaves.
 
 Ten texts travel in two requests, one after the other; the fault hits the second. For each fault:
-the class and message of the error, how often the service was asked, and what survived. The sync
+the class and message of the error, the number of requests, and the finished vectors. The sync
 and the async way give the same.
 """
 

@@ -1,4 +1,4 @@
-"""Odd servers, odd credentials, odd moments: still one of our errors, and never a secret in it."""
+"""Unusual servers, credentials and timing: always one of our errors, and never a secret in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kalm_integrations.codec import MEDIA_TYPE
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import IDENTITY_HEADER
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -46,7 +46,7 @@ def bad(index: Any, reason: Any = "is odd") -> Step:
 DEEP = "[" * 100_000 + "]" * 100_000
 ECHO = json.dumps({"error": {"message": f"wrong key: {SECRET}"}})
 Transient = errors.ServiceUnavailableError
-ODD: dict[str, tuple[Step, type[errors.KalmError], bool]] = {
+UNUSUAL: dict[str, tuple[Step, type[errors.KalmError], bool]] = {
     # name: what the server does, what the caller gets, whether the server is ours
     "an index that is text": (bad("0"), errors.InvalidInputError, True),
     "an index that is null": (bad(None), errors.InvalidInputError, True),
@@ -94,9 +94,9 @@ def shown(error: BaseException | None) -> str:
     return "" if error is None else f"{error!r} {error} {shown(error.__cause__)}"
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_answers(name: str) -> None:
-    step, expected, ours = ODD[name]
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_response_becomes_one_of_our_errors_without_secrets(name: str) -> None:
+    step, expected, ours = UNUSUAL[name]
     with FaultyServer([step] * 3, ours=ours) as server, client_of(server) as client:
         with pytest.raises(expected) as caught:
             client.embed(["a"])
@@ -109,14 +109,12 @@ def test_odd_answers(name: str) -> None:
 
 class TestCredentials:
     @pytest.mark.parametrize("key", ["schlüssel-é-猫", " padded-key \n"])
-    def test_a_key_opens_whatever_it_is_made_of(self, key: str) -> None:
+    def test_a_key_may_have_any_characters(self, key: str) -> None:
         app = create_app(EmbeddingService(SlowEngine(0)), keys=BearerKeys([SecretStr(key)]))
         with serving(app) as url, KalmClient(base_url=url, api_key=key, model=MODEL) as client:
             assert len(client.embed(["a"])) == 1
 
-    def test_passwords_of_netrc_stay_there(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_netrc_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "netrc").write_text("default login bob password hunter2\n")
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         for key in (None, "k"):
@@ -131,13 +129,13 @@ class TestCredentials:
         assert KalmClient(base_url="http://there", api_key=" \n").api_key is None
 
     @pytest.mark.parametrize("url", ["http://there:99999", "http://there:abc"])
-    def test_a_port_that_is_none_is_refused_on_construction(self, url: str) -> None:
+    def test_an_invalid_port_is_refused_on_construction(self, url: str) -> None:
         with pytest.raises(errors.ConfigurationError):
             KalmClient(base_url=url)
 
 
-class TestWhoIsThere:
-    """The question to /v1/models, which decides how the rest is asked."""
+class TestServerProbe:
+    """The probe of /v1/models, which decides the form of all requests."""
 
     @staticmethod
     def models(*answers: Step, ours: bool = True) -> FaultyServer:
@@ -149,7 +147,7 @@ class TestWhoIsThere:
         steps = iter(answers)
         return Server(ours=ours)
 
-    def test_concurrent_callers_share_one_question(self) -> None:
+    def test_concurrent_callers_share_one_probe(self) -> None:
         async def slow_refusal(request: Received, writer: asyncio.StreamWriter) -> None:
             await asyncio.sleep(0.3)
             await reply(401)(request, writer)
@@ -164,7 +162,7 @@ class TestWhoIsThere:
         assert {type(result) for result in results} == {errors.AuthenticationError}
         assert len(server.received) == 1
 
-    def test_ours_under_another_path_is_not_taken_for_another_server(self) -> None:
+    def test_our_server_under_another_path_is_recognized(self) -> None:
         elsewhere = reply(404, **{IDENTITY_HEADER.replace("-", "_"): "abc"})
         with self.models(elsewhere) as server, client_of(server) as client:
             with pytest.raises(errors.NotFoundError, match=rf"not at {server.url}/v1\. Check base"):
@@ -172,27 +170,27 @@ class TestWhoIsThere:
             assert len(server.received) == 1
 
     @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1/embeddings", "/v1/embeddings/"])
-    def test_the_ways_to_write_its_address(self, path: str) -> None:
+    def test_base_url_forms(self, path: str) -> None:
         with (
             FaultyServer() as server,
             KalmClient(base_url=server.url + path, model=MODEL) as client,
         ):
             assert len(client.embed(["a"])) == 1
 
-    def test_a_server_without_the_route_is_another(self) -> None:
+    def test_a_server_without_the_models_route_is_openai_compatible(self) -> None:
         with self.models(*[reply(404)] * 9, ours=False) as server, client_of(server) as client:
             assert np.array_equal(client.embed(["a"]).vectors, vectors_of(["a"]))
 
     @pytest.mark.parametrize(
         "answer", [reply(200, "{}"), reply(200, "<p>hi", "text/html"), reply(200, '{"data": []}')]
     )
-    def test_what_is_no_list_of_models(self, answer: Step) -> None:
+    def test_an_invalid_list_of_models_is_refused_and_asked_for_again(self, answer: Step) -> None:
         with self.models(answer) as server, client_of(server) as client:
             with pytest.raises(errors.InvalidResponseError, match="not embeddings but"):
                 client.embed(["a"])
-            assert len(client.embed(["a"])) == 1  # and it is asked again
+            assert len(client.embed(["a"])) == 1  # probed again
 
-    def test_the_time_that_the_question_took_is_gone(self) -> None:
+    def test_the_probe_uses_time_of_the_deadline(self) -> None:
         async def slow(request: Received, writer: asyncio.StreamWriter) -> None:
             await asyncio.sleep(0.5)
             await FaultyServer._respond(server, request, writer)
@@ -202,8 +200,8 @@ class TestWhoIsThere:
             assert float(server.posted[0].headers["x-kalm-timeout"]) < 4.6
 
 
-class TestMoments:
-    def test_closing_during_a_call_ends_it_with_one_of_our_errors(self) -> None:
+class TestConcurrency:
+    def test_closing_during_a_call_raises_one_of_our_errors(self) -> None:
         with FaultyServer([stall] * 3) as server, client_of(server) as client:
             caught: list[BaseException] = []
 
@@ -222,7 +220,7 @@ class TestMoments:
             assert [type(error) for error in caught] == [errors.KalmError]
             assert "closed during the call" in str(caught[0])
 
-    def test_a_first_answer_that_is_refused_sets_nothing(self) -> None:
+    def test_a_refused_first_response_sets_no_identity(self) -> None:
         with (
             FaultyServer(
                 [plain(lambda c: c["data"][0].update(embedding=[9.0, 0, 0]))], ours=False
@@ -233,7 +231,7 @@ class TestMoments:
                 client.embed(["a"])
             assert client.embed(["a"]).vectors.shape == (1, 512)
 
-    def test_types_with_parameters(self) -> None:
+    def test_media_types_with_parameters(self) -> None:
         async def with_charset(request: Received, writer: asyncio.StreamWriter) -> None:
             class Renamed:
                 def write(self, data: bytes) -> None:
@@ -281,7 +279,7 @@ class TestServer:
         answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None, Accept=accept)
         assert answer.headers["Content-Type"] == kind
 
-    def test_every_end_is_counted_and_named(self) -> None:
+    def test_every_error_is_counted_by_its_code(self) -> None:
         app = create_app(
             EmbeddingService(SlowEngine(0, KeyError("x"))), keys=BearerKeys([SecretStr("k")])
         )

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import SecretStr
-from serving import serving
+from serving import embedded_engine, serving
 from test_http_server import KEY, Answer, ask
 
 from kalm_integrations import cli
 from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.schema import MAX_INSTRUCTION, EmbeddingsBody
 from modal_backend.service import EmbeddingService
 
@@ -26,7 +25,7 @@ ORIGIN = "https://app.example.com"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    service = EmbeddingService(EmbeddedEngine.load())
+    service = EmbeddingService(embedded_engine())
     keys = BearerKeys([SecretStr(KEY)])
     with serving(create_app(service, keys=keys, cors_origins=[ORIGIN])) as url:
         yield url
@@ -84,12 +83,14 @@ class TestSizes:
         ],
         ids=lambda value: json.dumps(value)[:60],
     )
-    def test_refused_shortly(self, url: str, body: Any, status: int, code: str) -> None:
+    def test_a_large_request_is_refused_with_a_short_message(
+        self, url: str, body: Any, status: int, code: str
+    ) -> None:
         answer = embed(url, body)
         assert (answer.status, answer.error["code"]) == (status, code)
         assert len(answer.body) < 1_500
 
-    def test_headers_are_not_echoed_either(self, url: str) -> None:
+    def test_long_headers_and_paths_are_not_echoed(self, url: str) -> None:
         for headers in ({"X-Kalm-Timeout": "9" * 5_000 + "x"}, {"Content-Encoding": "x" * 5_000}):
             answer = embed(url, {"input": "a"}, **headers)
             assert answer.status == 400
@@ -116,7 +117,7 @@ class TestSizes:
 
 class TestContentEncoding:
     @pytest.mark.parametrize(("encoding", "status"), [("", 200), ("Identity", 200), ("br", 400)])
-    def test_none_is_what_is_accepted(self, url: str, encoding: str, status: int) -> None:
+    def test_only_identity_is_accepted(self, url: str, encoding: str, status: int) -> None:
         assert embed(url, {"input": "a"}, Content_Encoding=encoding).status == status
 
 
@@ -153,7 +154,7 @@ class TestPaths:
         assert right in content["error"]["message"]
         assert "location" not in answer.headers
 
-    def test_a_path_that_resembles_none(self, url: str) -> None:
+    def test_an_unknown_path_gets_no_suggestion(self, url: str) -> None:
         answer = ask(f"{url}/nowhere")
         assert (answer.status, answer.error["code"]) == (404, "not_found")
         assert "/v1/" not in answer.error["message"]
@@ -188,7 +189,7 @@ class TestCors:
         allowed = answer.headers["Access-Control-Allow-Headers"]
         assert {"authorization", "x-stainless-lang"} <= set(allowed.replace(" ", "").split(","))
 
-    def test_answers_and_refusals_can_be_read_by_the_page(self, url: str) -> None:
+    def test_responses_and_errors_can_be_read_by_the_page(self, url: str) -> None:
         answers = [
             embed(url, {"input": "a"}, Origin=ORIGIN),
             embed(url, {"input": ""}, Origin=ORIGIN),
@@ -208,7 +209,7 @@ class TestCors:
         assert "Access-Control-Allow-Origin" not in answer.headers
 
     def test_it_is_off_by_default(self) -> None:
-        app = create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys(None))
+        app = create_app(EmbeddingService(embedded_engine()), keys=BearerKeys(None))
         with serving(app) as url:
             assert self.preflight(url).status == 405
             answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None, Origin=ORIGIN)
@@ -218,7 +219,7 @@ class TestCors:
     @pytest.mark.parametrize(
         "origin", ["app.example.com", ORIGIN + "/", ORIGIN + "/x", "https://App.example.com", ""]
     )
-    def test_what_no_browser_sends_is_no_origin(
+    def test_an_origin_that_no_browser_sends_is_refused(
         self, origin: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("KALM_API_KEY", "k")

@@ -1,4 +1,4 @@
-"""The HTTP door, served by uvicorn over the real embedded engine, asked by a plain HTTP client."""
+"""The HTTP API, served by uvicorn over the real embedded engine, called by a plain HTTP client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import SecretStr
-from serving import serving
+from serving import embedded_engine, serving
 
 from kalm_integrations import KalmClient
 from kalm_integrations.codec import MEDIA_TYPE, unpack
@@ -33,9 +33,8 @@ from kalm_integrations.protocol import (
 )
 from modal_backend.admission import Admission
 from modal_backend.engines.base import EngineOutput
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 KEY, OTHER_KEY = "correct-horse", "battery-staple"
@@ -77,7 +76,7 @@ def ask(
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    service = EmbeddingService(EmbeddedEngine.load())
+    service = EmbeddingService(embedded_engine())
     keys = [SecretStr(KEY), SecretStr(OTHER_KEY)]
     with serving(create_app(service, keys=BearerKeys(keys), max_body_bytes=100_000)) as url:
         yield url
@@ -86,7 +85,9 @@ def url() -> Iterator[str]:
 class TestEmbeddings:
     @pytest.mark.parametrize("encoding", [None, "float", "base64"])
     @pytest.mark.parametrize("texts", ["one text", ["a", "b", "a"]])
-    def test_openais_answer(self, url: str, texts: str | list[str], encoding: str | None) -> None:
+    def test_the_response_is_openais(
+        self, url: str, texts: str | list[str], encoding: str | None
+    ) -> None:
         body: dict[str, Any] = {"input": texts, "model": MODEL, "user": "somebody"}
         if encoding:
             body["encoding_format"] = encoding
@@ -165,12 +166,10 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(url: str, name: str) -> None:
+def test_an_invalid_request_is_refused(url: str, name: str) -> None:
     body, status, code, message = REFUSED[name]
     answer = ask(f"{url}/v1/embeddings", body)
     assert (answer.status, answer.error["code"]) == (status, code)
-    import re
-
     assert re.search(message, answer.error["message"])
     assert answer.error["type"] == "invalid_request_error"
 
@@ -187,7 +186,7 @@ class TestHeaders:
         answer = ask(f"{url}/v1/embeddings", b"\x1f\x8b", Content_Encoding="gzip")
         assert (answer.status, answer.error["code"]) == (400, "invalid_request")
 
-    def test_every_answer_names_the_space_and_the_request(self, url: str) -> None:
+    def test_every_response_has_identity_and_request_id(self, url: str) -> None:
         for path in ("/health", "/ready", "/v1/models", "/v1/embeddings", "/nowhere", "/metrics"):
             for key in (KEY, None):
                 answer = ask(url + path, key=key, X_Request_Id="mine-1")
@@ -200,27 +199,25 @@ class TestHeaders:
 class TestKeys:
     @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/models", "/ready", "/metrics", "/no"])
     @pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1], KEY + "x", KEY.upper()])
-    def test_no_route_but_health_opens_without_a_key(
-        self, url: str, path: str, key: str | None
-    ) -> None:
+    def test_every_route_but_health_needs_a_key(self, url: str, path: str, key: str | None) -> None:
         answer = ask(url + path, key=key)
         assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert KEY not in answer.body.decode()
 
-    def test_another_scheme_is_no_key(self, url: str) -> None:
+    def test_another_scheme_is_refused(self, url: str) -> None:
         assert ask(f"{url}/ready", key=None, Authorization=f"Basic {KEY}").status == 401
 
     @pytest.mark.parametrize("key", [KEY, OTHER_KEY])
-    def test_each_key_opens_so_that_they_can_be_rotated(self, url: str, key: str) -> None:
+    def test_each_of_several_keys_is_valid(self, url: str, key: str) -> None:
         assert ask(f"{url}/ready", key=key).status == 200
 
-    def test_health_needs_none(self, url: str) -> None:
+    def test_health_needs_no_key(self, url: str) -> None:
         assert ask(f"{url}/health", key=None).json == {"status": "alive"}
 
 
 class TestOtherRoutes:
-    def test_models_tell_the_identity(self, url: str) -> None:
+    def test_models_reports_the_identity(self, url: str) -> None:
         (model,) = ask(f"{url}/v1/models").json["data"]
         assert model["id"] == MODEL
         assert model["identity"] == EMBEDDED.space.to_dict()
@@ -229,12 +226,12 @@ class TestOtherRoutes:
         assert ask(f"{url}/v1/models/{MODEL}").json == model
         assert ask(f"{url}/v1/models/other").status == 404
 
-    def test_what_is_not_there(self, url: str) -> None:
+    def test_unknown_paths_and_methods(self, url: str) -> None:
         for answer, status in ((ask(f"{url}/no"), 404), (ask(f"{url}/v1/embeddings"), 405)):
             assert (answer.status, answer.error["code"]) == (status, "not_found")
 
-    def test_warnings_are_reported_everywhere(self) -> None:
-        service = EmbeddingService(EmbeddedEngine.load())
+    def test_warnings_are_reported_in_models_metrics_and_headers(self) -> None:
+        service = EmbeddingService(embedded_engine())
         first, second = ServiceWarning("one_thing", "is wrong."), ServiceWarning("another", "too.")
         with serving(create_app(service, keys=BearerKeys([SecretStr(KEY)]))) as url:
 
@@ -273,7 +270,7 @@ class TestOtherRoutes:
 
 
 class SlowEngine:
-    """The embedded engine's protocol over a clock: counts the texts that reach it."""
+    """The embedded engine, but every call takes `seconds` or raises `error`."""
 
     identity = EMBEDDED.space
     dimensions = (512,)
@@ -281,7 +278,7 @@ class SlowEngine:
     query_template = "{text}"
 
     def __init__(self, seconds: float, error: Exception | None = None) -> None:
-        self._real = EmbeddedEngine.load()
+        self._real = embedded_engine()
         self._seconds = seconds
         self._error = error
         self.started: list[str] = []
@@ -298,12 +295,20 @@ class SlowEngine:
             raise
         return await self._real.embed(texts, **options)
 
-    async def close(self) -> None:
-        await self._real.close()
+    async def close(self) -> None: ...
+
+
+def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all batches that the embedded engine computes."""
+    computed: list[int] = []
+    backend = embedded_engine()._backend
+    encode = backend.encode
+    monkeypatch.setattr(backend, "encode", lambda ids: (computed.append(len(ids)), encode(ids))[1])
+    return computed
 
 
 class TestLoad:
-    def test_a_caller_who_leaves_stops_the_work(self) -> None:
+    def test_a_disconnected_caller_cancels_the_engines_work(self) -> None:
         engine = SlowEngine(30)
         with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
             client = KalmClient(base_url=url, model=MODEL, timeout=0.5)
@@ -312,13 +317,10 @@ class TestLoad:
             assert engine.cancelled.wait(60)
             client.close()
 
-    def test_what_has_not_started_by_the_deadline_never_does(self) -> None:
-        engine = EmbeddedEngine.load()
-        computed: list[int] = []
-        encode = engine._backend.encode
-        engine._backend.encode = lambda ids: (computed.append(len(ids)), encode(ids))[1]
+    def test_nothing_is_computed_after_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        computed = count_computed(monkeypatch)
         texts = [f"{i} " * 400 for i in range(1_000)]
-        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
+        with serving(create_app(EmbeddingService(embedded_engine()), keys=BearerKeys(None))) as url:
             body = {"input": texts}
             answer = ask(f"{url}/v1/embeddings", body, key=None, **{TIMEOUT_HEADER: "0.5"})
             assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
@@ -326,14 +328,13 @@ class TestLoad:
             time.sleep(0.3)
             assert reached == sum(computed) < 1_000
 
-    def test_what_has_not_started_when_the_caller_leaves_never_does(self) -> None:
-        engine = EmbeddedEngine.load()
-        computed: list[int] = []
-        encode = engine._backend.encode
-        engine._backend.encode = lambda ids: (computed.append(len(ids)), encode(ids))[1]
+    def test_nothing_is_computed_after_the_caller_disconnects(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        computed = count_computed(monkeypatch)
         body = json.dumps({"input": [f"{i} " * 400 for i in range(1_000)]}).encode()
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
+        with serving(create_app(EmbeddingService(embedded_engine()), keys=BearerKeys(None))) as url:
             port = int(url.rpartition(":")[2])
             with socket.create_connection(("127.0.0.1", port)) as caller:
                 caller.sendall(head.encode() + body)
@@ -344,7 +345,7 @@ class TestLoad:
             time.sleep(0.5)
             assert reached == sum(computed) < 1_000
 
-    def test_overload_is_an_answer_and_queries_have_room_of_their_own(self) -> None:
+    def test_overload_gets_503_and_queries_have_their_own_capacity(self) -> None:
         engine = SlowEngine(1)
         admission = Admission({"document": 4, "query": 2})
         service = EmbeddingService(engine, admission)
@@ -368,7 +369,7 @@ class TestLoad:
         assert refused[0].error["code"] == "service_unavailable"
         assert service.in_progress == {"query": 0, "document": 0}
 
-    def test_our_client_waits_out_an_overload(self, quick_retries: None) -> None:
+    def test_our_client_retries_through_an_overload(self, quick_retries: None) -> None:
         service = EmbeddingService(SlowEngine(0.05), Admission({"document": 3, "query": 2}))
         with (
             serving(create_app(service, keys=BearerKeys(None))) as url,
@@ -384,7 +385,9 @@ class TestLoad:
             finally:
                 module.RETRY_AFTER = module_after  # type: ignore[misc]
 
-    def test_an_engine_that_breaks(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_unexpected_engine_error_is_logged_and_not_revealed(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with (
             serving(
                 create_app(
@@ -400,14 +403,14 @@ class TestLoad:
         assert answer.headers["X-Request-Id"] in caplog.text
         assert "KeyError: 'internals'" in caplog.text
 
-    def test_an_engine_that_is_not_available(self) -> None:
+    def test_an_unavailable_engine_gets_503(self) -> None:
         engine = SlowEngine(0, ServiceUnavailableError("the engine restarts.", retry_after=7.2))
         with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
             answer = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None)
         assert (answer.status, answer.headers["Retry-After"]) == (503, "8")
         assert answer.error["type"] == "server_error"
 
-    def test_hundreds_of_failures_are_a_few_lines(
+    def test_repeated_errors_are_logged_once(
         self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         engine = SlowEngine(0, ContainerFailedError("the core died."))
@@ -427,11 +430,11 @@ class TestLoad:
             engine._error = ServiceUnavailableError("too much waits.", retry_after=1)
             (line,) = fail(100)  # another kind is a line of its own
             assert "too much waits." in line
-            monkeypatch.setattr("modal_backend.http.app._LOG_EVERY", 0)
+            monkeypatch.setattr("modal_backend.http.app._LOG_SECONDS", 0)
             (line,) = fail(1)
-            assert line.endswith(" (99 more like it since the last of these lines)")
+            assert line.endswith(" (99 similar errors since the last such line)")
             (line,) = fail(1)
-            assert "more like it" not in line
+            assert "similar errors" not in line
             page = ask(f"{url}/metrics", key=None).body.decode()
         assert 'kalm_requests_total{code="container_failed"} 100.0' in page
         assert 'kalm_requests_total{code="service_unavailable"} 102.0' in page

@@ -201,7 +201,7 @@ class TestParallel:
     def test_50_queries_over_http_to_the_real_engine(self, kind: str, tmp_path: Path) -> None:
         from modal_backend.engines.embedded import EmbeddedEngine
         from modal_backend.http.app import create_app
-        from modal_backend.http.middleware import BearerKeys
+        from modal_backend.http.auth import BearerKeys
         from modal_backend.service import EmbeddingService
 
         app = create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys(None))

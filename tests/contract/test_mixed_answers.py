@@ -33,7 +33,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.models import EMBEDDED
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -21,7 +21,7 @@ from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.engines.embedded_process import ProcessEngine
 from modal_backend.engines.priority_lock import PRIORITY, PriorityLock
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 SECONDS = 0.02
@@ -46,7 +46,7 @@ class SteadyEngine(ScriptedEngine):
         return EngineOutput(self.right(texts), len(texts))
 
 
-def test_what_cannot_finish_in_time_is_refused_and_never_computed() -> None:
+def test_requests_that_cannot_finish_in_time_are_refused_and_never_computed() -> None:
     engine = SteadyEngine()
     service = EmbeddingService(engine)
 
@@ -98,7 +98,9 @@ def test_what_cannot_finish_in_time_is_refused_and_never_computed() -> None:
         ({"input": ["a", "b"]}, {}, 200),
     ],
 )
-async def test_only_overload_is_refused_early(body: Any, headers: Any, status: int) -> None:
+async def test_invalid_requests_get_their_own_error_during_overload(
+    body: Any, headers: Any, status: int
+) -> None:
     """A mistake in a field is named as it is without overload."""
     service = EmbeddingService(SteadyEngine())
     service.admission.speed.tokens_per_second = 10.0
@@ -119,7 +121,7 @@ async def embed(engine: EmbeddedEngine, texts: list[str]) -> EngineOutput:
     return await engine.embed(texts, role="document", truncate="error", deadline=None)
 
 
-async def test_the_process_computes_the_same_vectors() -> None:
+async def test_the_engine_process_computes_the_same_vectors() -> None:
     texts = ["How high is K2?", "Warum geht Brot auf?", "word " * 3_000]
     here, there = EmbeddedEngine.load(), await ProcessEngine.start()
     try:
@@ -132,7 +134,7 @@ async def test_the_process_computes_the_same_vectors() -> None:
         await there.close()
 
 
-async def test_closing_ends_the_process_whatever_it_computes() -> None:
+async def test_closing_ends_the_engine_process_during_a_computation() -> None:
     engine = await ProcessEngine.start()
     started = time.monotonic()
     running = asyncio.create_task(embed(engine, ["word " * 8_000] * 200))
@@ -145,7 +147,7 @@ async def test_closing_ends_the_process_whatever_it_computes() -> None:
     assert time.monotonic() - started < 60  # computing them takes minutes
 
 
-async def test_a_process_that_dies_is_reported() -> None:
+async def test_a_dead_engine_process_is_reported() -> None:
     engine = await ProcessEngine.start()
     died = asyncio.create_task(engine.died())
     running = asyncio.create_task(embed(engine, ["word " * 8_000] * 200))

@@ -164,7 +164,7 @@ def test_the_openai_client_goes_to_a_service_of_yours(run: Callable[..., str]) -
 
     from modal_backend.engines.embedded import EmbeddedEngine
     from modal_backend.http.app import create_app
-    from modal_backend.http.middleware import BearerKeys
+    from modal_backend.http.auth import BearerKeys
     from modal_backend.service import EmbeddingService
 
     service = EmbeddingService(EmbeddedEngine.load())

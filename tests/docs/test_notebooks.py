@@ -16,7 +16,7 @@ from serving import serving
 
 from kalm_integrations.models import EMBEDDED, KALM
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 SWITCH = "## Switch to Modal or HTTP"

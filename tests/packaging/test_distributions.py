@@ -350,7 +350,7 @@ class TestEachExtraAlone:
         code = """
             from kalm_integrations import KalmClient
             from modal_backend.http.app import create_app
-            from modal_backend.http.middleware import BearerKeys
+            from modal_backend.http.auth import BearerKeys
             from modal_backend.service import EmbeddingService
             from pydantic import SecretStr
             from scripted_engine import ScriptedEngine

@@ -26,15 +26,13 @@ values = st.recursive(
 
 
 @given(values, st.booleans(), st.sampled_from([None, 2]))
-def test_what_json_makes_of_a_value_is_read_again(
-    value: Any, ascii_only: bool, indent: int | None
-) -> None:
+def test_any_json_value_is_parsed(value: Any, ascii_only: bool, indent: int | None) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     assert parse(body.encode(errors="surrogatepass")) == value
 
 
 @given(st.text('"\\[]{},:a1 \n', max_size=60))
-def test_what_is_no_json_is_refused(body: str) -> None:
+def test_invalid_json_is_refused(body: str) -> None:
     try:
         expected = json.loads(body)
     except ValueError:
@@ -60,7 +58,7 @@ def test_what_is_no_json_is_refused(body: str) -> None:
     ],
     ids=lambda body: body[:24].decode(),
 )
-def test_too_many_values_are_refused_before_one_is_built(
+def test_too_many_values_are_refused_before_parsing(
     body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("modal_backend.http.json_body.orjson.loads")
@@ -69,7 +67,7 @@ def test_too_many_values_are_refused_before_one_is_built(
 
 
 @pytest.mark.parametrize("ids", [b"[1%b]", b"[[1%b],[2]]", b"[-1%b]"])
-def test_many_token_ids_are_called_by_their_name(ids: bytes) -> None:
+def test_many_token_ids_get_their_own_error(ids: bytes) -> None:
     body = b'{"model": "m", "input": %b}' % (ids % (b", 1" * 20_000))
     with pytest.raises(InvalidArgumentError, match="token ids"):
         parse(body)
@@ -94,12 +92,12 @@ def test_structure_within_texts_counts_as_text() -> None:
     ],
     ids=lambda body: repr(body[:9]),
 )
-def test_odd_bodies_are_refused(body: bytes) -> None:
+def test_unusual_bodies_are_refused(body: bytes) -> None:
     with pytest.raises(KalmError) as caught:
         parse(body)
     assert caught.value.status == 400
     assert len(str(caught.value)) < 500
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
+def test_a_byte_order_mark_is_ignored() -> None:
     assert parse(b'\xef\xbb\xbf{"input":"a"}') == {"input": "a"}

@@ -1,4 +1,4 @@
-"""The RPC door: what travels, what a stranger may send, what Modal's exceptions become."""
+"""The RPC endpoint: requests, errors, limits, and the translation of Modal's exceptions."""
 
 from __future__ import annotations
 
@@ -84,48 +84,48 @@ def service(**engine):
     return EmbeddingService(ScriptedEngine(**engine))
 
 
-def asked(**fields):
+def request_of(**fields):
     return {"texts": ["a", "b"], "role": "document"} | fields
 
 
 # -- requests ----------------------------------------------------------------------------------
 @given(REQUESTS)
-def test_a_request_comes_out_as_it_went_in(request_):
+def test_a_request_round_trips(request_):
     fields = asdict(request_)
     assert is_built_in(fields)
-    travelled = pickle.dumps(fields)
-    assert not any(name in travelled for name in NEEDS_NOTHING if name not in repr(fields).encode())
-    assert EmbedRequest.from_fields(pickle.loads(travelled)) == request_
+    pickled = pickle.dumps(fields)
+    assert not any(name in pickled for name in NEEDS_NOTHING if name not in repr(fields).encode())
+    assert EmbedRequest.from_fields(pickle.loads(pickled)) == request_
 
 
 @pytest.mark.parametrize(
-    ("given_", "named"),
+    ("fields", "message"),
     [
         (None, "texts and role"),
         ([], "texts and role"),
         ("texts role", "texts and role"),
         ({}, "texts: "),
         ({"texts": ["a"]}, "role: "),
-        (asked(role="admin"), "role: "),
-        (asked(role=None), "role: "),
-        (asked(role=["query"]), "role: "),
-        (asked(truncate="start"), "truncate: "),
-        (asked(dtype="float64"), "dtype: "),
-        (asked(dtype="object"), "dtype: "),
-        (asked(dimensions=True), "dimensions: "),
-        (asked(timeout="5"), "timeout: "),
-        (asked(priority=9), "priority: "),
-        (asked(**{"__class__": "x"}), "__class__: "),
+        (request_of(role="admin"), "role: "),
+        (request_of(role=None), "role: "),
+        (request_of(role=["query"]), "role: "),
+        (request_of(truncate="start"), "truncate: "),
+        (request_of(dtype="float64"), "dtype: "),
+        (request_of(dtype="object"), "dtype: "),
+        (request_of(dimensions=True), "dimensions: "),
+        (request_of(timeout="5"), "timeout: "),
+        (request_of(priority=9), "priority: "),
+        (request_of(**{"__class__": "x"}), "__class__: "),
     ],
 )
-def test_what_is_not_a_request_is_refused_with_the_field(given_, named):
+def test_an_invalid_request_is_refused_with_the_field(fields, message):
     with pytest.raises(ConfigurationError) as caught:
-        EmbedRequest.from_fields(given_)
-    assert named in str(caught.value)
+        EmbedRequest.from_fields(fields)
+    assert message in str(caught.value)
 
 
 # -- errors ------------------------------------------------------------------------------------
-TOLD = [kind for kind in subclasses(KalmError) if kind not in CLIENT_ONLY]
+SENT = [kind for kind in subclasses(KalmError) if kind not in CLIENT_ONLY]
 
 
 def error(kind):
@@ -136,14 +136,14 @@ def error(kind):
     return kind("it failed.")
 
 
-@pytest.mark.parametrize("kind", TOLD)
-def test_each_error_comes_out_as_it_went_in(kind):
+@pytest.mark.parametrize("kind", SENT)
+def test_each_error_round_trips(kind):
     sent = error(kind)
     fields = error_fields(sent)
     assert is_built_in(fields)
-    travelled = pickle.dumps(fields)
-    assert not any(name in travelled for name in (b"kalm_integrations", b"modal_backend"))
-    received = read_error(pickle.loads(travelled))
+    pickled = pickle.dumps(fields)
+    assert not any(name in pickled for name in (b"kalm_integrations", b"modal_backend"))
+    received = read_error(pickle.loads(pickled))
     assert type(received) is kind
     assert str(received) == str(sent)
     assert received.args == sent.args
@@ -154,16 +154,16 @@ def test_each_error_comes_out_as_it_went_in(kind):
     retry_after=st.none() | st.floats(0, allow_infinity=False),
     invalid=st.lists(st.builds(InvalidText, st.integers(0), st.text(min_size=1)), min_size=1),
 )
-def test_whatever_the_error_says(message, retry_after, invalid):
-    told = read_error(error_fields(RateLimitError(message, retry_after)))
-    assert (told.args, told.retry_after) == ((message,), retry_after)
+def test_any_message_and_indices_round_trip(message, retry_after, invalid):
+    received = read_error(error_fields(RateLimitError(message, retry_after)))
+    assert (received.args, received.retry_after) == ((message,), retry_after)
     refused = read_error(error_fields(InputTooLongError.of(invalid)))
     assert refused.invalid == tuple(invalid)
     assert refused.args == InputTooLongError.of(invalid).args
 
 
 @pytest.mark.parametrize("kind", CLIENT_ONLY)
-def test_what_only_a_client_may_find_is_not_believed_of_a_service(kind):
+def test_client_only_errors_are_not_accepted_from_a_service(kind):
     """A service that reports a mismatch of identities has compared none."""
     received = read_error(error_fields(kind("it failed.")))
     assert type(received) is TransportError
@@ -171,17 +171,17 @@ def test_what_only_a_client_may_find_is_not_believed_of_a_service(kind):
 
 
 @pytest.mark.parametrize("code", [None, "", "teapot", "KalmError", 7, ["rate_limited"], {}])
-def test_an_unknown_code_is_an_error_all_the_same(code):
+def test_an_unknown_code_becomes_a_transport_error(code):
     assert type(read_error({"code": code, "message": "of a later version"})) is TransportError
 
 
-def test_an_error_without_anything_is_one_too():
+def test_an_empty_error_becomes_a_transport_error():
     assert type(read_error({})) is TransportError
 
 
 # -- the packed method -------------------------------------------------------------------------
-async def test_the_packed_method_answers_with_packed_vectors():
-    reply = await rpc.embed_packed(service(), asked(dtype="float32"))
+async def test_embed_packed_returns_packed_vectors():
+    reply = await rpc.embed_packed(service(), request_of(dtype="float32"))
     assert is_built_in(reply)
     answer = unpack(reply["packed"])
     assert np.array_equal(answer.vectors, vectors_of(["a", "b"], "float32"))
@@ -190,30 +190,30 @@ async def test_the_packed_method_answers_with_packed_vectors():
 
 async def test_the_deadline_reaches_the_engine():
     served = service()
-    await rpc.embed_packed(served, asked(timeout=60.0))
+    await rpc.embed_packed(served, request_of(timeout=60.0))
     (_, how), *_ = served.engine.asked
     assert 0 < how["deadline"] - time.monotonic() < 60
 
 
-@pytest.mark.parametrize("kind", TOLD)
-async def test_its_errors_are_data(kind):
+@pytest.mark.parametrize("kind", SENT)
+async def test_errors_are_returned_as_data(kind):
     failed = error(kind)
-    reply = await rpc.embed_packed(service(faults={"embed": failed}), asked())
+    reply = await rpc.embed_packed(service(faults={"embed": failed}), request_of())
     assert reply == {"error": error_fields(failed)}
 
 
-async def test_so_is_what_nobody_foresaw_and_it_is_logged(caplog):
-    reply = await rpc.embed_packed(service(faults={"embed": ZeroDivisionError("0")}), asked())
+async def test_an_unexpected_error_is_returned_as_data_and_logged(caplog):
+    reply = await rpc.embed_packed(service(faults={"embed": ZeroDivisionError("0")}), request_of())
     assert type(read_error(reply["error"])) is TransportError
     assert "ZeroDivisionError: 0." in reply["error"]["message"]
     assert "Traceback" in caplog.text
 
 
 @pytest.mark.parametrize("texts", ["hello", b"hello", {"a": 1}, {"a"}, None, 7])
-async def test_what_is_not_a_list_is_not_taken_for_one(texts):
+async def test_texts_that_are_not_a_list_are_refused(texts):
     """The letters of a word have vectors too."""
     served = service()
-    reply = await rpc.embed_packed(served, asked(texts=texts))
+    reply = await rpc.embed_packed(served, request_of(texts=texts))
     assert reply["error"]["code"] == "invalid_argument"
     with pytest.raises(RuntimeError, match="invalid_argument: texts is"):
         await rpc.embed(served, texts)
@@ -221,13 +221,13 @@ async def test_what_is_not_a_list_is_not_taken_for_one(texts):
 
 
 async def test_texts_that_cannot_be_embedded_are_named():
-    reply = await rpc.embed_packed(service(), asked(texts=["a", "", None, 3, "\ud800"]))
+    reply = await rpc.embed_packed(service(), request_of(texts=["a", "", None, 3, "\ud800"]))
     assert [bad["index"] for bad in reply["error"]["invalid"]] == [1, 2, 3, 4]
 
 
 @given(st.dictionaries(st.sampled_from([*asdict(EmbedRequest(texts=[], role="query"))]), JUNK))
-async def test_a_stranger_gets_an_answer_whatever_he_sends(fields):
-    for sent in (fields, asked(**fields)):
+async def test_any_request_gets_a_response(fields):
+    for sent in (fields, request_of(**fields)):
         reply = await rpc.embed_packed(service(), sent)
         assert reply.keys() in ({"packed"}, {"error"})
         assert is_built_in(reply)
@@ -235,12 +235,12 @@ async def test_a_stranger_gets_an_answer_whatever_he_sends(fields):
             assert isinstance(read_error(reply["error"]), KalmError)
 
 
-async def test_a_call_that_is_cancelled_ends():
+async def test_a_cancelled_call_ends():
     class Slow(ScriptedEngine):
         async def embed(self, *_, **__):
             await asyncio.sleep(60)
 
-    calling = asyncio.create_task(rpc.embed_packed(EmbeddingService(Slow()), asked()))
+    calling = asyncio.create_task(rpc.embed_packed(EmbeddingService(Slow()), request_of()))
     await asyncio.sleep(0)
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -248,59 +248,59 @@ async def test_a_call_that_is_cancelled_ends():
 
 
 # -- the plain methods -------------------------------------------------------------------------
-async def test_the_plain_methods_give_lists_of_floats():
+async def test_the_plain_methods_return_lists_of_floats():
     vectors = vectors_of(["a", "b"], "float32").tolist()
     assert await rpc.embed(service(), ["a", "b"]) == vectors
     assert await rpc.embed_with_metadata(service(), ["a", "b"]) == [
         {"text": text, "embedding": vector, "dimension": 512}
         for text, vector in zip(["a", "b"], vectors, strict=True)
     ]
-    travelled = pickle.dumps(await rpc.embed_with_metadata(service(), ["a"]))
-    assert not any(name in travelled for name in NEEDS_NOTHING)
+    pickled = pickle.dumps(await rpc.embed_with_metadata(service(), ["a"]))
+    assert not any(name in pickled for name in NEEDS_NOTHING)
 
 
-async def test_no_sentences_have_no_vectors():
+async def test_no_sentences_return_no_vectors():
     assert await rpc.embed(service(), []) == []
 
 
 @pytest.mark.parametrize(("sentences", "role"), [(["a"], "query"), (["a", "b"], "document")])
-async def test_a_single_sentence_goes_first(sentences, role):
+async def test_a_single_sentence_is_a_query(sentences, role):
     served = service()
     await rpc.embed(served, sentences)
     assert [how["role"] for _, how in served.engine.asked] == [role]
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (CanaryFailedError("wrong."), f"canary_failed: wrong. {CanaryFailedError.remedy}"),
         (np.exceptions.AxisError("odd"), "unexpected: AxisError: odd."),
     ],
 )
-async def test_who_calls_them_needs_none_of_our_classes_for_an_error(fault, said):
+async def test_errors_of_plain_methods_need_none_of_our_classes(fault, message):
     with pytest.raises(RuntimeError) as caught:
         await rpc.embed(service(faults={"embed": fault}), ["a"])
     assert type(caught.value) is RuntimeError
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
     assert not any(name in pickle.dumps(caught.value) for name in NEEDS_NOTHING)
 
 
-def test_describe_tells_who_serves():
-    serves = service()
-    serves.warnings = (ServiceWarning("canary_failed", "wrong vectors."),)
-    described = rpc.describe(serves, {"load": 1.5}, restored=True)
+def test_describe_reports_the_service():
+    served = service()
+    served.warnings = (ServiceWarning("canary_failed", "wrong vectors."),)
+    described = rpc.describe(served, {"load": 1.5}, restored=True)
     assert is_built_in(described)
     assert described["identity"] == EMBEDDED.space.to_dict()
     assert (described["dimensions"], described["max_tokens"]) == ([512], 8192)
     assert described["phases"] == {"load": 1.5}
     assert described["restored"] is True
     assert described["warnings"] == [{"code": "canary_failed", "message": "wrong vectors."}]
-    assert read_warnings(described) == serves.warnings
+    assert read_warnings(described) == served.warnings
 
 
-def test_describe_tells_why_nobody_does():
+def test_describe_reports_why_nothing_is_served():
     failure = CanaryFailedError("wrong.")
     described = rpc.describe(EmbeddingService(FailedEngine(failure)), {"load": 1.5})
     assert described["error"] == error_fields(failure)
@@ -338,7 +338,9 @@ LETTERS = ("a", "ü", "语", "😀")
     ),
     short=st.integers(0, 5000),
 )
-def test_no_request_and_no_answer_takes_a_blob(role, dimensions, dtype, batch_size, lengths, short):
+def test_requests_and_responses_fit_the_inline_limit(
+    role, dimensions, dtype, batch_size, lengths, short
+):
     client = ClientConfig(
         backend="modal", dimensions=dimensions, vector_dtype=dtype, batch_size=batch_size
     )
@@ -366,7 +368,7 @@ SETTINGS = ClientConfig(backend="modal", app_name="the-app", class_name="TheClas
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind", "said"),
+    ("raised", "kind", "message"),
     [
         (
             theirs.AuthError("bad token."),
@@ -420,30 +422,30 @@ SETTINGS = ClientConfig(backend="modal", app_name="the-app", class_name="TheClas
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-async def test_what_modals_client_raises_becomes_ours(raised, kind, said):
+async def test_exceptions_of_modals_client_are_translated(raised, kind, message):
     async def fails():
         raise raised
 
     with pytest.raises(KalmError) as caught:
         await translated(fails(), SETTINGS)
     assert type(caught.value) is kind
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert caught.value.__cause__ is raised
 
 
-async def test_each_status_of_modals_servers_has_a_class_of_ours():
+async def test_every_grpc_status_is_translated():
     from modal._grpc_client import grpc_error_to_modal_exception
 
     for status in set(grpclib.Status) - {grpclib.Status.OK}:
 
         async def fails(status=status):
-            raise grpc_error_to_modal_exception(grpclib.GRPCError(status, "said"))
+            raise grpc_error_to_modal_exception(grpclib.GRPCError(status, "message"))
 
-        with pytest.raises(KalmError, match="said"):
+        with pytest.raises(KalmError, match="message"):
             await translated(fails(), SETTINGS)
 
 
-async def test_the_environment_is_named_where_one_is_asked_for():
+async def test_a_configured_environment_is_named():
     async def fails():
         raise theirs.NotFoundError("no")
 
@@ -452,7 +454,7 @@ async def test_the_environment_is_named_where_one_is_asked_for():
         await translated(fails(), dev)
 
 
-async def test_our_errors_and_cancellation_pass_as_they_are():
+async def test_our_errors_and_cancellation_are_not_translated():
     for passing in (ConfigurationError("x"), asyncio.CancelledError()):
 
         async def fails(passing=passing):

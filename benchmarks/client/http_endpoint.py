@@ -1,11 +1,11 @@
-"""The HTTP door: processor time for 1,000 vectors, and how long its event loop stands still.
+"""The HTTP endpoint: CPU time for 1,000 vectors, and the longest stall of its event loop.
 
-    python benchmarks/client/door.py                     # over an engine that costs nothing
-    VLLM_VENV/bin/python benchmarks/client/door.py vllm  # beside vLLM's own server
+    python benchmarks/client/http_endpoint.py                     # with a fast stub engine
+    VLLM_VENV/bin/python benchmarks/client/http_endpoint.py vllm  # compared with vLLM's server
 
 The second makes a Gemma 3 of six thin layers, 3,840 wide, and starts `kalm serve --engine vllm` and
-vLLM's OpenAI server over it in turn, real vLLM on the CPU; what is counted is the process that has
-the door, not vLLM's core. VLLM_VENV is what `make test-vllm` installs, `.venv-vllm`.
+vLLM's OpenAI server with it in turn, real vLLM on the CPU. It measures the process of the endpoint,
+not vLLM's core. VLLM_VENV is what `make test-vllm` installs, `.venv-vllm`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OURS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "base64 float32": ({}, {"encoding_format": "base64"}),
     "numbers": ({}, {"encoding_format": "float"}),
 }
-"""Headers and fields of a request, by what the answer is."""
+"""Headers and fields of a request, by the form of the response."""
 VLLMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "bytes float16": ({}, {"encoding_format": "bytes", "embed_dtype": "float16"}),
     "bytes float32": ({}, {"encoding_format": "bytes", "embed_dtype": "float32"}),
@@ -57,20 +57,20 @@ VLLMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 
 
 def post(kind: tuple[dict[str, str], dict[str, Any]], texts: int, model: str) -> int:
-    """One request; bytes of its answer."""
+    """Send one request; returns the size of the response in bytes."""
     headers, fields = kind
-    given = [f"a short text, number {i}" for i in range(texts)]
+    inputs = [f"a short text, number {i}" for i in range(texts)]
     request = urllib.request.Request(
         f"{URL}/v1/embeddings",
-        json.dumps({"model": model, "input": given, **fields}).encode(),
+        json.dumps({"model": model, "input": inputs, **fields}).encode(),
         {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers},
     )
     with urllib.request.urlopen(request, timeout=600) as answer:
         return len(answer.read())
 
 
-def ask(path: str) -> bytes:
-    """A GET."""
+def get(path: str) -> bytes:
+    """Send a GET request; returns the body of the response."""
     request = urllib.request.Request(URL + path, headers={"Authorization": f"Bearer {KEY}"})
     with urllib.request.urlopen(request, timeout=5) as answer:
         return bytes(answer.read())
@@ -78,7 +78,7 @@ def ask(path: str) -> bytes:
 
 @contextmanager
 def running(command: list[Any]) -> Iterator[int]:
-    """A server, once it answers; its process id."""
+    """Run a server; yields its process id once it responds."""
     environment = {
         **os.environ,
         "KALM_API_KEY": KEY,
@@ -93,7 +93,7 @@ def running(command: list[Any]) -> Iterator[int]:
         try:
             while True:
                 try:
-                    ask("/v1/models")
+                    get("/v1/models")
                     break
                 except OSError:
                     if server.poll() is not None:
@@ -106,32 +106,33 @@ def running(command: list[Any]) -> Iterator[int]:
             server.wait()
 
 
-def used(pid: int) -> float:
-    """Processor seconds of a process, all threads."""
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process, all threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_for_1000(pid: int, kind: Any, texts: int, requests: int, model: str) -> float:
-    """Milliseconds of the server's processor time."""
+    """Milliseconds of the server's CPU time for 1,000 vectors."""
     post(kind, texts, model)
-    before = used(pid)
+    before = cpu_seconds(pid)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: post(kind, texts, model), range(requests)))
-    return 1e6 * (used(pid) - before) / (texts * requests)
+    return 1e6 * (cpu_seconds(pid) - before) / (texts * requests)
 
 
-# --- over an engine that costs nothing
+# --- with an engine that costs nothing
 
 
 async def serve(port: int) -> None:
-    """Our door, and GET /longest: seconds that its loop has stood still since the last time."""
+    """Serve our endpoint, and GET /longest: the longest stall of its event loop since the last such
+    request, in seconds."""
     import uvicorn
     from pydantic import SecretStr
     from starlette.responses import PlainTextResponse
 
     from modal_backend.http.app import create_app
-    from modal_backend.http.middleware import BearerKeys
+    from modal_backend.http.auth import BearerKeys
     from modal_backend.service import EmbeddingService
 
     app = create_app(EmbeddingService(InstantEngine()), keys=BearerKeys([SecretStr(KEY)]))
@@ -144,43 +145,43 @@ async def serve(port: int) -> None:
             await asyncio.sleep(0.001)
             longest = max(longest, time.perf_counter() - before - 0.001)
 
-    async def door(scope: Any, receive: Any, send: Any) -> None:
+    async def measured(scope: Any, receive: Any, send: Any) -> None:
         nonlocal longest
         if scope.get("path") == "/longest":
-            said, longest = longest, 0.0
-            await PlainTextResponse(str(said))(scope, receive, send)
+            stall, longest = longest, 0.0
+            await PlainTextResponse(str(stall))(scope, receive, send)
         else:
             await app(scope, receive, send)
 
     watching = asyncio.create_task(watch())
-    await uvicorn.Server(uvicorn.Config(door, port=port, log_level="error")).serve()
+    await uvicorn.Server(uvicorn.Config(measured, port=port, log_level="error")).serve()
     watching.cancel()
 
 
-def over_nothing() -> None:
-    """Measure the door, and print the table."""
-    print("| answer | texts | CPU, ms per 1,000 | longest standstill, ms |")
+def measure_alone() -> None:
+    """Measure the endpoint, and print the table."""
+    print("| response | texts | CPU, ms per 1,000 | longest stall, ms |")
     print("|---|---|---|---|")
     with running([sys.executable, __file__, "serve"]) as pid:
         for name, kind in OURS.items():
             for texts in (64, 2048):
-                cpu, still = [], []
+                cpu, stalls = [], []
                 for _ in range(ROUNDS):
                     post(kind, texts, MODEL)
-                    ask("/longest")
+                    get("/longest")
                     cpu.append(cpu_for_1000(pid, kind, texts, 6_144 // texts, MODEL))
-                    still.append(1000 * float(ask("/longest")))
+                    stalls.append(1000 * float(get("/longest")))
                 print(
                     f"| {name} | {texts:,} | {statistics.median(cpu):.0f} "
-                    f"| {statistics.median(still):.1f} |"
+                    f"| {statistics.median(stalls):.1f} |"
                 )
 
 
-# --- beside vLLM's own server
+# --- compared with vLLM's own server
 
 
-def beside_vllm() -> None:
-    """Measure both, and print the table."""
+def compare_with_vllm() -> None:
+    """Measure both servers, and print the table."""
     sys.path.insert(0, str(HERE.parents[1] / "tests" / "vllm"))
     from tiny_models import tiny_gemma3
 
@@ -191,34 +192,34 @@ def beside_vllm() -> None:
         # Not `vllm serve`: the build for CPUs has no metadata under that name.
         vllms = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         vllms += ["--runner", "pooling", "--convert", "embed", "--dtype", "float32"]
-        # Of a small machine's memory; by default it wants nearly all.
+        # By default it takes nearly all memory of a small machine.
         vllms += ["--gpu-memory-utilization", 0.2, "--max-model-len", 2048]
         vllms += ["--served-model-name", "wide", "--enforce-eager", "--port", PORT]
         vllms += ["--api-key", KEY, "--max-num-seqs", 64]
-        found: dict[str, list[float]] = {}
+        figures: dict[str, list[float]] = {}
         for _ in range(ROUNDS):
             for server, command, kinds in (("ours", ours, OURS), ("vLLM", vllms, VLLMS)):
                 with running(command) as pid:
                     for name, kind in kinds.items():
                         cpu = cpu_for_1000(pid, kind, 64, 32, "wide")
-                        found.setdefault(f"{server} | {name}", []).append(cpu)
-    print("| server | answer | CPU, ms per 1,000 |\n|---|---|---|")
-    for name, figures in found.items():
-        print(f"| {name} | {statistics.median(figures):.0f} |")
+                        figures.setdefault(f"{server} | {name}", []).append(cpu)
+    print("| server | response | CPU, ms per 1,000 |\n|---|---|---|")
+    for name, values in figures.items():
+        print(f"| {name} | {statistics.median(values):.0f} |")
 
 
 def main() -> None:
-    """What is asked for."""
+    """Run the chosen measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=["serve", "vllm"])
     parser.add_argument("--port", type=int, default=PORT)
-    asked = parser.parse_args()
-    if asked.what == "serve":
-        asyncio.run(serve(asked.port))
-    elif asked.what == "vllm":
-        beside_vllm()
+    arguments = parser.parse_args()
+    if arguments.what == "serve":
+        asyncio.run(serve(arguments.port))
+    elif arguments.what == "vllm":
+        compare_with_vllm()
     else:
-        over_nothing()
+        measure_alone()
 
 
 if __name__ == "__main__":
