@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 FAULTY_APP = Path(__file__).parent / "apps" / "faulty_app.py"
 CLASS = "VLLMEmbeddingSnapshot"
 REAL, FAULTY = "vllm-embedding-snapshot", "faulty"
-REPLACED_AFTER = 5.0  # as faulty_app.py has it
+REPLACEMENT_DELAY = 5.0  # as faulty_app.py has it
 TEXTS = [f"Fact number {i} is about K{i}." for i in range(20)]
 LIFE = ["load", "warm_up", "canary", "sleep", "wake", "canary_after"]
 AFRESH = ["load_again", "warm_up_again", "canary_again"]
@@ -217,7 +217,7 @@ def test_wrong_vectors_for_good_are_an_answer_and_not_a_crash(
     emulator.wait(container.gone.is_set, timeout=60)
     assert container.exit_status == 0
     answered = container.events["stop-fetching"] - container.events["ready"]
-    assert answered > REPLACED_AFTER - 1
+    assert answered > REPLACEMENT_DELAY - 1
     assert cold() == [container]
     assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
     assert len(cold()) == 2

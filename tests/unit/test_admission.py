@@ -52,9 +52,9 @@ class SerialEngine:
         self._lock = PriorityLock()
 
     async def embed(self, texts: Sequence[str], role: Role, progress: Progress) -> None:
-        place = self._lock.place(PRIORITY[role])
+        ticket = self._lock.ticket(PRIORITY[role])
         for start, chunk in chunks(texts, **CHUNK):
-            async with self._lock.hold(place):
+            async with self._lock.hold(ticket):
                 progress(start)
                 amount = sum(map(work_of, chunk)) + (REQUEST_TOKENS if not start else 0)
                 self.computed += amount

@@ -38,7 +38,7 @@ def refused(**arguments: object) -> str:
             {"quantization": "fp8"},
             r"A100-40GB \(the default\) does not compute in fp8 .* Use --gpu L4, L40S, H100",
         ),
-        ({"max_model_len": 32_768}, r"--gpu A100-40GB has 40 GiB; .* Use --gpu L40S, A100-80GB"),
+        ({"max_model_len": 32_768}, r"--gpu A100-40GB .*has 40 GiB; .* Use --gpu L40S, A100-80GB"),
         ({"engine": "embedded", "quantization": "fp8"}, "the embedded engine has no such option"),
         ({"engine": "embedded", "gpu": "T4"}, "--gpu T4: the embedded engine has no such option"),
         ({"min_containers": 2}, "--min-containers 2 is over --max-containers 1"),

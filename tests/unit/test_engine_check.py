@@ -19,7 +19,7 @@ from modal_backend.engines.vllm.config import (
     check,
     dimensions_of,
     identity_of,
-    kv_cache_bytes,
+    kv_cache_bytes_of,
 )
 from modal_backend.weights import Weights
 
@@ -245,7 +245,7 @@ def kv_bytes(max_model_len: int, step: int) -> int:
         get_total_num_hidden_layers=lambda: 48,
         dtype=SimpleNamespace(itemsize=2),
     )
-    return kv_cache_bytes(model, step)
+    return kv_cache_bytes_of(model, step)
 
 
 def test_the_kv_cache_holds_two_steps_or_the_longest_text() -> None:

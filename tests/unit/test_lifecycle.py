@@ -333,7 +333,7 @@ async def test_the_age_of_the_engine_tells_a_restored_start(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: later)
     await started.resume(restored=True)
     assert 3590 < started.engine_age < 3610
-    await started._loaded()
+    await started._load_and_check()
     assert started.engine_age == 0
 
 
@@ -445,7 +445,7 @@ class Container:
 
 
 async def test_a_healthy_container_stays(monkeypatch):
-    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0)
+    monkeypatch.setattr(lifecycle, "REPLACEMENT_DELAY", 0)
     started, container = await start(Loader({})), Container()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
@@ -467,7 +467,7 @@ async def test_an_engine_that_dies_is_told_of_and_replaced_at_once(caplog):
 
 
 async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
-    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0.2)
+    monkeypatch.setattr(lifecycle, "REPLACEMENT_DELAY", 0.2)
     started, container = await start(Loader(WRONG)), Container()
     watching = asyncio.create_task(started.watch(container.stop_fetching))
     await asyncio.sleep(0.05)
@@ -479,7 +479,7 @@ async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
 
 
 async def test_a_failed_request_for_a_replacement_is_repeated(monkeypatch, caplog):
-    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0.01)
+    monkeypatch.setattr(lifecycle, "REPLACEMENT_DELAY", 0.01)
     started, container = await start(Loader(WRONG)), Container(OSError("no answer"))
     await started.watch(container.stop_fetching)
     assert container.stops == 2
@@ -487,4 +487,4 @@ async def test_a_failed_request_for_a_replacement_is_repeated(monkeypatch, caplo
 
 
 def test_one_start_in_five_minutes_is_the_worst_that_is_paid():
-    assert lifecycle.REPLACED_AFTER == 300
+    assert lifecycle.REPLACEMENT_DELAY == 300

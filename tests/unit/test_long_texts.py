@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from modal_backend.engines.embedded import MAX_TOKENS, EmbeddedEngine
-from modal_backend.engines.long_texts import beginning
+from modal_backend.engines.long_texts import long_enough_prefix
 
 
 class Words:
@@ -25,7 +25,7 @@ class Words:
 @pytest.mark.parametrize("words", [0, 1, 2_000, 10_000, 50_000])
 def test_no_more_is_read_than_it_takes(words: int) -> None:
     text, tokenizer = "abcd " * words, Words()
-    enough, about = beginning(text, tokenizer.count, 10_000)
+    enough, about = long_enough_prefix(text, tokenizer.count, 10_000)
     assert text.startswith(enough)
     if about is None:
         assert enough == text

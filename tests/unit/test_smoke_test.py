@@ -31,7 +31,7 @@ def proven(monkeypatch, capsys):
         monkeypatch.setattr("kalm_integrations.dispatch.open_transport", lambda _: transport)
         reason = None
         try:
-            smoke_test.prove(DeploySettings(**settings))
+            smoke_test.run(DeploySettings(**settings))
         except SystemExit as ended:
             reason = ended.code
         return capsys.readouterr().out, reason

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from kalm_integrations import models
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.models import KALM
-from modal_backend.weights import Weights, locate, pinned
+from modal_backend.weights import Weights, locate, pinned_revision
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KALM_NAME = KALM.space.model
@@ -165,13 +165,13 @@ def test_of_a_model_that_we_know_the_tested_commit_is_taken(
     monkeypatch.setitem(models._KNOWN, KALM_NAME, replace(KALM, space=space))
     cached(cache, KALM_NAME, commit="f" * 40)
     cached(cache, KALM_NAME, revision="CausalLM")
-    assert pinned(KALM_NAME) == COMMIT
+    assert pinned_revision(KALM_NAME) == COMMIT
     assert locate(KALM_NAME).revision == COMMIT
     assert locate(KALM_NAME, "main").revision == "f" * 40
 
 
 def test_of_any_other_model_the_main_branch_is_taken() -> None:
-    assert pinned("someone/model") == "main"
+    assert pinned_revision("someone/model") == "main"
 
 
 # --- whether it is whole

@@ -35,7 +35,7 @@ from modal_backend import lifecycle
 from modal_backend.engines.base import Engine, EngineOutput
 from modal_backend.settings import DeploySettings
 
-lifecycle.REPLACED_AFTER = 5.0
+lifecycle.REPLACEMENT_DELAY = 5.0
 SLOW = 1.5
 loads = 0
 load_real: Callable[[], Awaitable[Engine]] = product._load
