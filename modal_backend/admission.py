@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
@@ -64,13 +65,8 @@ class EngineSpeed:
         self._start_window(0.0)
 
     def observe(self, work: float, seconds: float, outstanding: float) -> None:
-        """Learn from completed work.
-
-        Args:
-            work: In tokens.
-            seconds: Of computing since the last observation.
-            outstanding: Work in the service before this was completed, in tokens.
-        """
+        """Learn from `work` tokens completed in `seconds` of computing, before which `outstanding`
+        tokens were in the service."""
         if self._done == self._seconds == 0:
             self._start_window(outstanding)
         self._done += work
@@ -96,23 +92,20 @@ class EngineSpeed:
         self._outstanding = outstanding
 
 
+@dataclass
 class AdmittedRequest:
     """A request in the service."""
 
-    def __init__(
-        self, admission: Admission, role: Role, work: list[float], deadline: float | None
-    ) -> None:
-        self._admission = admission
-        self._role = role
-        self._work = work  # cumulative, by the number of texts
-        self._deadline = deadline
-        self.done = 0.0
-        """Completed work, in tokens."""
+    admission: Admission
+    role: Role
+    work: list[float]  # in tokens, cumulative by the number of texts
+    deadline: float | None
+    done: float = 0.0  # completed work
 
     @property
     def total(self) -> float:
-        """Its work, in tokens."""
-        return self._work[-1]
+        """All its work."""
+        return self.work[-1]
 
     def progress(self, texts: int) -> None:
         """Record that the first `texts` texts are computed.
@@ -120,11 +113,11 @@ class AdmittedRequest:
         Raises:
             DeadlineExceededError: The rest cannot be computed before the deadline.
         """
-        done = self._work[texts]
-        self._admission.completed(self._role, done - self.done)
+        done = self.work[texts]
+        self.admission.completed(self.role, done - self.done)
         self.done = done
-        if self._deadline is not None and done < self.total:
-            self._admission.check_deadline(self.total - done, self._deadline)
+        if self.deadline is not None and done < self.total:
+            self.admission.check_deadline(self.total - done, self.deadline)
 
 
 class Admission:
@@ -136,11 +129,9 @@ class Admission:
     """
 
     def __init__(
-        self,
-        limits: dict[Role, int] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, limits: Mapping[Role, int] = MAX_WAITING, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._limits = limits or MAX_WAITING
+        self._limits = limits
         self._clock = clock
         self.in_progress: dict[Role, int] = {"query": 0, "document": 0}
         """Texts that are queued or computed, by role."""
@@ -163,14 +154,8 @@ class Admission:
     def refusal(
         self, role: Role, texts: int, work: float, timeout: float | None
     ) -> ServiceUnavailableError | None:
-        """Return why a request is not admitted now, or None.
-
-        Args:
-            role: Of the request.
-            texts: Number of its texts.
-            work: In tokens.
-            timeout: Seconds until its deadline, or None.
-        """
+        """Return why a request with so many texts and tokens is not admitted now, or None;
+        `timeout` is the seconds until its deadline."""
         waiting = self.in_progress[role]
         if not waiting and (role == "query" or not self.in_progress["query"]):
             return None  # an idle service admits everything

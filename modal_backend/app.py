@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import modal
@@ -170,12 +171,9 @@ class VLLMEmbeddingSnapshot(EngineContainer):
     @modal.method()
     async def describe(self) -> dict[str, Any]:
         """Return identity, limits, version, warnings, and seconds of each phase of the start."""
-        lifecycle = self.lifecycle
+        start = self.lifecycle
         return rpc.describe(
-            lifecycle.service,
-            lifecycle.phases,
-            restored=lifecycle.restored,
-            engine_age=lifecycle.engine_age,
+            start.service, start.phases, restored=start.restored, engine_age=start.engine_age
         )
 
     @modal.asgi_app(requires_proxy_auth=settings.auth != "bearer-public")
@@ -206,8 +204,9 @@ class VLLMBulkEmbedding(EngineContainer):
     def on_resumed(self) -> None:
         from modal_backend.bulk.worker import Container, Worker
 
+        volume: Any = SimpleNamespace(reload=bulk_volume.reload.aio, commit=bulk_volume.commit.aio)
         self.worker = Worker(
-            _BulkVolume(),
+            volume,
             Path.home() / PurePosixPath(worker_pool.VOLUME).name,
             self.lifecycle.service,
             Container(
@@ -224,14 +223,6 @@ class VLLMBulkEmbedding(EngineContainer):
     async def embed_shard(self, job: str, run: str, number: int) -> str:
         """Embed a shard for a run of a job; return the outcome."""
         return await self.worker.embed_shard(job, run, number)
-
-
-class _BulkVolume:
-    async def reload(self) -> None:
-        await bulk_volume.reload.aio()  # type: ignore[no-untyped-call]
-
-    async def commit(self) -> None:
-        await bulk_volume.commit.aio()  # type: ignore[no-untyped-call]
 
 
 @app.function(
@@ -298,7 +289,10 @@ if settings.on_gpu:
 
 @app.local_entrypoint()
 def main() -> None:
-    """`modal run -m modal_backend.app`: check the deployment and print the results."""
-    from modal_backend import smoke_test
+    """`modal run -m modal_backend.app`: run the doctor's checks, including the reference texts."""
+    from kalm_integrations import doctor
 
-    smoke_test.run(settings)
+    options = {"backend": "modal", "app_name": settings.app_name, **settings.client_arguments}
+    os.environ.update({f"KALM_{name.upper()}": value for name, value in options.items()})
+    if not doctor.run(wake=True, as_json=False, reference=True):
+        raise SystemExit(1)

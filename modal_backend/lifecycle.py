@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -43,9 +44,8 @@ class Lifecycle:
             the sleeping engine.
         canary_mode: "refuse" discards an engine that fails the canary; "warn" serves it and
             reports the failure.
-        attempt_timeout: Seconds that one load may take, including warm-up, canary and sleep; None
-            is no limit. A start has time for `LOAD_ATTEMPTS` of them; a load that may exceed it is
-            not started.
+        attempt_timeout: Seconds that one load may take, including warm-up, canary and sleep. A
+            start has time for `LOAD_ATTEMPTS` of them; a load that may exceed it is not started.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Lifecycle:
         snapshot: Snapshot,
         *,
         canary_mode: CanaryMode = "refuse",
-        attempt_timeout: float | None = None,
+        attempt_timeout: float = math.inf,
     ) -> None:
         self._load = load
         self._snapshot = snapshot
@@ -154,8 +154,6 @@ class Lifecycle:
         if isinstance(self.failure, EngineLoadError) and self.failure.permanent:
             log.error("the model is not loaded again: it would fail in the same way")
             return False
-        if self._attempt_timeout is None:
-            return True
         left = LOAD_ATTEMPTS * self._attempt_timeout - (time.monotonic() - self._start)
         if left < self._attempt_timeout:
             log.error(

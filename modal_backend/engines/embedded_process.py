@@ -1,11 +1,8 @@
 """The embedded engine in a child process, for `kalm serve`.
 
-In the server's process the model would share Python's global lock with the HTTP server. At five
-times the capacity, refusing requests slowed the model down by a quarter, and a chunk of long texts
-delayed every other response.
-
-The child has two threads. One computes long texts only: a text of 8,192 tokens takes a second,
-which no query should have to wait.
+In the server's process they would share Python's global lock: at five times the capacity, refusing
+requests slowed the model down by a quarter, and long texts delayed every other response. The child
+has a second thread for long texts: 8,192 tokens take a second, too long for a query to wait.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ class ProcessEngine(EmbeddedEngine):
         process: multiprocessing.process.BaseProcess,
         channels: tuple[_Channel, _Channel],
     ) -> None:
-        self._identity = identity
+        self.identity = identity
         self._process = process
         self._channels = channels
         """To the thread for short texts, and to the one for long texts."""
@@ -54,11 +51,7 @@ class ProcessEngine(EmbeddedEngine):
 
     @classmethod
     async def start(cls) -> Self:
-        """Start the child and load the model in it. Takes about a second.
-
-        Raises:
-            EngineLoadError: See `EmbeddedEngine.load`; or the child died.
-        """
+        """Start the child and load the model in about a second; see `EmbeddedEngine.load`."""
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads' locks
         (short, child_short), (long, child_long) = socket.socketpair(), socket.socketpair()
         process = context.Process(
@@ -112,12 +105,9 @@ class ProcessEngine(EmbeddedEngine):
 
 
 class _Channel(asyncio.Protocol):
-    """Calls to a thread of the child, answered in order.
-
-    Several calls are sent ahead, so that the child need not wait for a busy server. The event loop
-    itself sends and receives: a hand-over to threads that wait for Python's lock would take longer
-    than a query.
-    """
+    """Calls to a thread of the child, answered in order. Several are sent ahead, so that the child
+    need not wait for a busy server. The event loop itself sends and receives: a hand-over between
+    threads would take longer than a query."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -136,8 +126,8 @@ class _Channel(asyncio.Protocol):
         self._transport = transport
 
     async def call(self, chunk: Chunk) -> Any:
-        """Return the response to a call, or raise `EOFError` if the child has ended. A call that is
-        cancelled before it has a slot is never sent."""
+        """Return the response, or raise `EOFError` if the child has ended. A call that is cancelled
+        before it has a slot is never sent."""
         await self._slots.acquire()  # released by the response, even if the caller has left
         if self._ended:
             self._slots.release()

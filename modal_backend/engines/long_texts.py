@@ -1,7 +1,5 @@
-"""Tokenizes only as much of a very long text as it takes to see that it is too long.
-
-A text of 262,144 characters can take a tokenizer 20 seconds.
-"""
+"""Finds texts that are too long without tokenizing all of them: 262,144 characters can take a
+tokenizer 20 seconds."""
 
 from __future__ import annotations
 

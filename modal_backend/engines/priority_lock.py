@@ -27,8 +27,8 @@ class PriorityLock:
     """A lock for the tasks of one event loop.
 
     Args:
-        extra_queries: How many more queries may hold it, so that the next one is ready when the
-            engine becomes free, even if the event loop is busy then.
+        extra_queries: Number of further queries that may hold it, so that the next one is ready
+            when the engine becomes free, even if the event loop is busy then.
     """
 
     def __init__(self, extra_queries: int = 0) -> None:
@@ -80,13 +80,8 @@ class PriorityLock:
 def chunks(
     texts: Sequence[str], *, max_texts: int, max_tokens: int
 ) -> Iterator[tuple[int, Sequence[str]]]:
-    """Split `texts` into chunks, each with the index of its first text.
-
-    Args:
-        texts: The texts of one call.
-        max_texts: Most texts in a chunk.
-        max_tokens: Most estimated tokens in a chunk; a single text may have more.
-    """
+    """Split `texts` into chunks, each with the index of its first text. Only a single text may have
+    more than `max_tokens` estimated tokens."""
     start = tokens = 0
     for end, text in enumerate(texts):
         estimate = estimate_tokens(len(text.encode()))

@@ -1,8 +1,7 @@
 """vLLM's arguments, and the check that the loaded model follows them.
 
-vLLM resolves much by itself: files of a repository may decide the pooling, a card may not support
-the requested type, an attribute may be ignored silently. So everything that changes vectors is
-stated, and read again from the loaded model. The identity is what was read.
+vLLM resolves much by itself: files of a repository may decide the pooling, or an attribute may be
+ignored silently. So everything that changes vectors is stated, and read from the loaded model.
 """
 
 from __future__ import annotations
@@ -112,14 +111,8 @@ def graph_sizes(step: int) -> list[int]:
 
 
 def kv_cache_bytes(step: int, max_tokens: int, token_bytes: int) -> int:
-    """Return the size of a KV cache for two full steps, or for the longest text; a pooling model
-    has no use for more.
-
-    Args:
-        step: Most tokens in a step.
-        max_tokens: Tokens of the longest text.
-        token_bytes: Bytes of one token's keys and values.
-    """
+    """Return the size of a KV cache for two full steps of `step` tokens, or for a longest text of
+    `max_tokens`; a pooling model uses no more. `token_bytes` is the size of a token's entry."""
     # A text's last block of 16 tokens is not full.
     return int(1.25 * max(2 * step, max_tokens) * token_bytes) + 2**20
 
@@ -151,16 +144,14 @@ def identity_of(weights: Weights, inspected: Mapping[str, Any]) -> SpaceIdentity
 def check(
     resolved: Any, identity: SpaceIdentity, options: VLLMOptions, arguments: Mapping[str, Any]
 ) -> None:
-    """Compare the loaded model with what was requested.
+    """Compare the loaded model with the request, and raise an `EngineLoadError` that names all
+    differences.
 
     Args:
         resolved: vLLM's own configuration after loading.
         identity: The space of the loaded model.
         options: The request.
-        arguments: The arguments made from it.
-
-    Raises:
-        EngineLoadError: They differ; the message names each difference.
+        arguments: vLLM's arguments.
     """
     if differences := "; ".join(_differences(resolved, identity, options, arguments)):
         raise EngineLoadError(

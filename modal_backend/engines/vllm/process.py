@@ -1,8 +1,4 @@
-"""Starts and ends vLLM: a front-end in this process, an engine core in another one.
-
-No core may outlive its front-end. A front-end that is killed cannot end its core, which would hold
-the GPU until somebody notices; `CoreGuard` does it instead.
-"""
+"""Starts and ends vLLM: a front-end in this process, an engine core in another one."""
 
 from __future__ import annotations
 
@@ -35,9 +31,8 @@ ENVIRONMENT: Final = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     # The weights are here, checked and pinned.
     "HF_HUB_OFFLINE": "1",
-    # Larger pieces of pinned host memory are not rounded up to a power of two (a seventh of a
-    # sleeping engine) and not kept for reuse. pinned_max_round_threshold_mb does not do: in torch
-    # 2.13 such a piece is then reused for a larger one.
+    # Otherwise pinned host memory is rounded up to powers of two (a seventh of a sleeping engine)
+    # and kept. With pinned_max_round_threshold_mb, torch 2.13 reuses a piece for a larger one.
     "PYTORCH_ALLOC_CONF": "pinned_max_cached_size_mb:16",
 }
 """Defaults of variables that vLLM, torch and huggingface_hub read on import."""
@@ -63,8 +58,8 @@ if sys.stdin.read(1) == "":
 
 
 class CoreGuard:
-    """A small process that kills the processes started under `marking` if this one ends without
-    calling `finish`."""
+    """A small process that kills the processes started under `marking` if this one is killed, which
+    cannot end them itself. Otherwise a core would hold the GPU until somebody notices."""
 
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
@@ -94,11 +89,8 @@ class CoreGuard:
 
 
 class StartLimit:
-    """Kills the engine's processes if they are not ready within VLLM_ENGINE_READY_TIMEOUT_S.
-
-    vLLM 0.32 obeys that variable only after a core has loaded the model; until then it waits
-    without end. `start` blocks the event loop, so a thread watches the time.
-    """
+    """A thread that kills the engine's processes if they are not ready within
+    VLLM_ENGINE_READY_TIMEOUT_S, which vLLM 0.32 ignores until a core has loaded the model."""
 
     def __init__(self) -> None:
         self.seconds = float(os.environ.get(READY_TIMEOUT) or math.inf)
@@ -139,12 +131,8 @@ def set_environment() -> None:
 
 
 def start(weights: Weights, options: VLLMOptions) -> tuple[Any, dict[str, Any]]:
-    """Return the running `AsyncLLM`, for the current event loop, and its arguments.
-
-    Raises:
-        EngineLoadError: This machine does not support the options.
-        Exception: Whatever vLLM raises.
-    """
+    """Return the running `AsyncLLM`, for the current event loop, and its arguments. Raises an
+    `EngineLoadError` if this machine does not support the options, and whatever vLLM raises."""
     if profile_of(weights.name).space.declared:
         # A repository's sentence_bert_config.json may cap the length that its card allows.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
@@ -186,11 +174,8 @@ def signal_of(processes: Sequence[BaseProcess]) -> int | None:
 
 
 def signal_in(error: BaseException) -> int | None:
-    """Return `signal_of` the core that `start` could not start, from the error that it raised.
-
-    vLLM does not expose its processes, and its message lacks the status of a core that has only
-    just ended. So they are taken from the frame that waited for them.
-    """
+    """Return `signal_of` the core of a failed `start`. vLLM does not expose its processes then, so
+    they are taken from the frame that waited for them."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         manager = getattr(frame.f_locals.get("launch"), "engine_manager", None)
         if manager is not None:
@@ -204,11 +189,7 @@ def core_failure(number: int | None) -> str:
 
     if number is None:
         return "the engine's core process died."
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        name = f"signal {number}"
-    message = f"the engine's core process was ended by {name}."
+    message = f"the engine's core process was ended by {signal.Signals(number).name}."
     if number == signal.SIGILL and current_platform.is_cpu():
         message += (
             " This processor lacks an instruction that vLLM uses, or Linux does not grant it: use "

@@ -1,8 +1,8 @@
 """vLLM's scheduler with small steps while a query waits.
 
-vLLM's priorities decide which text is next, not how long it waits: a step with a query is filled up
-with documents, and a long document that was begun comes before all waiting texts. Runs in the
-engine core's process. vLLM calls this interface not public: check it when the pin changes.
+With vLLM's priorities alone, a step with a query is filled up with documents, and a document that
+was begun comes before all waiting texts. Runs in the engine core's process. The interface is not
+public: check it when the pin of vLLM changes.
 """
 
 from __future__ import annotations

@@ -18,14 +18,12 @@ _CHUNK_TOKENS: Final = 16_384
 
 
 class Tokenizer:
-    """The model's tokenizer, which reads special tokens in a text as plain text.
-
-    Tokenizing here, not in vLLM, names every text that is too long, counts exactly, keeps the
-    special tokens at the end of a cut text, and takes "<eos>" in a text for five characters.
+    """The model's tokenizer. Unlike vLLM's, it names every text that is too long, counts exactly,
+    keeps the special tokens at the end of a cut text, and reads "<eos>" in a text as plain text.
 
     Args:
         fast: A tokenizer of transformers, backed by the `tokenizers` library. It is changed.
-        max_tokens: Longest text, including the special tokens around it.
+        max_tokens: Longest text, including its special tokens.
 
     Raises:
         EngineLoadError: The model has no such tokenizer.
@@ -47,11 +45,7 @@ class Tokenizer:
     async def tokenize(
         self, texts: Sequence[str], priority: int, truncate: Truncate
     ) -> list[list[int]]:
-        """Return the token ids of `texts`.
-
-        Raises:
-            InputTooLongError: Names all texts over the limit, with truncate="error".
-        """
+        """Return the token ids of `texts`, or raise an `InputTooLongError`."""
         ticket = self._lock.ticket(priority)
         token_ids: list[list[int]] = []
         invalid: list[InvalidText] = []
