@@ -56,7 +56,7 @@ async def test_a_query_goes_before_documents_that_came_earlier():
     assert await order_of_holders(lock, [first, second, query]) == [query, first, second]
 
 
-async def test_a_call_that_comes_back_goes_before_those_that_came_after_it_but_wait_longer():
+async def test_an_earlier_ticket_goes_first_even_if_it_waits_later():
     lock = PriorityLock()
     early, late = lock.ticket(DOCUMENT), lock.ticket(DOCUMENT)
     for _ in range(3):
@@ -64,7 +64,7 @@ async def test_a_call_that_comes_back_goes_before_those_that_came_after_it_but_w
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.randoms())
-def test_the_most_urgent_goes_first_and_among_equals_the_earliest_arrival(priorities, random):
+def test_the_lock_is_granted_by_priority_and_arrival(priorities, random):
     lock = PriorityLock()
     tickets = [lock.ticket(priority) for priority in priorities]
     ranked = [tickets[n] for n in sorted(range(len(tickets)), key=priorities.__getitem__)]
@@ -72,7 +72,7 @@ def test_the_most_urgent_goes_first_and_among_equals_the_earliest_arrival(priori
     assert asyncio.run(order_of_holders(lock, tickets)) == ranked
 
 
-async def test_a_free_lock_is_had_at_once_and_a_held_one_is_not():
+async def test_only_a_free_lock_is_granted_at_once():
     lock = PriorityLock()
     for priority in (DOCUMENT, QUERY, DOCUMENT):
         async with lock.hold(lock.ticket(priority)):
@@ -163,11 +163,11 @@ async def play(script: list[tuple[int, int, int, int | None]]) -> None:
         max_size=8,
     )
 )
-def test_cancelled_at_any_moment_nobody_loses_the_lock_and_no_two_ever_hold_it(script):
+def test_cancellation_at_any_moment_keeps_the_lock_exclusive_and_available(script):
     asyncio.run(play(script))
 
 
-async def test_calls_of_several_chunks_finish_one_after_the_other_in_order_of_arrival() -> None:
+async def test_calls_of_several_chunks_finish_in_order_of_arrival() -> None:
     lock, order = PriorityLock(), []
 
     async def call(name: str) -> None:
@@ -181,7 +181,7 @@ async def test_calls_of_several_chunks_finish_one_after_the_other_in_order_of_ar
     assert "".join(order) == "aaabbbccc"
 
 
-async def test_a_place_whose_wait_was_cancelled_can_wait_again() -> None:
+async def test_a_ticket_can_wait_again_after_a_cancellation() -> None:
     lock, order = PriorityLock(), []
     ticket = lock.ticket(DOCUMENT)
     async with lock.hold(lock.ticket(QUERY)):
