@@ -1,1 +1,1 @@
-"""What runs beside the model: the service, its engines and its doors."""
+"""What runs beside the model: the service, its engines and its endpoints."""

@@ -1,24 +1,24 @@
 """Admission control: a request that cannot finish in time is refused at once, not queued.
 
-The engine's speed is learnt from the work it completes, and the outstanding work is known, so the
-wait of a new request can be estimated. A request is admitted if its wait is within `MAX_WAIT` and
-it would finish well before its deadline. Within a role requests are served in order of arrival,
-so what is admitted finishes. Queries wait for queries only, documents for both.
+The engine's speed is learnt from completed work, so the wait for the outstanding work can be
+estimated. A request is admitted if its wait is within `MAX_WAIT` and it would finish well before
+its deadline. Requests of a role are served in order of arrival, so admitted ones finish. Queries
+wait for queries only, documents for both.
 
-Once requests are refused because of the wait, they are refused until the queue has become
-noticeably shorter. So `Retry-After` is a time worth waiting for, and not one free place that the
-next arrival takes.
+Once requests are refused because of the wait, they are refused until the queue is noticeably
+shorter. So capacity is free after `Retry-After`, not just one slot for the next arrival.
 
-Work is measured in tokens: the estimated tokens of the texts, and what a text and a request cost
-besides.
+Work is measured in tokens: the estimated tokens of the texts, and the overhead of texts and
+requests.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
@@ -29,50 +29,44 @@ from kalm_integrations.prompts import Role
 MAX_WAITING: Final[dict[Role, int]] = {"query": 1024, "document": 16_384}
 """Most texts in the service, by role."""
 MAX_WAIT: Final[dict[Role, float]] = {"query": 3.0, "document": 60.0}
-"""Longest estimated wait in seconds, however late the deadline: after a burst of queries, new ones
-are answered promptly again. Bulk jobs may queue for longer; queries do not wait for them."""
+"""Longest estimated wait in seconds, even if the deadline is later: after a burst of queries, new
+ones are answered promptly again. Bulk jobs may queue for longer; queries do not wait for them."""
 DEADLINE_SHARE: Final = 0.75
-"""Share of a caller's deadline that wait and service may take by estimate; the rest is for errors
-of the estimate."""
+"""Share of a caller's deadline for the estimated wait and service; the rest is a safety margin."""
 REOPEN_SHARE, REOPEN_SECONDS = 0.7, 2.1
-"""By how much the wait must fall below the limit before requests are admitted again: this share of
-it, but no more than these seconds."""
+"""The wait must fall below its limit by this share of it, but by at most these seconds, before
+requests are admitted again."""
 RETRY_AFTER: Final = 2.0
-"""Seconds, where nothing is known about the wait."""
+"""Seconds, if the speed is unknown."""
 
 REQUEST_TOKENS: Final = 30
 TEXT_TOKENS: Final = 2
-"""Tokens whose computation costs as much as a request, or a text, costs besides its tokens."""
+"""Overhead of a request and of a text, in tokens."""
 _CHUNK_TOKENS: Final = 4096
-"""About the tokens of documents that a query has to wait for, since they are being computed."""
+"""About the tokens of documents that are being computed when a query arrives."""
 _WINDOW: Final = 0.1
+"""Seconds of computing in one measurement of the speed."""
 _MEMORY: Final = {"faster": 1.0, "slower": 2.0}
-"""Seconds of computing after which a changed speed is believed."""
+"""Time constant in seconds of computing with which a changed speed is adopted."""
 _QUERY_MEMORY: Final = 2.0
-"""Seconds over which the share of the engine's time that queries take is averaged."""
+"""Time constant in seconds of the average rate of queries."""
 
 
 class EngineSpeed:
-    """Learns how much work the engine completes in a second.
+    """Learns the engine's speed.
 
-    The speed is measured in windows of `_WINDOW` seconds of computing. An engine that computes many
-    texts together is slower while few are there, which says nothing about its capacity: so a slower
-    window counts only if the engine had work for all of it.
+    An engine that computes texts in batches is slower while there are few, which says nothing about
+    its capacity. So a slower window counts only if the engine had work for all of it.
     """
 
     def __init__(self) -> None:
         self.tokens_per_second: float | None = None
-        """None before anything was measured."""
+        """None before the first measurement."""
         self._start_window(0.0)
 
     def observe(self, work: float, seconds: float, outstanding: float) -> None:
-        """Learn from completed work.
-
-        Args:
-            work: Completed work, in tokens.
-            seconds: Of computing since the last observation.
-            outstanding: Work that was in the service before it was completed, in tokens.
-        """
+        """Learn from `work` tokens completed in `seconds` of computing, before which `outstanding`
+        tokens were in the service."""
         if self._done == self._seconds == 0:
             self._start_window(outstanding)
         self._done += work
@@ -80,17 +74,17 @@ class EngineSpeed:
         if self._seconds < _WINDOW or not self._done:
             return
         measured = self._done / self._seconds
-        known = self.tokens_per_second
-        if known is None:
+        speed = self.tokens_per_second
+        if speed is None:
             self.tokens_per_second = measured
-        elif measured > known or self._outstanding >= self._done:
-            memory = _MEMORY["faster" if measured > known else "slower"]
+        elif measured > speed or self._outstanding >= self._done:
+            memory = _MEMORY["faster" if measured > speed else "slower"]
             weight = 1 - math.exp(-self._seconds / memory)
-            self.tokens_per_second = known + weight * (measured - known)
+            self.tokens_per_second = speed + weight * (measured - speed)
         self._start_window(0.0)
 
     def seconds(self, work: float) -> float:
-        """Estimated seconds of computing that `work` takes; 0 before anything was measured."""
+        """Estimated seconds of computing for `work`; 0 before the first measurement."""
         return work / self.tokens_per_second if self.tokens_per_second else 0.0
 
     def _start_window(self, outstanding: float) -> None:
@@ -98,51 +92,46 @@ class EngineSpeed:
         self._outstanding = outstanding
 
 
+@dataclass
 class AdmittedRequest:
     """A request in the service."""
 
-    def __init__(
-        self, admission: Admission, role: Role, work: list[float], deadline: float | None
-    ) -> None:
-        self._admission = admission
-        self._role = role
-        self._work = work  # of the first n texts
-        self._deadline = deadline
-        self.done = 0.0
-        """Completed work, in tokens."""
+    admission: Admission
+    role: Role
+    work: list[float]  # in tokens, cumulative by the number of texts
+    deadline: float | None
+    done: float = 0.0  # completed work
 
     @property
     def total(self) -> float:
-        """Its work, in tokens."""
-        return self._work[-1]
+        """All its work."""
+        return self.work[-1]
 
     def progress(self, texts: int) -> None:
-        """Report that its first `texts` texts are computed.
+        """Record that the first `texts` texts are computed.
 
         Raises:
             DeadlineExceededError: The rest cannot be computed before the deadline.
         """
-        done = self._work[texts]
-        self._admission.completed(self._role, done - self.done)
+        done = self.work[texts]
+        self.admission.completed(self.role, done - self.done)
         self.done = done
-        if self._deadline is not None and done < self.total:
-            self._admission.check_deadline(self.total - done, self._deadline)
+        if self.deadline is not None and done < self.total:
+            self.admission.check_deadline(self.total - done, self.deadline)
 
 
 class Admission:
-    """Decides which requests enter the service, and counts those inside.
+    """Admits requests and counts those in the service.
 
     Args:
         limits: Most texts in the service, by role.
-        clock: In seconds; `time.monotonic` unless a test simulates time.
+        clock: Seconds.
     """
 
     def __init__(
-        self,
-        limits: dict[Role, int] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, limits: Mapping[Role, int] = MAX_WAITING, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._limits = limits or MAX_WAITING
+        self._limits = limits
         self._clock = clock
         self.in_progress: dict[Role, int] = {"query": 0, "document": 0}
         """Texts that are queued or computed, by role."""
@@ -150,9 +139,9 @@ class Admission:
         self._outstanding: dict[Role, float] = {"query": 0.0, "document": 0.0}
         self._refusing: dict[Role, bool] = {"query": False, "document": False}
         self._since = 0.0
-        """When the work was completed, or begun, that was observed last."""
+        """Time of the last observation, or of the start of the work after it."""
         self._query_rate = 0.0
-        """Work of queries completed in a second, in tokens, as of `_query_time`."""
+        """Tokens of queries completed in a second, as of `_query_time`."""
         self._query_time = 0.0
 
     def wait(self, role: Role) -> float:
@@ -165,17 +154,11 @@ class Admission:
     def refusal(
         self, role: Role, texts: int, work: float, timeout: float | None
     ) -> ServiceUnavailableError | None:
-        """Why a request is not admitted now, or None if it is.
-
-        Args:
-            role: Its role.
-            texts: Number of its texts.
-            work: Its work, in tokens.
-            timeout: Seconds until its deadline; None has no deadline.
-        """
+        """Return why a request with so many texts and tokens is not admitted now, or None;
+        `timeout` is the seconds until its deadline."""
         waiting = self.in_progress[role]
         if not waiting and (role == "query" or not self.in_progress["query"]):
-            return None  # an idle service takes whatever its other limits allow
+            return None  # an idle service admits everything
         wait = self.wait(role)
         own = self.speed.seconds(work) if role == "query" else self._document_seconds(work)
         time_left = math.inf if timeout is None else DEADLINE_SHARE * timeout
@@ -189,8 +172,8 @@ class Admission:
             excess = max(excess, wait / 2)
         elif excess <= 0:
             return None
-        # What cannot fit beside others has to come when the service is idle. A little later than
-        # estimated: a retry that comes too early is refused again.
+        # At the latest when the service is idle. A little later than estimated, since a retry that
+        # comes too early is refused again.
         known = self.speed.tokens_per_second is not None
         retry_after = 1.1 * min(excess, wait) + 0.02 if known else RETRY_AFTER
         if role == "document" and own > time_left:  # it has to wait for fewer queries
@@ -206,11 +189,8 @@ class Admission:
         return any(self._refusing.values())
 
     def check(self, role: Role, texts: Sequence[object], timeout: float | None) -> None:
-        """Check whether `admit` would admit a request; its texts need not be valid.
-
-        Raises:
-            ServiceUnavailableError: It would not.
-        """
+        """Raise the `ServiceUnavailableError` of `admit`, if there is one, for texts that may be
+        invalid."""
         work = REQUEST_TOKENS + sum(work_of(text) for text in texts if isinstance(text, str))
         if refusal := self.refusal(role, len(texts), work, timeout):
             raise refusal
@@ -222,7 +202,7 @@ class Admission:
         """Count a request as in progress while the block runs.
 
         Raises:
-            ServiceUnavailableError: It would not finish in time; says when to retry.
+            ServiceUnavailableError: It would not finish in time; with the time of a retry.
         """
         work = list(accumulate(map(work_of, texts), initial=float(REQUEST_TOKENS)))
         work[0] = 0.0
@@ -241,11 +221,11 @@ class Admission:
             self.in_progress[role] -= len(texts)
             self._outstanding[role] -= request.total - request.done
             if not self.in_progress[role]:
-                self._outstanding[role] = 0.0  # no rounding errors pile up
+                self._outstanding[role] = 0.0  # without accumulated rounding errors
                 self._refusing[role] = False
 
     def completed(self, role: Role, work: float) -> None:
-        """Note completed work, in tokens."""
+        """Record completed work, in tokens."""
         now = self._clock()
         if work:
             outstanding = sum(self._outstanding.values())
@@ -253,28 +233,28 @@ class Admission:
             self._outstanding[role] -= work
             self._since = now
             if role == "query":
-                self._query_rate = self._queries_per_second(now) + work / _QUERY_MEMORY
+                self._query_rate = self._current_query_rate(now) + work / _QUERY_MEMORY
                 self._query_time = now
 
     def check_deadline(self, work: float, deadline: float) -> None:
-        """Whether `work` tokens can still be computed by `deadline`, on this object's clock.
+        """Check whether `work` tokens can still be computed by `deadline`.
 
         Raises:
-            DeadlineExceededError: They cannot, even if the speed is underestimated by a third. A
-                request that is alone is computed all the same: it is what the speed is learnt from.
+            DeadlineExceededError: They cannot, even if the real speed is 1.5 times the estimate. A
+                request that is alone is computed nevertheless: the speed is learnt from it.
         """
         left = deadline - self._clock()
-        hopeless = self.speed.seconds(work) > 1.5 * left
+        too_slow = self.speed.seconds(work) > 1.5 * left
         alone = sum(self._outstanding.values()) <= work
-        if left <= 0 or (hopeless and not alone):
+        if left <= 0 or (too_slow and not alone):
             raise DeadlineExceededError("the rest would not be embedded before the deadline.")
 
     def _document_seconds(self, work: float) -> float:
-        """Seconds that documents of `work` tokens take beside the queries that go first."""
-        share_of_queries = self.speed.seconds(self._queries_per_second(self._clock()))
-        return self.speed.seconds(work) / max(0.1, 1 - share_of_queries)
+        """Estimated seconds for `work` of documents, in the time that queries leave."""
+        query_share = self.speed.seconds(self._current_query_rate(self._clock()))
+        return self.speed.seconds(work) / max(0.1, 1 - query_share)
 
-    def _queries_per_second(self, now: float) -> float:
+    def _current_query_rate(self, now: float) -> float:
         return self._query_rate * math.exp((self._query_time - now) / _QUERY_MEMORY)
 
 

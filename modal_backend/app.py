@@ -1,4 +1,4 @@
-"""The Modal app, and nothing else: what runs where. Deploy it with `kalm deploy`."""
+"""The Modal app: its classes and functions. Deploy it with `kalm deploy`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import modal
@@ -17,62 +19,69 @@ from pydantic import SecretStr
 
 from kalm_integrations.bulk.on_modal import worker_pool
 from modal_backend import compile_cache, rpc
-from modal_backend.engines.base import Engine
 from modal_backend.engines.vllm.process import READY_TIMEOUT
 from modal_backend.image import HF_VOLUME, JIT_VOLUME, image_of
 from modal_backend.lifecycle import Lifecycle
 from modal_backend.settings import DeploySettings
 from modal_backend.tags import tags_of
-from modal_backend.vllm_serve import STOCK_PORT, stock_command
+from modal_backend.vllm_serve import PORT, vllm_serve_command
 
 settings = DeploySettings()
 app = modal.App(settings.app_name, tags=tags_of(settings))
 image = image_of(settings)
 
 hf_secrets = [modal.Secret.from_name(settings.hf_secret)] if settings.hf_secret else []
-api_key_secrets = (
-    [modal.Secret.from_name(settings.api_key_secret, required_keys=["KALM_API_KEY"])]
-    if settings.needs_bearer
-    else []
-)
+api_key_secrets = []
+if settings.needs_bearer:
+    api_key_secrets.append(
+        modal.Secret.from_name(settings.api_key_secret, required_keys=["KALM_API_KEY"])
+    )
 bulk_volume = modal.Volume.from_name(settings.bulk_volume, create_if_missing=True, version=2)
 jit_volume = modal.Volume.from_name(settings.jit_cache_volume, create_if_missing=True)
-volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = (
-    {
-        HF_VOLUME: modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True),
-        JIT_VOLUME: jit_volume,
-    }
-    if settings.on_gpu
-    else {}
-)
+volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {}
+if settings.on_gpu:
+    weights_volume = modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True)
+    volumes = {HF_VOLUME: weights_volume, JIT_VOLUME: jit_volume}
 
-# A list of one would be sent as ranked choices; a string is the form documented for snapshots.
+# A list of one would be sent as ranked choices; snapshots are documented with a string.
 gpu: str | list[str] | None = None
 if settings.on_gpu:
     gpu = settings.gpu[0] if len(settings.gpu) == 1 else list(settings.gpu)
-snapshot_options: dict[str, Any] = {}
+container: dict[str, Any] = {
+    "image": image,
+    "gpu": gpu,
+    "cpu": settings.cpu,
+    "memory": settings.memory_mib,
+    "region": settings.region,
+    "startup_timeout": settings.startup_timeout,
+}
+snapshot: dict[str, Any] = {}
 if settings.snapshot != "off":
-    snapshot_options["enable_memory_snapshot"] = True
+    snapshot["enable_memory_snapshot"] = True
     if settings.on_gpu:
-        snapshot_options["experimental_options"] = {"enable_gpu_snapshot": True}
-if settings.on_gpu and not modal.is_local():  # read where vLLM is imported, later
+        snapshot["experimental_options"] = {"enable_gpu_snapshot": True}
+if settings.on_gpu and not modal.is_local():  # before vLLM is imported
     os.environ.setdefault(READY_TIMEOUT, str(settings.engine_ready_timeout))
 
-# Modal takes snap=True only where there is a snapshot.
+# Modal accepts snap=True only with a snapshot.
 before_snapshot: Callable[[Any], Any] = (
     modal.enter(snap=True) if settings.snapshot != "off" else lambda hook: hook
 )
 
 
 class EngineContainer:
-    """A container with an engine that can be trusted; what it is used for, its classes say."""
+    """Base class of containers with an engine.
+
+    All methods are async and run on one event loop: a sync one would run in a thread, and
+    cancelling it would kill the container.
+    """
 
     @before_snapshot
     async def prepare(self) -> None:
-        """Before the snapshot: everything that a restored container shall not do again."""
+        """Before the snapshot: everything that a restored container need not repeat."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.lifecycle = Lifecycle(
-            _load,
+            partial(settings.engine_type.load, settings.engine_options),
             settings.snapshot,
             canary_mode=settings.canary,
             attempt_timeout=settings.attempt_timeout,
@@ -81,23 +90,20 @@ class EngineContainer:
         if settings.on_gpu:
             await asyncio.to_thread(compile_cache.fetch)
         await self.lifecycle.prepare()
-        # Not those of an engine that is not trusted: a wrong kernel would come back for ever.
-        if (
-            settings.on_gpu
-            and self.lifecycle.trusted
-            and await asyncio.to_thread(compile_cache.store)
-        ):
+        # Only of a trusted engine: a wrong kernel would return in every start.
+        store = settings.on_gpu and self.lifecycle.trusted
+        if store and await asyncio.to_thread(compile_cache.store):
             await jit_volume.commit.aio()  # type: ignore[no-untyped-call]
-        self.prepared()
+        self.on_prepared()
 
     @modal.enter(snap=False)
     async def resume(self) -> None:
-        """After it."""
+        """After the snapshot."""
         if settings.snapshot == "off":
             await self.prepare()
-        # Modal gives a restored container another id.
+        # A restored container has another id.
         await self.lifecycle.resume(restored=os.environ.get("MODAL_TASK_ID") != self.prepared_by)
-        self.resumed()
+        self.on_resumed()
         self.watching = asyncio.create_task(
             self.lifecycle.watch(modal.experimental.stop_fetching_inputs.aio)
         )
@@ -108,118 +114,99 @@ class EngineContainer:
         self.watching.cancel()
         await self.lifecycle.close()
 
-    def prepared(self) -> None:
-        """The engine is loaded; what is set up here lies in the snapshot."""
+    def on_prepared(self) -> None:
+        """Set up what becomes part of the snapshot; the engine is loaded or has failed."""
 
-    def resumed(self) -> None:
-        """The engine is awake, or out of order."""
+    def on_resumed(self) -> None:
+        """Set up what must not be in the snapshot; the engine is awake or has failed."""
 
 
 @app.cls(
-    image=image,
-    gpu=gpu,
-    cpu=settings.cpu,
-    memory=settings.memory_mib,
+    **container,
+    **snapshot,
     volumes=volumes,
     secrets=api_key_secrets,
-    region=settings.region,
     min_containers=settings.min_containers,
     max_containers=settings.max_containers,
     scaledown_window=settings.scaledown_window,
     timeout=settings.timeout,
-    startup_timeout=settings.startup_timeout,
-    **snapshot_options,
 )
 @modal.concurrent(max_inputs=settings.concurrency, target_inputs=settings.concurrency // 2)
 class VLLMEmbeddingSnapshot(EngineContainer):
-    """One loaded engine behind two doors.
+    """One engine with RPC methods and an HTTP endpoint."""
 
-    All methods are async and run on one loop: a sync one would run in a thread, and cancelling
-    it would kill the container.
-    """
-
-    def prepared(self) -> None:
-        """Build the doors."""
+    def on_prepared(self) -> None:
         from modal_backend.http.app import create_app
         from modal_backend.http.auth import BearerKeys
 
         self.keys = BearerKeys([] if settings.needs_bearer else None)
-        self.door = create_app(
+        self.http_app = create_app(
             self.lifecycle.service,
             keys=self.keys,
             max_concurrency=settings.http_concurrency,
             phases=self.lifecycle.phases,
         )
 
-    def resumed(self) -> None:
-        """Read secrets now: those read before the snapshot would be frozen in it."""
+    def on_resumed(self) -> None:
         if settings.needs_bearer:
-            # A Secret that has lost its key keeps everybody out; raising here would start another
-            # container, and another.
+            # If the Secret has lost its key, nobody gets in; raising would restart the container
+            # without end.
             self.keys.replace([SecretStr(os.environ.get("KALM_API_KEY", ""))])
 
     @modal.method()
     async def embed(self, sentences: list[str]) -> list[list[float]]:
-        """Vectors as lists of floats; no instruction is added."""
+        """Return vectors as lists of floats, without an instruction."""
         return await rpc.embed(self.lifecycle.service, sentences)
 
     @modal.method()
     async def embed_with_metadata(self, sentences: list[str]) -> list[dict[str, Any]]:
-        """One {"text", "embedding", "dimension"} for each sentence."""
+        """Return {"text", "embedding", "dimension"} for each sentence."""
         return await rpc.embed_with_metadata(self.lifecycle.service, sentences)
 
     @modal.method()
     async def embed_packed(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What `KalmClient` calls: packed vectors, or an error as data."""
+        """Return packed vectors or an error as data, for `KalmClient`."""
         return await rpc.embed_packed(self.lifecycle.service, request)
 
     @modal.method()
     async def describe(self) -> dict[str, Any]:
-        """Identity, limits, version, warnings, and seconds of each phase of the start."""
-        lifecycle = self.lifecycle
+        """Return identity, limits, version, warnings, and seconds of each phase of the start."""
+        start = self.lifecycle
         return rpc.describe(
-            lifecycle.service,
-            lifecycle.phases,
-            restored=lifecycle.restored,
-            engine_age=lifecycle.engine_age,
+            start.service, start.phases, restored=start.restored, engine_age=start.engine_age
         )
 
     @modal.asgi_app(requires_proxy_auth=settings.auth != "bearer-public")
     def http(self) -> Any:
-        """The OpenAI-compatible door."""
-        return self.door
+        """The OpenAI-compatible API."""
+        return self.http_app
 
 
 @app.cls(
-    image=image,
-    gpu=gpu,
-    cpu=settings.cpu,
-    memory=settings.memory_mib,
+    **container,
+    **snapshot,
     volumes={**volumes, worker_pool.VOLUME: bulk_volume},
-    region=settings.region,
     max_containers=worker_pool.MAX_CONTAINERS,
     scaledown_window=worker_pool.SCALEDOWN_WINDOW,
     timeout=worker_pool.TIMEOUT,
-    startup_timeout=settings.startup_timeout,
-    retries=modal.Retries(max_retries=10, initial_delay=1.0),  # the worker itself gives up sooner
-    **snapshot_options,
+    retries=modal.Retries(max_retries=10, initial_delay=1.0),  # the worker itself stops sooner
 )
-# One shard is read and written while the other is embedded; a container each comes first.
+# One shard is read and written while another is embedded, if there are not enough containers.
 @modal.concurrent(max_inputs=2, target_inputs=1)
 class VLLMBulkEmbedding(EngineContainer):
-    """Shards of bulk jobs, in a pool of their own: queries to the service wait for none of them.
+    """Embeds shards of bulk jobs, in a pool of its own, so that queries never wait for them.
 
-    All jobs share one configuration, and so its snapshots: `with_options` would make a variant for
-    each set of arguments. A job sets the limit of containers through the autoscaler; the worker
-    itself limits a shard's time.
+    All jobs share one configuration and its snapshots; `with_options` would create a variant for
+    each set of arguments. A job limits its containers through the autoscaler, and the worker limits
+    the time of a shard.
     """
 
-    def resumed(self) -> None:
-        """Take note of who this container is: it may be another than before the snapshot."""
+    def on_resumed(self) -> None:
         from modal_backend.bulk.worker import Container, Worker
 
+        volume: Any = SimpleNamespace(reload=bulk_volume.reload.aio, commit=bulk_volume.commit.aio)
         self.worker = Worker(
-            _BulkVolume(),
+            volume,
             Path.home() / PurePosixPath(worker_pool.VOLUME).name,
             self.lifecycle.service,
             Container(
@@ -234,16 +221,8 @@ class VLLMBulkEmbedding(EngineContainer):
 
     @modal.method()
     async def embed_shard(self, job: str, run: str, number: int) -> str:
-        """Embed a shard of a job, for one of its runs; what became of it."""
+        """Embed a shard for a run of a job; return the outcome."""
         return await self.worker.embed_shard(job, run, number)
-
-
-class _BulkVolume:
-    async def reload(self) -> None:
-        await bulk_volume.reload.aio()  # type: ignore[no-untyped-call]
-
-    async def commit(self) -> None:
-        await bulk_volume.commit.aio()  # type: ignore[no-untyped-call]
 
 
 @app.function(
@@ -254,27 +233,22 @@ class _BulkVolume:
     timeout=86_400,
     retries=2,
 )
-def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
-    """Split a job's input that lies on Modal or in a bucket, and send its shards; see
-    `modal_backend.bulk.prepare`. Whoever calls it has the input mounted."""
+def prepare_bulk(request: dict[str, Any]) -> dict[str, Any]:
+    """Split a job's input on Modal or in a bucket, which the caller mounts, and submit its shards;
+    see `modal_backend.bulk.prepare`."""
     from modal_backend.bulk.prepare import prepare
 
     home = Path.home()
-    bulk_volume.reload()  # a warm container has what was there when it started
-    if asked["volume"] is not None:
-        environment = asked["queue"]["environment_name"]
-        modal.Volume.from_name(asked["volume"], environment_name=environment).reload()
+    bulk_volume.reload()  # a warm container has the files from its start
+    if request["volume"] is not None:
+        environment = request["queue"]["environment_name"]
+        modal.Volume.from_name(request["volume"], environment_name=environment).reload()
     return prepare(
-        asked,
+        request,
         volume=home / PurePosixPath(worker_pool.VOLUME).name,
         mounted=home / PurePosixPath(worker_pool.INPUT).name,
         commit=bulk_volume.commit,
     )
-
-
-async def _load() -> Engine:
-    """The engine of this deployment."""
-    return await settings.engine_type.load(settings.engine_options)
 
 
 if settings.on_gpu:
@@ -288,7 +262,7 @@ if settings.on_gpu:
         timeout=2 * 3600,  # 23.5 GB at 3.3 MB/s
     )
     def download_model_weights() -> None:
-        """Put the weights into their volume, with progress: once, before the first start.
+        """Download the weights into their volume, once, before the first start.
 
         `modal run -m modal_backend.app::download_model_weights`. 23.5 GB; needs no GPU.
         """
@@ -297,32 +271,28 @@ if settings.on_gpu:
         download(settings.model, settings.revision)
 
     @app.function(
-        image=image,
-        gpu=gpu,
-        cpu=settings.cpu,
-        memory=settings.memory_mib,
+        **container,
         volumes=volumes,
         secrets=hf_secrets,
-        region=settings.region,
         max_containers=1,
         scaledown_window=settings.scaledown_window,
         timeout=settings.timeout,
-        startup_timeout=settings.startup_timeout,
     )
     @modal.concurrent(max_inputs=settings.concurrency)
-    # Never without a proxy token: vLLM guards some of its routes only, whatever key it is given.
-    @modal.web_server(
-        STOCK_PORT, startup_timeout=settings.startup_timeout, requires_proxy_auth=True
-    )
+    # Always with a proxy token: vLLM's own key guards only some of its routes.
+    @modal.web_server(PORT, startup_timeout=settings.startup_timeout, requires_proxy_auth=True)
     def serve_http() -> None:
-        """A stock `vllm serve`, for who wants its whole surface: a container of its own, without
+        """An unmodified `vllm serve` with its whole API, in a container of its own, without
         identity, priorities, canary or snapshot."""
-        subprocess.Popen(stock_command(settings))  # noqa: S603
+        subprocess.Popen(vllm_serve_command(settings))  # noqa: S603
 
 
 @app.local_entrypoint()
 def main() -> None:
-    """`modal run -m modal_backend.app`: prove the deployment, and print what it does."""
-    from modal_backend.smoke_test import prove
+    """`modal run -m modal_backend.app`: run the doctor's checks, including the reference texts."""
+    from kalm_integrations import doctor
 
-    prove(settings)
+    options = {"backend": "modal", "app_name": settings.app_name, **settings.client_arguments}
+    os.environ.update({f"KALM_{name.upper()}": value for name, value in options.items()})
+    if not doctor.run(wake=True, as_json=False, reference=True):
+        raise SystemExit(1)

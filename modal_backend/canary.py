@@ -1,7 +1,6 @@
-"""Proof that an engine gives vectors, before anybody is served one.
+"""Checks the vectors of an engine after a load, and again after a restore, before it serves.
 
-Run when an engine is loaded, and again after a container came back from its snapshot. KaLM has to
-pass the checks of the reference texts too; of other models, no right vectors are known.
+KaLM must also have the published vectors of the reference texts; none are known of other models.
 """
 
 from __future__ import annotations
@@ -29,38 +28,37 @@ TEXTS: Final = (
     "A much longer text is computed in other blocks than a short one. " * 12,
 )
 SAME: Final = 0.999
-"""Least cosine of two vectors of one text in bf16. With real weights, 0.9998 was seen between a
-text alone and the same text in a batch."""
+"""Least cosine of two vectors of one text in bf16. With real weights a text alone and in a batch
+had 0.9998."""
 SAME_FP8: Final = 0.996
-"""The same in fp8, where a difference in bf16 moves some inputs to the next number. With random
-weights fp8 was four times as noisy as bf16; its own error is .003 with real ones."""
+"""The same in fp8, where a small difference in bf16 rounds some inputs to the next number. With
+random weights fp8 was four times as noisy as bf16."""
 _UNIT: Final = 1e-3
 
 Vectors = NDArray[np.float32]
 
 
-async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
-    """Embed the canary's texts, and the reference texts where the engine runs KaLM, and judge.
+async def check(engine: Engine, before: Vectors | None = None) -> Vectors:
+    """Embed the canary's texts, and the reference texts with KaLM, and check the vectors.
 
     Args:
         engine: Loaded and awake.
-        before: What `prove` returned earlier, of the same weights.
+        before: The earlier result for the same weights, to compare with.
 
     Returns:
-        The vectors, shape (texts, dimensions), to be kept for the next time.
+        The vectors, shape (texts, dimensions).
 
     Raises:
-        CanaryFailedError: Names the check that failed, what was expected and what was found.
-            Other errors are the engine's own.
+        CanaryFailedError: Names the failed check, the expected and the actual value.
+        KalmError: The engine failed.
     """
     checks = ["form", "each text alone", "differences"]
     same = SAME_FP8 if engine.identity.quantization == FP8 else SAME
     vectors = await _embed(engine, list(TEXTS))
-    # One after the other: together they would be one batch again.
+    # One after the other: concurrent calls would be one batch again.
     alone = np.concatenate([await _embed(engine, [text]) for text in TEXTS])
-    _check_same(
-        same, "texts in one batch do not have the vectors that they have alone", vectors, alone
-    )
+    batch = "texts in one batch do not have the vectors that they have alone"
+    _check_same(same, batch, vectors, alone)
     cosines = np.triu(vectors @ vectors.T, 1)
     if cosines.max() > same:
         first, second = np.unravel_index(cosines.argmax(), cosines.shape)
@@ -81,18 +79,13 @@ async def prove(engine: Engine, before: Vectors | None = None) -> Vectors:
         )
         checks.append("vectors of before")
     if reference.applies_to(engine.identity):
-        checks += await _check_reference(engine)
+        published = await _embed(engine, list(reference.TEXTS))
+        verdict = reference.judge(published, engine.identity.quantization)
+        if verdict.failures:
+            raise CanaryFailedError(f"these are not KaLM's vectors: {verdict}.")
+        checks += verdict.checks
     log.info("the canary's checks passed: %s", ", ".join(checks))
     return vectors
-
-
-async def _check_reference(engine: Engine) -> tuple[str, ...]:
-    """Return the checks made of the reference texts; all of them passed."""
-    vectors = await _embed(engine, list(reference.TEXTS))
-    verdict = reference.judge(vectors, engine.identity.quantization)
-    if verdict.failures:
-        raise CanaryFailedError(f"these are not KaLM's vectors: {verdict}.")
-    return verdict.checks
 
 
 async def _embed(engine: Engine, texts: list[str]) -> Vectors:
@@ -115,8 +108,8 @@ def _check_form(vectors: NDArray[Any], shape: tuple[int, int]) -> None:
 
 def _check_same(same: float, failure: str, vectors: Vectors, others: Vectors) -> None:
     cosines = np.einsum("ij,ij->i", vectors, others)
-    if not (cosines >= same).all():  # "not at least": a comparison with NaN is false
-        row = int(cosines.argmin())  # the first NaN, if there is one
+    if not (cosines >= same).all():  # so that NaN fails
+        row = int(cosines.argmin())  # the first NaN if there is one
         raise CanaryFailedError(
             f"{failure}: cosine {cosines[row]:.5f} instead of at least {same} for {TEXTS[row]!r}."
         )

@@ -1,7 +1,7 @@
-"""vLLM's compiled kernels, kept in a volume: they spare a minute of each load.
+"""vLLM's compiled kernels in a Volume, which save a minute of each load.
 
-vLLM works on local disk, and the volume is copied from and to: a mounted volume cannot be reloaded
-while files of it are open, which a snapshot would keep.
+vLLM works on local disk, and files are copied: a mounted Volume cannot be reloaded while files of
+it are open, which a snapshot would keep.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 VOLUME: Final = ".cache/vllm-jit"
-"""Where the volume is, below the container's home."""
-_LOCAL: Final = ".cache/vllm"  # where vLLM looks by itself
+"""Mount point of the Volume, below the home directory."""
+_LOCAL: Final = ".cache/vllm"  # vLLM's default
 
 
 def fetch() -> None:
-    """Copy what the volume has to where vLLM looks. A cache that fails is only slow."""
+    """Copy the Volume to vLLM's cache. A failure only makes the load slower."""
     _copy(Path.home() / VOLUME, Path.home() / _LOCAL)
 
 
 def store() -> bool:
-    """Copy what is new to the volume.
-
-    Returns:
-        Whether anything was: then the volume wants to be committed.
-    """
+    """Copy new files to the Volume; return whether there were any, which need a commit."""
     return _copy(Path.home() / _LOCAL, Path.home() / VOLUME)
 
 
@@ -37,17 +33,17 @@ def _copy(source: Path, target: Path) -> bool:
     try:
         for path in sorted(source.rglob("*")):
             copy = target / path.relative_to(source)
-            if path.is_file() and not (copy.is_file() and _same(path, copy)):
+            if path.is_file() and not (copy.is_file() and _is_current(copy, path)):
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                half = copy.with_name(f"{copy.name}.half")  # never seen under its own name
-                shutil.copy2(path, half)
-                half.replace(copy)
+                partial = copy.with_name(f"{copy.name}.half")  # never seen under its own name
+                shutil.copy2(path, partial)
+                partial.replace(copy)
                 copied = True
     except OSError as error:
         log.warning("compiled kernels were not copied to %s: %s", target, error)
     return copied
 
 
-def _same(a: Path, b: Path) -> bool:
-    mine, other = a.stat(), b.stat()
-    return mine.st_size == other.st_size and mine.st_mtime <= other.st_mtime
+def _is_current(copy: Path, original: Path) -> bool:
+    theirs, ours = copy.stat(), original.stat()
+    return theirs.st_size == ours.st_size and theirs.st_mtime >= ours.st_mtime

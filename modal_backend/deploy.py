@@ -1,4 +1,4 @@
-"""`kalm deploy`: show the cost, compare, deploy, end with the client's snippet."""
+"""`kalm deploy`: show the cost, compare the identity, deploy, print the client's snippet."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import KALM
 from modal_backend import gpus
 from modal_backend.settings import DeploySettings
-from modal_backend.tags import DEPLOYABLE, IDENTITY_TAG, tags_of
+from modal_backend.tags import DEPLOYABLE, IDENTITY_TAG
 
 
 class _OtherVectorsError(ConfigurationError):
-    """The deployment would change the vectors of clients that exist."""
+    """The deployment would change the vectors of existing clients."""
 
     remedy = (
         "Give it another --app-name, or pass --accept-new-identity and embed those indexes again."
@@ -33,10 +33,11 @@ class _OtherVectorsError(ConfigurationError):
 
 
 def deployed_tags(app_name: str, environment_name: str | None) -> dict[str, str] | None:
-    """The tags of what is deployed under this name; None if nothing is. Starts no container.
+    """Return the tags of the deployed app, or None. Starts no container.
 
     Raises:
         ModalTokenError: Modal refused the token, or there is none.
+        KalmError: Modal failed.
     """
     try:
         app = modal.App.lookup(app_name, environment_name=environment_name)
@@ -44,22 +45,27 @@ def deployed_tags(app_name: str, environment_name: str | None) -> dict[str, str]
     except modal.exception.NotFoundError:
         return None
     except modal.exception.Error as error:
-        raise _ours(error, "Nothing was changed; try again.") from error
+        raise _translate(error, "Nothing was changed; try again.") from error
 
 
 def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
-    """Deploy, unless that would change the vectors of clients that exist.
+    """Deploy the app.
 
     Args:
-        settings: Checked before anything is sent.
-        accept_new_identity: Replace a deployment of another vector space.
+        settings: Of the deployment.
+        accept_new_identity: Replace a deployment with another vector space.
 
     Raises:
-        ConfigurationError: The vectors would change, and that was not accepted.
+        ConfigurationError: The vectors of existing clients would change; a Secret is missing; a
+            variable is unknown.
         ModalTokenError: Modal refused the token, or there is none.
         KalmError: Modal failed.
     """
-    _check_variables()
+    variables, prefix = set(settings.variables().values()), settings.variable_prefix
+    for name in sorted(name for name in os.environ if name.startswith(prefix)):
+        if name not in variables:
+            hint = did_you_mean(name, variables)
+            raise ConfigurationError(f"{name}: there is no such setting.{hint}")
     console = Console(file=sys.stdout, highlight=False)
     console.print(_costs(settings))
     if settings.canary == "warn":
@@ -69,9 +75,10 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
         )
     console.print("Asking Modal what is deployed")
     _check_secrets(settings)
-    before = deployed_tags(settings.app_name, settings.environment_name)
-    _check_identity(settings, before, accept_new_identity)
-    # The app reads its settings where it is imported: here, and in the container.
+    tags = deployed_tags(settings.app_name, settings.environment_name)
+    if tags is not None and not accept_new_identity:
+        _check_identity(settings, tags.get(IDENTITY_TAG))
+    # The app reads its settings when it is imported, here and in the container.
     os.environ.update(settings.as_variables())
     from modal_backend.app import app
 
@@ -79,25 +86,15 @@ def deploy(settings: DeploySettings, *, accept_new_identity: bool) -> None:
         with modal.enable_output():
             app.deploy(environment_name=settings.environment_name)
     except modal.exception.Error as error:
-        raise _ours(error) from error
-    console.print(_what_next(settings), markup=False, soft_wrap=True)
-
-
-def _check_variables() -> None:
-    known = set(DeploySettings.variables().values())
-    prefix = DeploySettings.variable_prefix
-    for name in sorted(os.environ):
-        if name.startswith(prefix) and name not in known:
-            raise ConfigurationError(
-                f"{name}: there is no such setting.{did_you_mean(name, known)}"
-            )
+        raise _translate(error) from error
+    console.print(_next_steps(settings), markup=False, soft_wrap=True)
 
 
 def _check_secrets(settings: DeploySettings) -> None:
-    """Ask for the Secrets now: once the app is being built, Modal's own words name no remedy."""
-    wanted = [(settings.api_key_secret, "KALM_API_KEY")] if settings.needs_bearer else []
-    wanted += [(settings.hf_secret, "HF_TOKEN")] if settings.hf_secret and settings.on_gpu else []
-    for name, key in wanted:
+    """Look up the Secrets: Modal's own error during the deployment names no remedy."""
+    secrets = [(settings.api_key_secret, "KALM_API_KEY")] if settings.needs_bearer else []
+    secrets += [(settings.hf_secret, "HF_TOKEN")] if settings.hf_secret and settings.on_gpu else []
+    for name, key in secrets:
         try:
             modal.Secret.from_name(
                 name, environment_name=settings.environment_name, required_keys=[key]
@@ -105,68 +102,59 @@ def _check_secrets(settings: DeploySettings) -> None:
         except modal.exception.NotFoundError as error:
             raise ConfigurationError(
                 f"there is no Secret {name!r} with {key} on Modal. Create it: "
-                f"modal secret create {name} {key}=..., for a key of ours for instance the output "
-                "of `openssl rand -hex 32`."
+                f"modal secret create {name} {key}=..., for KALM_API_KEY for instance with the "
+                "output of `openssl rand -hex 32`."
             ) from error
         except modal.exception.Error as error:
-            raise _ours(error) from error
+            raise _translate(error) from error
 
 
-def _ours(error: Exception, then: str = "Nothing was deployed.") -> KalmError:
-    said = f"Modal: {str(error).strip().rstrip('.')}."
+def _translate(error: Exception, outcome: str = "Nothing was deployed.") -> KalmError:
+    message = f"Modal: {str(error).strip().rstrip('.')}."
     if isinstance(error, modal.exception.AuthError):
-        return ModalTokenError(said)
-    return KalmError(f"{said} {then}")
+        return ModalTokenError(message)
+    return KalmError(f"{message} {outcome}")
 
 
-def _check_identity(
-    settings: DeploySettings, before: dict[str, str] | None, accepted: bool
-) -> None:
-    now, then = tags_of(settings)[IDENTITY_TAG], (before or {}).get(IDENTITY_TAG)
-    if before is None or then == now or accepted:
+def _check_identity(settings: DeploySettings, deployed: str | None) -> None:
+    fingerprint = settings.space.fingerprint
+    if deployed == fingerprint:
         return
-    was = f"of {_space(DEPLOYABLE.get(then), then)}" if then else "of an unknown model"
+    old = _described(DEPLOYABLE.get(deployed), deployed) if deployed else "an unknown model"
     raise _OtherVectorsError(
-        f"app {settings.app_name!r} serves vectors {was}; this deployment would serve "
-        f"{_space(settings.space, now)}, and every index that was made with the old one would be "
-        "searched wrongly."
+        f"app {settings.app_name!r} serves vectors of {old}; this deployment would serve "
+        f"{_described(settings.space, fingerprint)}, and every index that was made with the old "
+        "one would be searched wrongly."
     )
 
 
-def _space(space: SpaceIdentity | None, fingerprint: str) -> str:
-    """A vector space, for a message."""
+def _described(space: SpaceIdentity | None, fingerprint: str) -> str:
     if space is None:
         return f"another model or revision (identity {fingerprint})"
-    computed = f", {space.quantization}" if space.declared else ""
-    return f"{space.model}{computed} (identity {fingerprint})"
+    quantization = f", {space.quantization}" if space.declared else ""
+    return f"{space.model}{quantization} (identity {fingerprint})"
 
 
 def _costs(settings: DeploySettings) -> Table:
-    hour = settings.dollars_per_hour
-    idle = hour * 24 * settings.min_containers
+    hour, window = settings.dollars_per_hour, settings.scaledown_window
+    least, most = settings.min_containers, settings.max_containers
     table = Table(title=f"What {settings.app_name} will cost", title_justify="left")
     table.add_column("")
     table.add_column("$", justify="right")
     table.add_row("one container, an hour", f"{hour:.2f}")
+    table.add_row(f"query service at most (--max-containers {most}), an hour", f"{hour * most:.2f}")
+    table.add_row(f"idle (--min-containers {least}), a day", f"{24 * hour * least:.2f}")
     table.add_row(
-        f"query service at most (--max-containers {settings.max_containers}), an hour",
-        f"{hour * settings.max_containers:.2f}",
-    )
-    table.add_row(f"idle (--min-containers {settings.min_containers}), a day", f"{idle:.2f}")
-    table.add_row(
-        f"the wait of {settings.scaledown_window} s after the last call, each time",
-        f"{hour * settings.scaledown_window / 3600:.3f}",
+        f"the wait of {window} s after the last call, each time", f"{hour * window / 3600:.3f}"
     )
     if settings.on_gpu and settings.model == KALM.space.model and not settings.enforce_eager:
         rates = [gpus.rate(name.removesuffix("!"), settings.quantization) for name in settings.gpu]
         kind = "measured" if all(rate.measured for rate in rates) else "calculated"
         million = 1e6 * hour / 3600 / min(rate.tokens for rate in rates)
         table.add_row(f"a million tokens, always busy ({kind})", f"{million:.3f}")
-    others = f"Bulk jobs ({worker_pool.MAX_CONTAINERS} by default)"
-    if settings.on_gpu:
-        others += " and serve_http (1)"
+    serve_http = " and serve_http (1)" if settings.on_gpu else ""
     table.caption = (
-        f"{others} come on top.\n"
+        f"Bulk jobs ({worker_pool.MAX_CONTAINERS} by default){serve_http} come on top.\n"
         "Modal's list prices of November 2026; see modal.com/pricing for today's.\n"
         "`kalm cost` compares GPUs, for your corpus and your traffic."
     )
@@ -174,21 +162,20 @@ def _costs(settings: DeploySettings) -> Table:
     return table
 
 
-def _what_next(settings: DeploySettings) -> str:
-    arguments = settings.client_arguments
-    shown = ", ".join(["backend='modal'", *(f"{k}={v!r}" for k, v in arguments.items())])
-    quoted = {name.upper(): shlex.quote(value) for name, value in arguments.items()}
-    variables = "".join(f"KALM_{name}={value} " for name, value in quoted.items())
+def _next_steps(settings: DeploySettings) -> str:
+    options = settings.client_arguments.items()
+    arguments = ", ".join(["backend='modal'", *(f"{name}={value!r}" for name, value in options)])
+    variables = "".join(f"KALM_{name.upper()}={shlex.quote(value)} " for name, value in options)
     return f"""
 Deployed. With your Modal token, over RPC:
 
     from kalm_integrations import KalmClient
 
-    client = KalmClient({shown})
+    client = KalmClient({arguments})
     print(client.embed(["How tall is K2?"], role="query").vectors[0][:3].tolist())
 
 KalmModalEmbeddings of LangChain and of LlamaIndex take the same arguments.
-Over HTTP it is backend="http", with {_credentials(settings)}.
+Over HTTP, use backend="http" with {_credentials(settings)}.
 {_starts(settings)}
 
 Check it:    {variables}kalm doctor --wake
@@ -197,10 +184,9 @@ See its log: modal app logs {settings.app_name} -f
 
 
 def _starts(settings: DeploySettings) -> str:
-    """What to expect of starts; nobody has measured those of KaLM on Modal."""
+    """Durations of starts; those of KaLM on Modal have not been measured."""
     if not settings.on_gpu:
-        off = " Nothing is snapshotted, because of --snapshot off."
-        return "A start takes seconds." + (off if settings.snapshot == "off" else "")
+        return "A start takes seconds."
     if settings.snapshot == "off":
         return "Each start loads the model, because of --snapshot off. Allow 5 to 10 minutes."
     return """\
@@ -216,6 +202,6 @@ def _credentials(settings: DeploySettings) -> str:
     return {
         "proxy": proxy,
         "proxy+bearer": f"{proxy} and {key}",
-        "bearer-public": f"{key}.\nANYBODY can wake this service over HTTP, and you pay; "
-        "--auth proxy prevents it",
+        "bearer-public": f"{key}.\nANYBODY can start containers over HTTP at your expense; "
+        "--auth proxy prevents that",
     }[settings.auth]

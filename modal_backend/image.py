@@ -1,4 +1,4 @@
-"""The container's image. What decides a vector is pinned to the version that was tested."""
+"""The container's image. Packages that decide vectors are pinned to the tested versions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from modal_backend.settings import DeploySettings
 
 PYTHON: Final = "3.12"
 CUDA: Final = "13.0.2"
-"""Of the base image, whose nvcc compiles kernels: that of the pinned torch."""
+"""CUDA version of the pinned torch, and of the base image, whose nvcc compiles kernels."""
 LOCK: Final = Path(__file__).with_name("image_requirements.txt")
-"""Every package of the image with vLLM: those named below, and all that they need, at versions as
-tested. `make image-lock` writes it."""
+"""All packages of the image with vLLM: those below and their dependencies, at tested versions.
+`make image-lock` writes it."""
 SERVER: Final = (
     "numpy==2.3.5",
     "orjson==3.13.0",
@@ -37,29 +37,24 @@ VLLM: Final = (
 HUB: Final = ("huggingface-hub==2.4.0", "hf-xet==1.8.0", "hf_transfer==0.1.9")
 SOURCES: Final = ("kalm_integrations", "modal_backend")
 
-HF_VOLUME: Final = "/root/.cache/huggingface"  # where Hugging Face's libraries look by themselves
+HF_VOLUME: Final = "/root/.cache/huggingface"  # the default of Hugging Face's libraries
 JIT_VOLUME: Final = f"/root/{compile_cache.VOLUME}"
 
 
 def image_of(settings: DeploySettings) -> modal.Image:
-    """The image in which `settings.engine` runs, with our sources and the settings in it."""
+    """Return the image for `settings.engine`, with the sources and settings of this package."""
     if not settings.on_gpu:
-        built = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(
-            *SERVER, *BULK, *settings.engine_type.packages
-        )
+        packages = (*SERVER, *BULK, *settings.engine_type.packages)
+        image = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(*packages)
     else:
-        built = (
+        image = (
             # devel: vLLM compiles kernels for the card that it finds.
             modal.Image.from_registry(f"nvidia/cuda:{CUDA}-devel-ubuntu22.04", add_python=PYTHON)
             .entrypoint([])
-            # Modal compiles what uv installs to bytecode. Only the lock's packages are installed.
+            # Modal compiles what uv installs to bytecode.
             .uv_pip_install(requirements=[str(LOCK)], extra_options="--no-deps")
-            .env(
-                {
-                    "HF_XET_HIGH_PERFORMANCE": "1",
-                    "HF_HUB_ENABLE_HF_TRANSFER": "1",  # its predecessor, for older hubs
-                }
-            )
+            # The latter is for older versions of huggingface_hub.
+            .env({"HF_XET_HIGH_PERFORMANCE": "1", "HF_HUB_ENABLE_HF_TRANSFER": "1"})
         )
-    # Sources last: a change in them rebuilds nothing.
-    return built.env(settings.as_variables()).add_local_python_source(*SOURCES)
+    # Sources last, so that a change in them rebuilds nothing.
+    return image.env(settings.as_variables()).add_local_python_source(*SOURCES)

@@ -1,18 +1,18 @@
-"""The life cycle of one container: load, prove, sleep; (snapshot;) wake, prove, serve.
+"""The life cycle of one container: load, check, sleep; (snapshot;) wake, check, serve.
 
-Nothing here raises: Modal starts a container that fails to start again without end, and each start
-is billed. A container whose engine cannot be trusted serves its failure instead, as data.
+Nothing here raises: Modal restarts a container that fails to start without end, and each start is
+billed. A container whose engine cannot be trusted serves the reason as data instead.
 
-A snapshot without an engine: Modal captures one whenever the hook before it returns. A hook that
-raises or never returns prevents it, but both end in the restart loop above; there is no public way
-to return and decline. So the snapshot is accepted, and the service reports it at every start from
-it (`snapshot_without_engine`) until somebody redeploys, which discards all snapshots.
+Modal captures a snapshot whenever the hook before it returns, even if there is no engine. Raising
+or never returning would prevent that, but ends in the restart loop. So such a snapshot is accepted,
+and every start from it reports it (`snapshot_without_engine`) until a redeployment discards it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ from modal_backend.settings import LOAD_ATTEMPTS, CanaryMode, Snapshot
 
 log = logging.getLogger(__name__)
 
-REPLACED_AFTER = 300.0
-"""Seconds that an unhealthy container answers before it requests its replacement. This bounds the
-starts that are billed, however many calls arrive."""
+REPLACEMENT_DELAY = 300.0
+"""Seconds for which an unhealthy container answers before it requests a replacement. Limits the
+billed starts, however many calls arrive."""
 
 
 class Lifecycle:
@@ -40,13 +40,12 @@ class Lifecycle:
 
     Args:
         load: Loads the engine afresh.
-        snapshot: What happens between `prepare` and `resume`: no snapshot, one of the engine as
-            it runs, or one of the sleeping engine.
+        snapshot: What is captured between `prepare` and `resume`: nothing, the running engine, or
+            the sleeping engine.
         canary_mode: "refuse" discards an engine that fails the canary; "warn" serves it and
             reports the failure.
-        attempt_timeout: Seconds that one load may take, with warm-up, canary and sleep; None is
-            no limit. A start has time for `LOAD_ATTEMPTS` of them: a load that may not end in
-            that time is not begun.
+        attempt_timeout: Seconds that one load may take, including warm-up, canary and sleep. A
+            start has time for `LOAD_ATTEMPTS` of them; a load that may exceed it is not started.
     """
 
     def __init__(
@@ -55,41 +54,41 @@ class Lifecycle:
         snapshot: Snapshot,
         *,
         canary_mode: CanaryMode = "refuse",
-        attempt_timeout: float | None = None,
+        attempt_timeout: float = math.inf,
     ) -> None:
         self._load = load
         self._snapshot = snapshot
         self._canary_mode = canary_mode
         self._attempt_timeout = attempt_timeout
         self._start = time.monotonic()
-        self._proof: canary.Vectors | None = None
+        self._loaded_at = time.time()
+        self._vectors: canary.Vectors | None = None
         self.service = EmbeddingService(FailedEngine(EngineLoadError("nothing is loaded yet.")))
         self.phases: dict[str, float] = {}
-        """Seconds that each phase took, in order."""
+        """Seconds of each phase, in order."""
         self.restored = False
-        """Whether this container has another id than the one that `prepare` ran in."""
+        """Whether this is another container than the one that `prepare` ran in."""
         self.engine_age = 0.0
-        """Seconds from the end of the load to the start of this container: of a restored one the
-        age of its snapshot, and 0 if the engine was loaded in this start."""
-        self._loaded_at = time.time()
+        """Seconds from the end of the load to the start of this container: the age of the snapshot
+        after a restore, and 0 if the engine was loaded in this start."""
 
     @property
     def failure(self) -> KalmError | None:
-        """Why nothing is served; None when all is well."""
+        """Why the container is unhealthy, or None."""
         return self.service.failure
 
     @property
     def trusted(self) -> bool:
-        """Whether there is an engine, and it passed the canary."""
-        return self.failure is None and not self._warns("canary_failed")
+        """Whether there is an engine that passed the canary."""
+        codes = [warning.code for warning in self.service.warnings]
+        return self.failure is None and "canary_failed" not in codes
 
     async def prepare(self) -> None:
-        """Before the snapshot: load, prove, keep the proof, put the engine to sleep. After a
-        failure, once more if time allows: every later start would find no engine in the
-        snapshot."""
-        await self._attempt(self._loaded_to_sleep)
+        """Before the snapshot: load and check the engine, then put it to sleep. Retried once if
+        time allows, since every later start would find no engine in the snapshot."""
+        await self._attempt(self._load_and_sleep)
         if self.failure is not None and self._may_load_again():
-            await self._attempt(self._loaded_to_sleep)
+            await self._attempt(self._load_and_sleep)
         if self.failure is not None and self._snapshot != "off":
             self._warn(
                 "snapshot_without_engine",
@@ -99,11 +98,10 @@ class Lifecycle:
             )
 
     async def resume(self, *, restored: bool = False) -> None:
-        """After the snapshot: wake, prove. After a failure, load afresh once.
+        """After the snapshot: wake and check the engine. If that fails, load afresh once.
 
         Args:
-            restored: Whether this is another container than the one that `prepare` ran in. It has
-                the whole time of a start.
+            restored: See the attribute. A restored container has the time of a whole start.
         """
         self.restored = restored
         self.engine_age = max(0.0, time.time() - self._loaded_at)
@@ -113,53 +111,49 @@ class Lifecycle:
                 log.error("%s: %s", warning.code, warning.message)
         prepared = self.failure is None
         if prepared and self._snapshot != "off":
-            await self._attempt(self._woken)
+            await self._attempt(self._wake)
             if self.failure is not None:
                 self._warn(
                     "restore_failed",
                     "the engine did not survive the snapshot, and the model has to be loaded "
                     f"afresh, which takes minutes: {self.failure.message}",
                 )
-        # Another container may find what the first one missed, for instance the weights.
+        # Another container may find what was missing in the first one, for instance the weights.
         if self.failure is not None and (restored or self._may_load_again()):
-            await self._attempt(self._loaded)
+            await self._attempt(self._load_and_check)
         if self.failure is not None:
             log.error("this container serves nothing: %s", self.failure)
 
     async def watch(self, request_replacement: Callable[[], Awaitable[None]]) -> None:
-        """Wait until the engine dies, then have another container take over: at once after a
-        death, after `REPLACED_AFTER` where no engine could be trusted.
+        """Request another container: when the engine dies, or after `REPLACEMENT_DELAY` if no
+        engine can be trusted.
 
         Args:
-            request_replacement: Has Modal send later calls to another container.
+            request_replacement: Makes Modal send later calls to another container.
         """
-        delay = REPLACED_AFTER
+        delay = REPLACEMENT_DELAY
         if self.failure is None:
             failure = await self.service.engine.died()
-            log.error("%s Callers are told so until another one has taken over.", failure)
+            log.error("%s Calls fail with this error until another container takes over.", failure)
             await self._discard(failure)
             delay = 0.0
         while True:
             await asyncio.sleep(delay)
             try:
-                await request_replacement()
+                return await request_replacement()
             except Exception:
                 log.exception("the request for a replacement failed; it is repeated")
-                delay = REPLACED_AFTER
-            else:
-                return
+                delay = REPLACEMENT_DELAY
 
     async def close(self) -> None:
         """Free the engine."""
         await self.service.close()
 
     def _may_load_again(self) -> bool:
-        """Whether another load can help, and ends before Modal kills the container."""
+        """Whether another load may help and ends before Modal kills the container."""
         if isinstance(self.failure, EngineLoadError) and self.failure.permanent:
             log.error("the model is not loaded again: it would fail in the same way")
             return False
-        if self._attempt_timeout is None:
-            return True
         left = LOAD_ATTEMPTS * self._attempt_timeout - (time.monotonic() - self._start)
         if left < self._attempt_timeout:
             log.error(
@@ -171,10 +165,10 @@ class Lifecycle:
             return False
         return True
 
-    async def _attempt(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run `work`. Its failure discards the engine and is what the service answers."""
+    async def _attempt(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Run a step of the start. If it fails, the service serves its error, not the engine."""
         try:
-            await work()
+            await step()
         except Exception as error:
             log.exception("an engine that is not trusted is discarded")
             if not isinstance(error, KalmError):
@@ -183,17 +177,17 @@ class Lifecycle:
 
     async def _discard(self, failure: KalmError) -> None:
         # A copy has no traceback, whose frames would keep the engine in memory.
-        failed, self.service.engine = self.service.engine, FailedEngine(copy(failure))
-        self._forget("canary_failed")  # it is not served any more
-        await _close(failed)
+        discarded, self.service.engine = self.service.engine, FailedEngine(copy(failure))
+        self._clear_warning("canary_failed")  # the engine is not served any more
+        await _close(discarded)
 
-    async def _loaded_to_sleep(self) -> None:
-        await self._loaded()
+    async def _load_and_sleep(self) -> None:
+        await self._load_and_check()
         if self._snapshot == "asleep":
             with self._phase("sleep"):
                 await self.service.engine.sleep()
 
-    async def _loaded(self) -> None:
+    async def _load_and_check(self) -> None:
         with self._phase("load"):
             engine = await self._load()
         self._loaded_at, self.engine_age = time.time(), 0.0
@@ -201,31 +195,31 @@ class Lifecycle:
             with self._phase("warm_up"):
                 await engine.warm_up()
             with self._phase("canary"):
-                self._proof = await self._prove(engine, None)
+                self._vectors = await self._check(engine, None)
         except BaseException:
             await _close(engine)
             raise
         self.service.engine = engine
 
-    async def _woken(self) -> None:
+    async def _wake(self) -> None:
         if self._snapshot == "asleep":
             with self._phase("wake"):
                 await self.service.engine.wake()
         with self._phase("canary_after"):
-            proof = await self._prove(self.service.engine, self._proof)
-        if self._proof is None or proof is None or np.array_equal(proof, self._proof):
+            vectors = await self._check(self.service.engine, self._vectors)
+        if self._vectors is None or vectors is None or np.array_equal(vectors, self._vectors):
             return
         log.warning("vectors after the snapshot are close to those before, but not bit-equal")
 
-    async def _prove(self, engine: Engine, before: canary.Vectors | None) -> canary.Vectors | None:
-        """The canary's vectors; None where it failed and the engine is served anyway.
+    async def _check(self, engine: Engine, before: canary.Vectors | None) -> canary.Vectors | None:
+        """Run the canary and return its vectors; None if it failed and the engine still serves.
 
         Raises:
             CanaryFailedError: The vectors are wrong, and `canary_mode` is "refuse".
         """
-        self._forget("canary_failed")
+        self._clear_warning("canary_failed")
         try:
-            return await canary.prove(engine, before)
+            return await canary.check(engine, before)
         except CanaryFailedError as error:
             if self._canary_mode == "refuse":
                 raise
@@ -237,15 +231,12 @@ class Lifecycle:
             return None
 
     def _warn(self, code: str, message: str) -> None:
-        self._forget(code)
+        self._clear_warning(code)
         self.service.warnings += (ServiceWarning(code, message),)
         log.error("%s: %s", code, message)
 
-    def _forget(self, code: str) -> None:
+    def _clear_warning(self, code: str) -> None:
         self.service.warnings = tuple(w for w in self.service.warnings if w.code != code)
-
-    def _warns(self, code: str) -> bool:
-        return any(warning.code == code for warning in self.service.warnings)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -254,7 +245,7 @@ class Lifecycle:
         try:
             yield
         finally:
-            while name in self.phases:  # again, after a failure: a phase of its own
+            while name in self.phases:  # repeated after a failure
                 name += "_again"
             self.phases[name] = seconds = time.perf_counter() - start
             log.info("phase %s took %.2f s", name, seconds)

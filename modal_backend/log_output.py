@@ -1,4 +1,4 @@
-"""Output that never blocks: a service goes on though nobody can read its log."""
+"""Output that never blocks, so that a service continues while nobody reads its log."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ _FLUSH_SECONDS: Final = 1.0
 
 
 class NonBlockingStream:
-    """A text stream that a thread writes to its file descriptor. Text is dropped while too much
-    waits, as behind a full pipe that nobody reads, and where it cannot be written, as to a full
-    disk. All else is the stream's own.
+    """A text stream whose text a thread writes to the file descriptor. Text is dropped while too
+    much is queued (a full pipe that nobody reads) and if it cannot be written (a full disk).
 
     Args:
         stream: `sys.stdout` or `sys.stderr`.
@@ -36,8 +35,8 @@ class NonBlockingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Take `text`; never waits."""
-        if os.getpid() != self._process:  # a fork, which has no such thread
+        """Queue `text` without waiting."""
+        if os.getpid() != self._process:  # a fork does not have the thread
             return self._stream.write(text)
         if self._queue.qsize() < _MAX_QUEUED:
             self._queue.put(text)
@@ -46,10 +45,10 @@ class NonBlockingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: what is written is on its way."""
+        """Do nothing: the thread writes at once."""
 
     def close(self) -> None:
-        """Write what is left, as far as that takes no longer than a second."""
+        """Write the queued text for up to a second."""
         self._queue.put(None)
         self._thread.join(_FLUSH_SECONDS)
 
@@ -68,7 +67,7 @@ class NonBlockingStream:
 
 
 def never_block_on_output() -> None:
-    """Let writing to standard output and error never block, until the process ends."""
+    """Replace standard output and error until the process ends."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # it has no file

@@ -1,7 +1,7 @@
-"""How the service is deployed: every choice, declared and checked once.
+"""The settings of a deployment.
 
-Read where `kalm deploy` or `modal deploy` runs, from `KALM_DEPLOY_` + the name in capitals, and
-baked into the image, so that the container reads the same.
+They are read where `kalm deploy` or `modal deploy` runs, from `KALM_DEPLOY_` and the name in
+capitals, and stored in the image, so that the container reads the same.
 """
 
 from __future__ import annotations
@@ -23,24 +23,22 @@ Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
 CanaryMode = Literal["refuse", "warn"]
 
-
 REGION: Final = 1.75
-"""What a pinned region multiplies prices by, at most."""
+"""Highest factor on prices of a pinned region."""
 WINDOWS: Final = (2, 3600)
-"""Seconds that `scaledown_window` may be."""
+"""Range of `scaledown_window`, in seconds."""
 
 LOAD_ATTEMPTS: Final = 2
-"""Loads that a start has time for: the first one, and another after a failure."""
+"""Loads for which a start has time: the first one, and another after a failure."""
 AROUND_STARTS: Final = 60
-"""Seconds for what comes before and after the loads: imports, commits of volumes."""
+"""Seconds before and after the loads, for imports and commits of volumes."""
 AROUND_LOADS: Final = 210
-"""Seconds for what comes around vLLM's start in each attempt: importing vLLM and checking the
-weights (90), warm-up (30), canary (30), sleep (60; 12 were measured)."""
+"""Seconds of an attempt besides vLLM's start: importing vLLM and checking the weights (90), warm-up
+(30), canary (30), sleep (60; 12 were measured)."""
 SHORTEST_LOAD: Final = 300
-"""Seconds for which vLLM has to be waited for at least: 23.5 GB at 200 MB/s take 120, compiling
-takes about as long."""
+"""Least seconds for vLLM's start: 23.5 GB at 200 MB/s take 120, and compiling about as long."""
 SHORTEST_START: Final = AROUND_STARTS + LOAD_ATTEMPTS * (SHORTEST_LOAD + AROUND_LOADS)
-"""Seconds that `startup_timeout` has to be with vLLM."""
+"""Least `startup_timeout` with vLLM, in seconds."""
 
 
 def _split(value: Any) -> Any:
@@ -56,10 +54,10 @@ def _engine_name(name: str) -> str:
 
 
 class DeploySettings(EnvironmentSettings):
-    """What `kalm deploy` takes; every field is an option of it too.
+    """Every field is also an option of `kalm deploy`.
 
     Raises:
-        ConfigurationError: A choice is unknown, or does not go with another.
+        ConfigurationError: A value is invalid or contradicts another.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)  # the options' help
@@ -72,78 +70,77 @@ class DeploySettings(EnvironmentSettings):
     """"vllm": KaLM on a GPU. "embedded": the small model on a CPU, to see everything else work."""
 
     model: str = KALM.space.model
-    """The repository of the model that vLLM runs; any embedding model of vLLM's, though only KaLM
-    and its sibling have a profile here."""
+    """Repository of the model that vLLM runs. Any embedding model works; KaLM and KaLM mini have a
+    profile here."""
 
     revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")
-    """Its commit, all 40 digits; without it the one that we pin for a model that we know, else the
-    newest that was downloaded."""
+    """Its commit, all 40 digits. Default: the pinned commit of a known model, or the newest
+    downloaded one."""
 
     app_name: str = Field(DEFAULT_APP, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The app's name on Modal."""
 
     environment_name: str | None = None
-    """The environment on Modal; without it the token's own."""
+    """The environment on Modal. Default: that of the token."""
 
     gpu: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("A100-40GB",)
-    """GPU types, the first that is free is taken; "!" pins ("H100!" is never an H200)."""
+    """GPU types in order of preference; "!" pins a type ("H100!" is never an H200)."""
 
     quantization: Quantization = "none"
-    """"fp8" halves the weights and is half as fast again, on GPUs that compute in it; another
-    vector space than "none"."""
+    """"fp8" halves the weights and is 1.5 times as fast, on GPUs that support it. It is another
+    vector space."""
 
     max_model_len: int | None = Field(None, ge=256, le=32_768)
-    """Longest text, in tokens; without it 8192 for KaLM, 512 for its sibling, and the model's own
-    limit for others."""
+    """Longest text in tokens. Default: 8192 for KaLM, 512 for KaLM mini, the model's own limit for
+    others."""
 
     enforce_eager: bool = False
-    """Neither compile nor capture CUDA graphs: a faster first start, and slower ever after."""
+    """No compilation and no CUDA graphs: a faster first start, but slower embedding."""
 
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
-    """Share of the GPU that weights and KV cache may fill; without it what two steps need, which
-    is enough for embedding and keeps snapshots small."""
+    """Share of the GPU for weights and KV cache. Default: the KV cache of two steps, which is
+    enough for embedding and keeps snapshots small."""
 
     snapshot: Snapshot = "asleep"
-    """What a container comes back from: "asleep" is the smallest, "off" loads each time."""
+    """State of the engine in the snapshot: "asleep" is the smallest; "off" loads in each start."""
 
     min_containers: int = Field(0, ge=0, le=100)
-    """Containers that are kept up, and paid, when idle."""
+    """Containers that stay up, and are billed, when idle."""
 
     max_containers: int = Field(1, ge=1, le=100)
-    """Most containers, and so most $ an hour."""
+    """Most containers; limits the $ an hour."""
 
     scaledown_window: int = Field(300, ge=WINDOWS[0], le=WINDOWS[1])
     """Seconds that an idle container waits for the next call."""
 
     concurrency: int = Field(128, ge=8, le=1000)
-    """Calls that a container takes at a time; HTTP may take three quarters of them. From half of
-    them on, another container is started, up to `max_containers`."""
+    """Concurrent calls of a container, at most three quarters of them over HTTP. From half of them
+    on, another container starts, up to `max_containers`."""
 
     timeout: int = Field(600, ge=10, le=86_400)
-    """Seconds that a call may take."""
+    """Seconds for a call."""
 
     startup_timeout: int = Field(1800, ge=60, le=3600)
-    """Seconds that a container may take to start; Modal kills it then, and starts another. vLLM
-    gets two attempts in it: at least 1080 are needed."""
+    """Seconds for the start of a container, then Modal kills it and starts another. At least 1080
+    with vLLM, for two attempts to load."""
 
     canary: CanaryMode = "refuse"
-    """What becomes of an engine whose vectors fail the service's own check. "refuse": nothing is
-    served. "warn": it is served, and logs, `describe`, metrics, a response header and `kalm doctor`
-    report it."""
+    """If the engine's vectors fail the service's own check: "refuse" serves nothing; "warn" serves
+    them, and logs, `describe`, metrics, a response header and `kalm doctor` report it."""
 
     auth: Auth = "proxy"
-    """Of the HTTP endpoint. "proxy": Modal's proxy tokens, checked before a container wakes.
-    "proxy+bearer": our bearer key too. "bearer-public": the key alone; strangers can wake the
-    container, which you pay."""
+    """Credentials for HTTP. "proxy": Modal's proxy tokens, checked before a container starts.
+    "proxy+bearer": also a bearer key. "bearer-public": only the key; strangers can start the
+    container at your expense."""
 
     api_key_secret: str = "kalm-api-key"  # noqa: S105 (a name)
-    """The Modal Secret that holds KALM_API_KEY, for `auth` with bearer."""
+    """Modal Secret with KALM_API_KEY, for `auth` with bearer."""
 
     hf_secret: str | None = None
-    """The Modal Secret that holds HF_TOKEN, if the download needs one."""
+    """Modal Secret with HF_TOKEN, if the download needs one."""
 
     region: str | None = None
-    """Pins the containers to a region, for 1.5 to 1.75 times the price."""
+    """Region of the containers, for 1.5 to 1.75 times the price."""
 
     hf_cache_volume: str = "hf-embedding-cache"
     """Volume of the weights."""
@@ -152,71 +149,56 @@ class DeploySettings(EnvironmentSettings):
     """Volume of compiled kernels."""
 
     bulk_volume: str = "kalm-bulk"
-    """Volume of bulk jobs: their input, and their shards. Made of version 2, which takes commits
-    of many containers at a time."""
+    """Volume for the input and shards of bulk jobs. Created as version 2, which supports commits of
+    many containers at the same time."""
 
     @model_validator(mode="after")
     def _check(self) -> DeploySettings:
-        if self.min_containers > self.max_containers:
-            raise ValueError(
-                f"--min-containers {self.min_containers} is over --max-containers "
-                f"{self.max_containers}"
-            )
+        least, most = self.min_containers, self.max_containers
+        if least > most:
+            raise ValueError(f"--min-containers {least} is over --max-containers {most}")
         if self.on_gpu:
-            self._check_gpus()
-            self._check_startup()
-        of_others = {option for other in ENGINES.values() for option in other.options}
-        of_others |= set() if self.on_gpu else {"gpu"}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name in of_others - self.engine_type.options and value != field.default:
-                shown = ",".join(value) if isinstance(value, tuple) else value
-                option = f"--{name.replace('_', '-')} {shown}"
+            for name in self.gpu:
+                self._check_gpu(name)
+            if not self.gpu:
+                raise ValueError("gpu names none")
+            # Modal must not kill a container that still has time for a load: it would start
+            # another one, which would end in the same way, and each start is billed.
+            if self.engine_ready_timeout < SHORTEST_LOAD:
+                raise ValueError(
+                    f"--startup-timeout {self.startup_timeout} is too short: vLLM needs at least "
+                    f"{SHORTEST_START} s for {LOAD_ATTEMPTS} attempts to load the model"
+                )
+        unsupported = {name for engine in ENGINES.values() for name in engine.options}
+        unsupported |= set() if self.on_gpu else {"gpu"}
+        for name in sorted(unsupported - self.engine_type.options):
+            value = getattr(self, name, None)
+            if name in type(self).model_fields and value != type(self).model_fields[name].default:
+                text = ",".join(value) if isinstance(value, tuple) else value
+                option = f"--{name.replace('_', '-')} {text}"
                 raise ValueError(f"{option}: the {self.engine} engine has no such option")
         return self
 
-    def _check_gpus(self) -> None:
-        if not self.gpu:
-            raise ValueError("gpu names none")
-        for name in self.gpu:
-            gpus.gpu_named(name)
-            if wrong := gpus.lacks_fp8(name, self.quantization):
-                default = " (the default)" if "gpu" not in self.model_fields_set else ""
-                raise ValueError(
-                    f"--gpu {name}{default} {wrong}. Use --gpu {self._fitting('fp8')}, or drop "
-                    "--quantization fp8"
-                )
-            if self.model != KALM.space.model:
-                continue  # of others, nobody has told us what they need
-            if wrong := gpus.too_small(name, self.quantization, self.max_model_len):
-                larger = self._fitting(self.quantization)
-                raise ValueError(f"--gpu {name} {wrong}. Use --gpu {larger}{self._or_fp8(name)}")
+    def _check_gpu(self, name: str) -> None:
+        gpus.gpu_named(name)
+        kind = self.quantization
+        *others, last = [gpu for gpu in gpus.GPUS if not self._gpu_problem(gpu, kind)]
+        if not (problem := self._gpu_problem(name, kind)):
+            return
+        default = " (the default)" if "gpu" not in self.model_fields_set else ""
+        advice = f"--gpu {name}{default} {problem}. Use --gpu {', '.join(others)} or {last}"
+        if gpus.lacks_fp8(name, kind):
+            raise ValueError(f"{advice}, or drop --quantization fp8")
+        if not self._gpu_problem(name, "fp8"):
+            advice += ", or --quantization fp8, which is another vector space"
+        raise ValueError(advice)
 
-    def _check_startup(self) -> None:
-        """Modal must not kill a container that still has an attempt to load: it would start
-        another one, which would end in the same way, and each start is billed."""
-        if self.engine_ready_timeout < SHORTEST_LOAD:
-            raise ValueError(
-                f"--startup-timeout {self.startup_timeout} is too short: vLLM needs at least "
-                f"{SHORTEST_START} s for {LOAD_ATTEMPTS} attempts to load the model"
-            )
-
-    def _fitting(self, quantization: Quantization) -> str:
-        """The GPUs that the model runs on, for a message."""
-
-        def fits(name: str) -> bool:
-            if gpus.lacks_fp8(name, quantization):
-                return False
-            known = self.model == KALM.space.model
-            return not (known and gpus.too_small(name, quantization, self.max_model_len))
-
-        *others, last = filter(fits, gpus.GPUS)
-        return f"{', '.join(others)} or {last}"
-
-    def _or_fp8(self, name: str) -> str:
-        """A hint, where it helps."""
-        none = gpus.lacks_fp8(name, "fp8") or gpus.too_small(name, "fp8", self.max_model_len)
-        return "" if none else ", or --quantization fp8, which is another vector space"
+    def _gpu_problem(self, name: str, quantization: Quantization) -> str:
+        """Why the model does not run on this GPU; the size of other models is unknown."""
+        problem = gpus.lacks_fp8(name, quantization)
+        if self.model == KALM.space.model:
+            problem = problem or gpus.too_small(name, quantization, self.max_model_len)
+        return problem
 
     @property
     def engine_type(self) -> EngineType:
@@ -225,7 +207,7 @@ class DeploySettings(EnvironmentSettings):
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """What the engine is loaded with."""
+        """The options with which the engine is loaded."""
         fields = type(self).model_fields
         return {name: getattr(self, name) for name in self.engine_type.options & fields.keys()}
 
@@ -236,43 +218,42 @@ class DeploySettings(EnvironmentSettings):
 
     @property
     def attempt_timeout(self) -> int:
-        """Seconds that one attempt to load may take, warm-up, canary and sleep included."""
+        """Seconds for one attempt to load, including warm-up, canary and sleep."""
         around = AROUND_STARTS if self.on_gpu else 0
         return (self.startup_timeout - around) // LOAD_ATTEMPTS
 
     @property
     def engine_ready_timeout(self) -> int:
-        """Seconds that vLLM may take to load the model: its VLLM_ENGINE_READY_TIMEOUT_S."""
+        """Seconds for vLLM to load the model: its VLLM_ENGINE_READY_TIMEOUT_S."""
         return self.attempt_timeout - AROUND_LOADS
 
     @property
     def memory_mib(self) -> int:
-        """Host memory."""
+        """Host memory of a container."""
         gib = gpus.HOST_GIB[self.quantization] if self.on_gpu else self.engine_type.memory_gib
         return gib * 1024
 
     @property
     def cpu(self) -> float:
-        """Cores."""
+        """Cores of a container."""
         return gpus.CORES if self.on_gpu else self.engine_type.cores
 
     @property
     def dollars_per_hour(self) -> float:
-        """Of one container, at its dearest GPU."""
+        """Price of one container with its most expensive GPU."""
+        second = gpus.machine_dollars(self.cpu, self.memory_mib / 1024)
         if self.on_gpu:
             second = gpus.container_dollars(self.gpu, self.quantization)
-        else:
-            second = gpus.machine_dollars(self.cpu, self.memory_mib / 1024)
         return 3600 * second * (REGION if self.region else 1.0)
 
     @property
     def http_concurrency(self) -> int:
-        """Calls that may come over HTTP at a time, so that they leave RPC its share."""
+        """Most concurrent calls over HTTP; the rest is for RPC."""
         return self.concurrency * 3 // 4
 
     @property
     def space(self) -> SpaceIdentity:
-        """The space that is meant to be served; of a model that we do not know, its name only."""
+        """The space that should be served; of an unknown model, only its name."""
         if self.engine_type.profile is not None:
             return self.engine_type.profile.space
         space = profile_of(self.model).space
@@ -284,7 +265,7 @@ class DeploySettings(EnvironmentSettings):
 
     @property
     def client_arguments(self) -> dict[str, str]:
-        """What a client must be told to find this deployment and to expect its vectors."""
+        """Arguments with which a client finds this deployment and expects its vectors."""
         arguments = {}
         if self.app_name != DEFAULT_APP:
             arguments["app_name"] = self.app_name
@@ -300,11 +281,11 @@ class DeploySettings(EnvironmentSettings):
 
     @property
     def needs_bearer(self) -> bool:
-        """Whether callers present our key."""
+        """Whether callers need the bearer key."""
         return self.auth != "proxy"
 
     def as_variables(self) -> dict[str, str]:
-        """The variables from which `DeploySettings()` reads the same again."""
+        """Return the variables from which `DeploySettings()` reads the same values."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {
             self.variables()[name]: ",".join(value) if isinstance(value, tuple) else str(value)

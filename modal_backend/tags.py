@@ -1,4 +1,4 @@
-"""Tags of the Modal app: they describe a deployment without starting a container."""
+"""Tags of the Modal app, which describe a deployment without starting a container."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from typing import Final
 
 from kalm_integrations.models import PROFILES, in_fp8
 from kalm_integrations.version import __version__
+from modal_backend.engines.registry import ENGINES
 from modal_backend.settings import DeploySettings
 
 VERSION_TAG: Final = "kalm-version"
 IDENTITY_TAG: Final = "kalm-identity"
 BULK_TAG: Final = "kalm-bulk"
+_CPU_MODELS: Final = [engine.profile for engine in ENGINES.values() if engine.profile is not None]
+_FP8_MODELS: Final = [in_fp8(profile) for profile in PROFILES if profile not in _CPU_MODELS]
 DEPLOYABLE: Final = {
-    profile.space.fingerprint: profile.space
-    for known in PROFILES
-    for profile in (known, in_fp8(known))
+    profile.space.fingerprint: profile.space for profile in (*PROFILES, *_FP8_MODELS)
 }
-"""Spaces of known models, by what `kalm deploy` writes into the identity tag."""
+"""The spaces of known models, by the value of the identity tag."""
 
 
 def tags_of(settings: DeploySettings) -> dict[str, str]:
-    """This version, the space that the deployment should serve, and the Volume of bulk jobs."""
+    """Return this version, the expected space and the Volume of bulk jobs."""
     return {
         VERSION_TAG: __version__,
         IDENTITY_TAG: settings.space.fingerprint,

@@ -1,4 +1,4 @@
-"""The command line of a stock `vllm serve`."""
+"""The command line of `vllm serve`, for the function `serve_http` of the app."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, Final
 from kalm_integrations.models import profile_of
 from modal_backend.engines.vllm.config import DTYPE_ARGUMENT, FP8_METHOD, KERNELS
 from modal_backend.settings import DeploySettings
-from modal_backend.weights import pinned
+from modal_backend.weights import pinned_revision
 
-STOCK_PORT: Final = 8000
+PORT: Final = 8000
 
 
-def stock_command(settings: DeploySettings) -> list[str]:
-    """Pooling and normalization stated, since a repository's files may say otherwise."""
+def vllm_serve_command(settings: DeploySettings) -> list[str]:
+    """Return the command; it states all that changes vectors, whatever the files of a repository
+    say."""
     profile = profile_of(settings.model)
-    command = ["vllm", "serve", settings.model, "--host", "0.0.0.0", "--port", str(STOCK_PORT)]  # noqa: S104
-    command += ["--revision", settings.revision or pinned(settings.model)]
-    command += ["--runner", "pooling", "--convert", "embed"]
-    pooler: dict[str, Any] = {"use_activation": True}
     length = settings.max_model_len
+    pooler: dict[str, Any] = {"use_activation": True}
+    command = ["vllm", "serve", settings.model, "--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104
+    command += ["--revision", settings.revision or pinned_revision(settings.model)]
+    command += ["--runner", "pooling", "--convert", "embed"]
     if profile.space.declared:
         pooler["seq_pooling_type"] = profile.space.pooling.upper()
         length = length or profile.max_tokens
@@ -29,7 +30,7 @@ def stock_command(settings: DeploySettings) -> list[str]:
     command += ["--dtype", DTYPE_ARGUMENT[profile.dtype]] if profile.dtype else []
     command += ["--pooler-config", json.dumps(pooler)]
     command += ["--kernel-config", json.dumps(KERNELS)]
-    command += ["--safetensors-load-strategy", "prefetch"]  # the container's memory holds them
+    command += ["--safetensors-load-strategy", "prefetch"]  # they fit into the container's memory
     command += ["--max-model-len", str(length)] if length else []
     command += ["--enforce-eager"] if settings.enforce_eager else []
     if settings.gpu_memory_utilization is not None:

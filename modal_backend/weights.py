@@ -1,4 +1,4 @@
-"""Where a model's weights are, and exactly which ones they are."""
+"""Finds the weights of a model on this machine and identifies them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,15 @@ from kalm_integrations.models import KALM, PROFILES, profile_of
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NOT_THE_MODEL: Final = frozenset({".md", ".png", ".jpg", ".lock", ".log"})
-_AGAIN: Final = "run the download again; it goes on where it stopped"
+_RESUME: Final = "run the download again; it resumes where it stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model on this machine.
+    """A model on this machine."""
 
-    Attributes:
-        name: The model's public name.
-        revision: The commit of its repository, or "sha256:" and the digest of its files.
-        folder: What holds them.
-    """
-
-    name: str
-    revision: str
+    name: str  # its public name
+    revision: str  # the commit of its repository, or "sha256:" and the digest of its files
     folder: Path
 
     @property
@@ -40,22 +34,22 @@ class Weights:
 
 def memory_bytes() -> int:
     """Memory that this process may use: the machine's, or its container's limit."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(most, int(text)) if text.isdigit() else most
+    file = Path("/sys/fs/cgroup/memory.max")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = file.read_text().strip() if file.is_file() else ""
+    return min(memory, int(limit)) if limit.isdigit() else memory
 
 
 def locate(model: str, revision: str | None = None) -> Weights:
-    """Find a model on this machine; nothing is downloaded.
+    """Find a model on this machine without downloading anything.
 
     Args:
         model: A folder, or the name of a repository in the Hugging Face cache.
-        revision: Of the repository; None is the one that the model's profile pins, else "main".
+        revision: Of the repository; None is the pinned one, or "main".
 
     Raises:
-        ConfigurationError: A revision of a folder.
-        EngineLoadError: It is not here, or not whole; the message says how to get it.
+        ConfigurationError: A folder with a revision.
+        EngineLoadError: The model is missing or incomplete; the message names the remedy.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -68,13 +62,13 @@ def locate(model: str, revision: str | None = None) -> Weights:
     elif model.startswith((".", "/", "~")):
         raise EngineLoadError(f"{model} is not a folder.")
     else:
-        weights = _in_cache(model, revision or pinned(model))
-    _check_whole(weights.folder)
+        weights = _in_cache(model, revision or pinned_revision(model))
+    _check_complete(weights.folder)
     return weights
 
 
-def pinned(model: str) -> str:
-    """The commit that we tested of a model that we know; "main" of any other."""
+def pinned_revision(model: str) -> str:
+    """Return the tested commit of a known model; "main" for any other."""
     space = profile_of(model).space
     return space.revision if space.declared else "main"
 
@@ -90,22 +84,23 @@ def _in_cache(model: str, revision: str) -> Weights:
             f"{model!r} is neither a folder nor the name of a repository."
         ) from error
     except (FileNotFoundError, HfHubHTTPError) as error:
-        raise EngineLoadError(_run_the_download(model, revision)) from error
-    if not _COMMIT.fullmatch(folder.name):
-        raise EngineLoadError(f"{folder} is no snapshot of a commit.")
+        missing = EngineLoadError(_missing(model, revision))
+        # A mounted Volume stays as it was when the container started.
+        missing.permanent = isinstance(error, FileNotFoundError)
+        raise missing from error
     return Weights(model, folder.name, folder)
 
 
-def _run_the_download(model: str, revision: str) -> str:
-    if "MODAL_TASK_ID" not in os.environ:  # no container of Modal's
+def _missing(model: str, revision: str) -> str:
+    if "MODAL_TASK_ID" not in os.environ:  # not in a container of Modal
         return (
             f"the weights of {model} at {revision} are not on this machine. Download them: "
             f"`hf download {model} --revision {revision}`."
         )
-    other = "" if model == KALM.space.model else f"KALM_DEPLOY_MODEL={model} "
+    variable = "" if model == KALM.space.model else f"KALM_DEPLOY_MODEL={model} "
     return (
         f"the weights of {model} at {revision} are not in the Volume. Run the download, "
-        f"`{other}modal run -m modal_backend.app::download_model_weights`, then `kalm deploy` "
+        f"`{variable}modal run -m modal_backend.app::download_model_weights`, then `kalm deploy` "
         "again: without that, every later start loads the model afresh."
     )
 
@@ -117,7 +112,7 @@ def _in_folder(folder: Path) -> Weights:
         return Weights(name, folder.name, folder)
     for known in (profile.space for profile in PROFILES):
         if folder.name == known.model.rpartition("/")[2]:
-            # Run as any folder, it would lack its prompts, its checks and its name.
+            # Without its name it would be run without its prompts and checks.
             raise EngineLoadError(
                 f"{folder} looks like {known.model}, but a folder does not tell its commit. Run "
                 f"`hf download {known.model} --revision {known.revision}` without --local-dir, and "
@@ -126,8 +121,8 @@ def _in_folder(folder: Path) -> Weights:
     return Weights(folder.name, f"sha256:{_digest(folder)}", folder)
 
 
-def _check_whole(folder: Path) -> None:
-    """A download that was interrupted looks like a finished one."""
+def _check_complete(folder: Path) -> None:
+    """Check the files: an interrupted download looks like a finished one."""
     from safetensors import SafetensorError, safe_open
 
     needed = {"config.json"}
@@ -135,23 +130,23 @@ def _check_whole(folder: Path) -> None:
         try:
             needed |= set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise EngineLoadError(f"{index} is damaged ({error!r}): {_AGAIN}.") from error
+            raise EngineLoadError(f"{index} is damaged ({error!r}): {_RESUME}.") from error
     missing = sorted(name for name in needed if not (folder / name).is_file())
     weights = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
-    if not missing and not any(file.is_file() for file in weights):  # a link may lead nowhere
+    if not missing and not any(file.is_file() for file in weights):  # a link may be broken
         missing = ["*.safetensors"]
     if missing:
-        raise EngineLoadError(f"{folder} lacks {', '.join(missing)}: {_AGAIN}.")
+        raise EngineLoadError(f"{folder} lacks {', '.join(missing)}: {_RESUME}.")
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise EngineLoadError(f"{path} is damaged ({error}): {_AGAIN}.") from error
+            raise EngineLoadError(f"{path} is damaged ({error}): {_RESUME}.") from error
 
 
 def _digest(folder: Path) -> str:
-    """Of every file that may decide a vector, by content and name."""
+    """SHA-256 of the names and contents of all files that may decide a vector."""
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -160,14 +160,17 @@ async def engine(out: Path, tiny: bool, quantization: str) -> AsyncIterator[Row]
     """Our engine, as deployed."""
     from modal_backend.engines.vllm.config import VLLMOptions
     from modal_backend.engines.vllm.engine import VLLMEngine
+    from modal_backend.engines.vllm.process import set_environment
+    from modal_backend.weights import locate
 
+    set_environment()
     judged = quantization == "none"
     right = np.load(out / "reference.npy")
     small: Row = {"enforce_eager": True, "dtype": "bf16", "max_num_batched_tokens": 512}
     small["max_model_len"] = 2048
     options = VLLMOptions(quantization=quantization, **(small if tiny else {}))  # type: ignore[arg-type]
     start = time.perf_counter()
-    engine = await VLLMEngine.load_by_name(str(model_folder(out, tiny)), None, options)
+    engine = await VLLMEngine.load(locate(str(model_folder(out, tiny))), options)
     try:
         loaded = time.perf_counter() - start
         start = time.perf_counter()

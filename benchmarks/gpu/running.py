@@ -233,7 +233,7 @@ class Running:
         """Checkpoint and restore by the driver; what each phase takes and what processes hold."""
         from modal_backend import canary
 
-        proof = await canary.prove(self.engine)
+        proof = await canary.check(self.engine)
         before = await self._vectors()
         pids = [self.engine._cores[0].pid, os.getpid()]
         if not self.tiny:
@@ -262,7 +262,7 @@ class Running:
         phases = {"restore": _seconds(seen, "Restore")}
         for name, phase in (
             ("wake", self.engine.wake()),
-            ("canary", canary.prove(self.engine, proof)),
+            ("canary", canary.check(self.engine, proof)),
             ("first_query", self._query(1)),
         ):
             start = time.perf_counter()
@@ -335,7 +335,7 @@ def _set_step(worker: Any, step: int, ours: bool, fill: int = 512) -> None:
     import gc
 
     gc.unfreeze()  # vLLM freezes what it has loaded
-    (scheduler,) = [o for o in gc.get_objects() if type(o).__name__ == "QueriesFirst"]
+    (scheduler,) = [o for o in gc.get_objects() if type(o).__name__ == "QueryFirstScheduler"]
     gc.freeze()  # or each collection, one of them in `wake`, takes a second
     scheduler.step, scheduler.fill = step, min(fill, step // 2)
     scheduler.max_num_scheduled_tokens = step

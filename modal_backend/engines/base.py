@@ -1,22 +1,31 @@
-"""Engines: one protocol, one module each. An engine turns texts into native vectors."""
+"""The protocol of an engine, which turns texts into native vectors, and its helpers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.errors import InvalidResponseError, KalmError
+from kalm_integrations.errors import (
+    DeadlineExceededError,
+    InvalidResponseError,
+    KalmError,
+    ServiceUnavailableError,
+)
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import Truncate
 
 Progress = Callable[[int], None]
-"""Called with the number of texts that are computed so far, the first ones of the call. It may
-raise to end the call."""
+"""Called with the number of leading texts of the call that are computed. May raise to end it."""
+
+LIVENESS_SECONDS: Final = 0.25
+"""Interval at which an engine checks whether its process is alive."""
 
 
 def no_progress(texts: int) -> None:
@@ -25,28 +34,24 @@ def no_progress(texts: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """Native vectors, shape (texts, dimensions[0]), float32, unit length; tokens that the model
-    read, all texts together."""
+    """Native unit vectors, float32, shape (texts, dimensions[0]); tokens of all texts together."""
 
     vectors: NDArray[np.float32]
     tokens: int
 
 
 class Engine(Protocol):
-    """A loaded model.
-
-    Attributes:
-        identity: Read off what was loaded, never off settings.
-        dimensions: Numbers of dimensions that its vectors can be cut to, the native one first.
-        max_tokens: Longest text.
-        query_template: What the model wants a query to be set into.
-    """
+    """A loaded model."""
 
     @property
-    def identity(self) -> SpaceIdentity: ...
+    def identity(self) -> SpaceIdentity:
+        """Read from the loaded model, never from settings."""
+        ...
 
     @property
-    def dimensions(self) -> tuple[int, ...]: ...
+    def dimensions(self) -> tuple[int, ...]:
+        """Supported numbers of dimensions, the native one first."""
+        ...
 
     @property
     def max_tokens(self) -> int: ...
@@ -67,50 +72,70 @@ class Engine(Protocol):
 
         Args:
             texts: Valid texts (see `kalm_integrations.validation`).
-            role: Chooses the priority.
-            truncate: For texts over `max_tokens`.
-            deadline: On the clock of `time.monotonic`; what has not started by then is dropped.
-            progress: Called on the event loop, before the first text is computed and while the
-                others are.
+            role: Decides the priority.
+            truncate: What to do with texts over `max_tokens`.
+            deadline: A time of `time.monotonic`; work not started by then is dropped.
+            progress: Called on the event loop before the first text is computed and after others.
 
         Raises:
-            InputTooLongError: Texts over `max_tokens`, with truncate="error"; all are named.
+            InputTooLongError: Names all texts over `max_tokens`, with truncate="error".
             DeadlineExceededError: The deadline passed.
-            KalmError: Every other failure, translated: no engine exception leaves an engine.
+            KalmError: Any other failure. No foreign exception leaves an engine.
         """
         ...
 
     async def warm_up(self) -> None:
-        """Do what is done at first use, before the first caller comes."""
+        """Compile and allocate what the first texts would otherwise wait for."""
         ...
 
     async def died(self) -> KalmError:
-        """Wait for as long as the engine can embed. Returns what callers are told afterwards."""
+        """Wait until the engine can no longer embed; return the error for later callers."""
         ...
 
     async def sleep(self) -> None:
-        """Hold as little as can be, for a snapshot; nothing is embedded before `wake`."""
+        """Release memory before a snapshot. Nothing is embedded until `wake`."""
         ...
 
     async def wake(self) -> None:
-        """Be ready again."""
+        """Undo `sleep`."""
         ...
 
     async def close(self) -> None:
-        """Free what it holds. It is not used afterwards."""
+        """Free all resources. The engine is not used afterwards."""
         ...
 
 
+class EngineBase:
+    """An engine that has nothing to warm up, to move or to free."""
+
+    async def warm_up(self) -> None: ...
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def within(deadline: float | None) -> AsyncGenerator[None]:
+    """Cancel the block at `deadline`, a time of `time.monotonic`, and raise
+    `DeadlineExceededError`."""
+    try:
+        async with asyncio.timeout_at(deadline) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceededError("the deadline passed before all was embedded.") from None
+
+
 def check_shape(vectors: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Compare what a model returned with the place that it is copied to: numpy would repeat a
-    single vector, or a single number, until the place is full.
-
-    Args:
-        vectors: What the model returned.
-        shape: Of the place.
-
-    Raises:
-        InvalidResponseError: They differ.
-    """
+    """Raise `InvalidResponseError` unless a model's output has this shape; numpy broadcasts."""
     if vectors.shape != shape:
-        raise InvalidResponseError(f"the engine gave {vectors.shape} instead of {shape}.")
+        raise InvalidResponseError(f"the engine returned {vectors.shape} instead of {shape}.")
+
+
+def stopping_error() -> KalmError:
+    """The error of calls in progress when an engine is closed."""
+    return ServiceUnavailableError("the service is stopping.", retry_after=1.0)

@@ -1,42 +1,46 @@
-"""Texts far over a model's length: enough of them is tokenized, and not all.
-
-A text of 262,144 characters can take a tokenizer 20 seconds. Slices of it are tokenized until they
-have more tokens than the model reads.
-"""
+"""Finds texts that are too long without tokenizing all of them: 262,144 characters can take a
+tokenizer 20 seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final
 
+from kalm_integrations.errors import InvalidText
+
 _SLICE: Final = 4096
 _SEAM: Final = 16
-"""Tokens by which a slice may have more than the same characters have within their text."""
+"""Tokens by which a slice may exceed the same characters within their text."""
 
 
-def beginning(text: str, count: Callable[[str], int], most: int) -> tuple[str, int | None]:
-    """As much of a text as it takes to tell whether it has more than `most` tokens.
+def long_enough_prefix(
+    text: str, count: Callable[[str], int], max_tokens: int
+) -> tuple[str, int | None]:
+    """Return a prefix of a text that shows whether it has more than `max_tokens` tokens.
 
     Args:
         text: The text.
         count: Counts the tokens of a slice of it.
-        most: Tokens.
+        max_tokens: The limit.
 
     Returns:
-        The text and None; or a beginning of it that has more than `most` tokens, the first `most`
-        of which are those of the text, and about how many tokens the text has.
+        The whole text and None; or a prefix with more than `max_tokens` tokens, of which the first
+        `max_tokens` are those of the text, and an estimate of the tokens of the text.
     """
     tokens = 0
     for start in range(0, len(text), _SLICE):
-        end = start + 2 * _SLICE  # where a text is cut, tokens change: not before the next slice
+        end = start + 2 * _SLICE  # a cut changes tokens near it: keep it away from this slice
         if end >= len(text):
             break
         tokens += max(0, count(text[start : start + _SLICE]) - _SEAM)
-        if tokens > most:
+        if tokens > max_tokens:
             return text[:end], tokens * len(text) // (start + _SLICE)
     return text, None
 
 
-def reason(tokens: int, most: int, *, exact: bool) -> str:
-    """Why a text cannot be embedded."""
-    return f"is too long: {'' if exact else 'about '}{tokens:,} tokens, over the limit of {most:,}"
+def too_long(index: int, tokens: int, max_tokens: int, *, exact: bool) -> InvalidText:
+    """Describe a text over the limit."""
+    about = "" if exact else "about "
+    return InvalidText(
+        index, f"is too long: {about}{tokens:,} tokens, over the limit of {max_tokens:,}"
+    )

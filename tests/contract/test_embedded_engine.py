@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import re
 import shutil
 import time
@@ -155,10 +154,7 @@ class TestLoading:
     def test_without_the_package_it_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def missing(_: str) -> str:
-            raise importlib.metadata.PackageNotFoundError
-
-        monkeypatch.setattr(embedded, "version", missing)
+        monkeypatch.setattr(embedded, "find_spec", lambda _: None)
         with pytest.raises(EngineLoadError, match=re.escape(install_command("local"))):
             EmbeddedEngine.load()
 

@@ -38,7 +38,7 @@ class SteadyEngine(ScriptedEngine):
     async def embed(
         self, texts: Sequence[str], *, role: Any, progress: Progress = no_progress, **options: Any
     ) -> EngineOutput:
-        async with self._lock.hold(self._lock.place(PRIORITY[role])):
+        async with self._lock.hold(self._lock.ticket(PRIORITY[role])):
             progress(0)
             self.computed += 1
             await asyncio.sleep(SECONDS)

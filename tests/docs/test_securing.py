@@ -28,7 +28,7 @@ LOADERS = {
 
 
 HARMLESS = (
-    ("cpu_worker.py", {"torch"}),  # asks Linux for a processor's registers, and loads nothing
+    ("cpu.py", {"torch"}),  # asks Linux for a processor's registers, and loads nothing
     ("embedded_process.py", {"pickle"}),  # talks to a child process over a socket pair
 )
 

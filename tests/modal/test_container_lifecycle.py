@@ -1,7 +1,7 @@
-"""A container's life in the real runtime: its start, its snapshot, its restore, its failures.
+"""The life cycle of a container in Modal's real runtime: start, snapshot, restore, failures.
 
-The emulated cloud keeps the process at a checkpoint: what only a restore on another machine would
-lose is not seen here, except where a test takes it away itself.
+The emulated cloud keeps the process at a checkpoint, so nothing is lost in a restore unless a test
+removes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 FAULTY_APP = Path(__file__).parent / "apps" / "faulty_app.py"
 CLASS = "VLLMEmbeddingSnapshot"
 REAL, FAULTY = "vllm-embedding-snapshot", "faulty"
-REPLACED_AFTER = 5.0  # as faulty_app.py has it
+REPLACEMENT_DELAY = 3.0  # of faulty_app.py
 TEXTS = [f"Fact number {i} is about K{i}." for i in range(20)]
 LIFE = ["load", "warm_up", "canary", "sleep", "wake", "canary_after"]
 AFRESH = ["load_again", "warm_up_again", "canary_again"]
@@ -96,7 +96,7 @@ def http(emulator: Emulator, app_name: str, path: str, key: str, **body: Any) ->
             return error.code, error.read().decode()
 
 
-# -- a healthy life ----------------------------------------------------------------------------
+# -- without a fault ----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def restored(emulator: Emulator) -> tuple[np.ndarray, Container]:
     """The first call, and its container. While that lay in its snapshot, the key was rotated and
@@ -113,7 +113,7 @@ def restored(emulator: Emulator) -> tuple[np.ndarray, Container]:
     return vectors, container
 
 
-def test_the_first_call_goes_through_start_snapshot_and_restore(
+def test_the_first_call_is_served_by_a_restored_container(
     restored: tuple[np.ndarray, Container], expected: np.ndarray
 ) -> None:
     vectors, container = restored
@@ -122,7 +122,9 @@ def test_the_first_call_goes_through_start_snapshot_and_restore(
     assert before != after
 
 
-def test_every_phase_is_timed(emulator: Emulator, restored: tuple[np.ndarray, Container]) -> None:
+def test_phases_of_the_start_are_described_and_exported(
+    emulator: Emulator, restored: tuple[np.ndarray, Container]
+) -> None:
     _, container = restored
     phases = describe(REAL)["phases"]
     assert list(phases) == LIFE
@@ -133,7 +135,7 @@ def test_every_phase_is_timed(emulator: Emulator, restored: tuple[np.ndarray, Co
     assert {name: float(seconds) for name, seconds in shown} == pytest.approx(phases)
 
 
-def test_a_key_rotated_since_the_snapshot_opens_the_door_and_the_old_one_does_not(
+def test_secrets_are_read_after_the_snapshot(
     emulator: Emulator, restored: tuple[np.ndarray, Container]
 ) -> None:
     assert http(emulator, REAL, "/ready", "key-after") == (200, '{"status":"ready"}')
@@ -143,34 +145,29 @@ def test_a_key_rotated_since_the_snapshot_opens_the_door_and_the_old_one_does_no
     assert "key-" not in container.log
 
 
-def test_it_stays_the_only_container(emulator: Emulator) -> None:
+def test_all_calls_use_one_container(emulator: Emulator) -> None:
     assert emulator.starts(f"{REAL}/{CLASS}") == 1
 
 
-# -- a life with a fault in it -----------------------------------------------------------------
-def test_without_a_fault_the_other_app_is_the_same(
+# -- with a fault -----------------------------------------------------------------
+def test_the_faulty_app_without_a_fault_has_the_usual_phases(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray
 ) -> None:
     assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
     assert list(describe(FAULTY)["phases"]) == LIFE
 
 
-def test_wrong_vectors_after_the_restore_cost_one_load_and_no_start(
+def test_wrong_vectors_after_a_restore_are_replaced_by_a_load_in_the_same_container(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray
 ) -> None:
     with emulator.changed(container_env={"FAULT": "restored"}):
         assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
-    assert list(describe(FAULTY)["phases"]) == [
-        *LIFE,
-        "load_again",
-        "warm_up_again",
-        "canary_again",
-    ]
+    assert list(describe(FAULTY)["phases"]) == [*LIFE, *AFRESH]
     (container,) = cold()
     assert "an engine that is not trusted is discarded" in container.log
 
 
-def test_wrong_vectors_for_good_are_an_answer_and_not_a_crash(
+def test_permanently_wrong_vectors_are_served_as_an_error_until_the_replacement(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray
 ) -> None:
     wrong = "vectors of length 0.5000 to 0.5000 instead of 1 ± 0.001."
@@ -213,17 +210,17 @@ def test_wrong_vectors_for_good_are_an_answer_and_not_a_crash(
     assert f"this container serves nothing: {wrong}" in container.log
     assert "stop-fetching" not in container.events
 
-    # It gives way, in order; nothing is started until somebody calls, and then one that may heal.
+    # It is replaced in order; the next call starts another container, which may be healthy.
     emulator.wait(container.gone.is_set, timeout=60)
     assert container.exit_status == 0
     answered = container.events["stop-fetching"] - container.events["ready"]
-    assert answered > REPLACED_AFTER - 1
+    assert answered > REPLACEMENT_DELAY - 1
     assert cold() == [container]
     assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
     assert len(cold()) == 2
 
 
-def test_an_engine_that_cannot_be_loaded_is_an_answer_too(
+def test_a_failed_load_is_served_as_an_error_by_one_container(
     emulator: Emulator, cold: Callable[[], list[Container]]
 ) -> None:
     with emulator.changed(container_env={"FAULT": "load"}):
@@ -235,7 +232,7 @@ def test_an_engine_that_cannot_be_loaded_is_an_answer_too(
 
 
 @pytest.mark.parametrize("fault", ["first-load", "first-canary"])
-def test_what_fails_once_before_the_snapshot_is_repaired_before_it(
+def test_a_failure_before_the_snapshot_is_repaired_before_it(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
 ) -> None:
     with emulator.changed(container_env={"FAULT": fault}):
@@ -249,11 +246,10 @@ def test_what_fails_once_before_the_snapshot_is_repaired_before_it(
 
 
 @pytest.mark.parametrize("fault", ["prepare", "missing", "slow"])
-def test_a_snapshot_without_an_engine_is_reported_by_whoever_comes_from_it(
+def test_containers_from_a_snapshot_without_an_engine_report_it(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
 ) -> None:
-    """The restored container has the weights, and serves, after a load that it says is one too
-    many."""
+    """The restored container loads the engine, serves, and warns."""
     emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-after"})
     with emulator.changed(container_env={"FAULT": fault}, restore_env={"FAULT": ""}):
         assert np.allclose(client().embed(TEXTS).vectors, expected, atol=1e-6)
@@ -275,7 +271,7 @@ def test_a_snapshot_without_an_engine_is_reported_by_whoever_comes_from_it(
     assert "startup-timeout" not in container.events
 
 
-def test_without_time_for_another_load_the_failure_is_served_and_no_container_is_killed(
+def test_without_time_for_another_load_the_failure_is_served(
     emulator: Emulator, cold: Callable[[], list[Container]]
 ) -> None:
     with emulator.changed(container_env={"FAULT": "slow"}):
@@ -287,7 +283,7 @@ def test_without_time_for_another_load_the_failure_is_served_and_no_container_is
 
 
 @pytest.mark.parametrize("fault", ["rows", "mixed-up"])
-def test_in_warn_mode_an_engine_that_fails_the_canary_is_served_and_reported(
+def test_warn_mode_serves_and_reports_an_engine_that_fails_the_canary(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray, fault: str
 ) -> None:
     emulator.set_secret("kalm-api-key", {"KALM_API_KEY": "key-after"})
@@ -340,7 +336,7 @@ def peer() -> Iterator[Peer]:
         thread.join()
 
 
-def test_a_connection_that_did_not_survive_the_snapshot_does_not_break_the_first_call(
+def test_a_connection_lost_in_the_snapshot_does_not_fail_the_first_call(
     emulator: Emulator,
     cold: Callable[[], list[Container]],
     peer: Peer,
@@ -355,18 +351,13 @@ def test_a_connection_that_did_not_survive_the_snapshot_does_not_break_the_first
             peer.hang_up()
         assert np.allclose(call.result(timeout=60).vectors, expected, atol=1e-6)
     assert len(peer.connections) == 2
-    assert list(describe(FAULTY)["phases"]) == [
-        *LIFE,
-        "load_again",
-        "warm_up_again",
-        "canary_again",
-    ]
+    assert list(describe(FAULTY)["phases"]) == [*LIFE, *AFRESH]
     (container,) = cold()
     assert "the peer has hung up" in container.log
 
 
 @pytest.mark.skipif("not isolation_works()", reason="needs root and Linux namespaces")
-def test_it_comes_back_on_a_machine_of_another_name(
+def test_a_restore_on_a_host_with_another_name_serves(
     new_emulator: Callable[..., Emulator], expected: np.ndarray
 ) -> None:
     isolated = new_emulator(isolated=True)

@@ -52,9 +52,9 @@ class SerialEngine:
         self._lock = PriorityLock()
 
     async def embed(self, texts: Sequence[str], role: Role, progress: Progress) -> None:
-        place = self._lock.place(PRIORITY[role])
+        ticket = self._lock.ticket(PRIORITY[role])
         for start, chunk in chunks(texts, **CHUNK):
-            async with self._lock.hold(place):
+            async with self._lock.hold(ticket):
                 progress(start)
                 amount = sum(map(work_of, chunk)) + (REQUEST_TOKENS if not start else 0)
                 self.computed += amount
@@ -228,7 +228,7 @@ def test_a_wrong_speed_is_corrected(wrong: float) -> None:
     virtual_time.run(main())
 
 
-def test_an_engine_that_becomes_slower_and_faster_is_followed() -> None:
+def test_a_changed_speed_is_learnt() -> None:
     async def main() -> None:
         service = Service()
         await overload(service, 3.0, 1.0, 5)
@@ -270,7 +270,7 @@ def test_documents_are_admitted_while_queries_leave_the_engine_time_for_them() -
     virtual_time.run(main())
 
 
-def test_a_caller_who_leaves_frees_the_place_at_once() -> None:
+def test_a_cancelled_request_frees_its_capacity_at_once() -> None:
     async def main() -> None:
         service = Service()
         await asyncio.gather(*(service.embed("query", 60.0) for _ in range(20)))
@@ -291,7 +291,7 @@ def test_a_caller_who_leaves_frees_the_place_at_once() -> None:
     virtual_time.run(main())
 
 
-def test_retry_after_of_documents_is_when_the_bulk_before_them_is_done() -> None:
+def test_retry_after_of_documents_is_the_end_of_the_queue() -> None:
     async def main() -> None:
         service = Service(SerialEngine(jitter=0))
         await service.embed("document", None)
@@ -311,7 +311,7 @@ def test_retry_after_of_documents_is_when_the_bulk_before_them_is_done() -> None
     virtual_time.run(main())
 
 
-def test_the_rest_of_a_request_that_cannot_finish_is_not_computed() -> None:
+def test_a_request_that_cannot_finish_is_dropped() -> None:
     async def main() -> None:
         service = Service(SerialEngine(jitter=0))
         await service.embed("document", None)
@@ -331,7 +331,7 @@ def test_the_rest_of_a_request_that_cannot_finish_is_not_computed() -> None:
     virtual_time.run(main())
 
 
-def test_the_number_of_texts_is_limited_too() -> None:
+def test_the_number_of_texts_is_limited() -> None:
     admission = Admission({"query": 2, "document": 4})
     with admission.admit("document", ["a"] * 3):
         with pytest.raises(ServiceUnavailableError) as refused:

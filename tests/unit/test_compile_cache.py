@@ -1,4 +1,4 @@
-"""Compiled kernels: from the volume to local disk before a load, and back what is new after it."""
+"""Compiled kernels are copied from the Volume before a load, and new ones back after it."""
 
 from __future__ import annotations
 

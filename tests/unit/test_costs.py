@@ -52,7 +52,7 @@ def simulated(per_day: float, window: float, start: float, queries: int) -> cost
         (100_000, 2, 30),
     ],
 )
-def test_uptime_is_what_a_simulation_gives(per_day: float, window: float, start: float) -> None:
+def test_uptime_matches_a_simulation(per_day: float, window: float, start: float) -> None:
     formula, seen = uptime(per_day, window, start), simulated(per_day, window, start, 200_000)
     assert formula.share == pytest.approx(seen.share, rel=0.02)
     assert formula.starts == pytest.approx(seen.starts, rel=0.03)
@@ -69,7 +69,7 @@ def test_uptime_is_a_share(per_day: float, window: float, start: float) -> None:
 
 
 @given(PER_DAY, WINDOWS, STARTS, st.floats(1.01, 3))
-def test_more_queries_and_longer_windows_keep_it_up(
+def test_uptime_grows_with_queries_and_window(
     per_day: float, window: float, start: float, more: float
 ) -> None:
     up = uptime(per_day, window, start)
@@ -81,7 +81,7 @@ def test_more_queries_and_longer_windows_keep_it_up(
 
 
 @given(st.floats(1, 1e5), st.floats(2, 600))
-def test_without_a_start_it_is_up_if_a_query_came_within_the_window(
+def test_uptime_without_a_start_is_the_share_of_time_after_queries(
     per_day: float, window: float
 ) -> None:
     rate = per_day / DAY
@@ -91,8 +91,8 @@ def test_without_a_start_it_is_up_if_a_query_came_within_the_window(
 
 
 @given(PER_DAY, WINDOWS, STARTS)
-def test_what_is_down_ends_with_a_start(per_day: float, window: float, start: float) -> None:
-    """Each start ends a silence of 1 / λ on average."""
+def test_every_start_ends_one_idle_period(per_day: float, window: float, start: float) -> None:
+    """Idle periods last 1 / λ on average."""
     up = uptime(per_day, window, start)
     assert 1 - up.share == pytest.approx(up.starts / per_day, abs=1e-9)
 
@@ -122,9 +122,7 @@ def test_a_corpus_costs_its_tokens_a_start_and_a_wait(
 
 
 @given(PER_DAY, WINDOWS, STARTS)
-def test_a_month_is_paid_for_as_long_as_it_is_up(
-    per_day: float, window: float, start: float
-) -> None:
+def test_a_month_is_billed_by_uptime(per_day: float, window: float, start: float) -> None:
     choice, up = one("L40S"), uptime(per_day, window, start)
     month = choice.traffic(per_day, window, start)
     assert month.always_on == pytest.approx(MONTH * 24 * 3600 * choice.dollars)
@@ -133,7 +131,7 @@ def test_a_month_is_paid_for_as_long_as_it_is_up(
     assert month.starts_per_month == pytest.approx(MONTH * up.starts * start * choice.dollars)
 
 
-def test_choices_are_all_of_them_or_those_that_are_named() -> None:
+def test_choices_can_be_filtered_by_name_and_quantization() -> None:
     assert len(choices()) == 2 * len(gpus.GPUS)
     assert {choice.quantization for choice in choices(quantization="fp8")} == {"fp8"}
     assert [choice.gpu for choice in choices(["H100!", "L4"], "none")] == ["L4", "H100"]
@@ -144,6 +142,6 @@ def test_choices_are_all_of_them_or_those_that_are_named() -> None:
         choices(["H100", "H1000000"])
 
 
-def test_how_many_queries_a_container_takes() -> None:
+def test_most_queries_of_a_container() -> None:
     choice = one()
     assert choice.most_queries == pytest.approx(DAY * choice.rate.tokens / costs.QUERY_TOKENS)

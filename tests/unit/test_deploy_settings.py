@@ -1,4 +1,4 @@
-"""How a service is deployed: what is taken, what is refused before it is sent, what it costs."""
+"""Validation, variables and prices of the deployment settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refused(**arguments: object) -> str:
             {"quantization": "fp8"},
             r"A100-40GB \(the default\) does not compute in fp8 .* Use --gpu L4, L40S, H100",
         ),
-        ({"max_model_len": 32_768}, r"--gpu A100-40GB has 40 GiB; .* Use --gpu L40S, A100-80GB"),
+        ({"max_model_len": 32_768}, r"--gpu A100-40GB .*has 40 GiB; .* Use --gpu L40S, A100-80GB"),
         ({"engine": "embedded", "quantization": "fp8"}, "the embedded engine has no such option"),
         ({"engine": "embedded", "gpu": "T4"}, "--gpu T4: the embedded engine has no such option"),
         ({"min_containers": 2}, "--min-containers 2 is over --max-containers 1"),
@@ -52,7 +52,7 @@ def refused(**arguments: object) -> str:
         ({"gpus": "L40S"}, r"gpus: there is no such argument\. Did you mean gpu\?"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(arguments: dict[str, object], said: str) -> None:
+def test_invalid_settings_are_refused_by_name(arguments: dict[str, object], said: str) -> None:
     assert re.search(said, refused(**arguments))
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_work_is_refused_by_name(arguments: dict[str, object], said:
         {"engine": "embedded", "region": "eu", "min_containers": 1, "hf_secret": "hf"},
     ],
 )
-def test_the_container_reads_what_was_deployed(
+def test_settings_survive_the_variables_of_the_container(
     arguments: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployed = DeploySettings(**arguments)
@@ -75,7 +75,7 @@ def test_the_container_reads_what_was_deployed(
     assert DeploySettings() == deployed
 
 
-def test_a_variable_is_named_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KALM_DEPLOY_MAX_CONTAINERS", "many")
     assert "max_containers (from KALM_DEPLOY_MAX_CONTAINERS)" in refused()
     monkeypatch.setenv("KALM_DEPLOY_MAX_CONTAINERS", "")
@@ -84,7 +84,7 @@ def test_a_variable_is_named_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -
 
 
 @given(st.integers(1080, 3600))
-def test_a_start_has_time_for_all_that_it_may_do(startup_timeout: int) -> None:
+def test_a_start_has_time_for_all_attempts(startup_timeout: int) -> None:
     """Or Modal kills the container and starts another one, without end."""
     made = DeploySettings(startup_timeout=startup_timeout)
     assert made.engine_ready_timeout >= settings.SHORTEST_LOAD
@@ -94,15 +94,15 @@ def test_a_start_has_time_for_all_that_it_may_do(startup_timeout: int) -> None:
     assert needed <= startup_timeout < needed + settings.LOAD_ATTEMPTS
 
 
-def test_the_embedded_engine_needs_no_minutes() -> None:
+def test_the_embedded_engine_accepts_a_short_start() -> None:
     assert DeploySettings(engine="embedded", startup_timeout=60).attempt_timeout == 30
 
 
-def test_a_client_knows_how_long_a_first_start_may_take() -> None:
+def test_the_client_waits_as_long_as_a_start_may_take() -> None:
     assert DeploySettings().startup_timeout == FIRST_START
 
 
-def test_what_a_container_costs() -> None:
+def test_the_price_of_a_container() -> None:
     # An A100-40GB at $0.000583 a second, 4 cores at 0.0000131, 40 GiB at 0.00000222.
     hour = 3600 * (0.000583 + 4 * 0.0000131 + 40 * 0.00000222)
     assert DeploySettings().dollars_per_hour == pytest.approx(hour)
@@ -111,7 +111,7 @@ def test_what_a_container_costs() -> None:
 
 
 @given(st.sampled_from(sorted(GPUS)), st.sampled_from(["none", "fp8"]))
-def test_whatever_is_taken_holds_the_weights_and_gives_the_vectors_it_names(gpu, quantization):
+def test_accepted_gpus_hold_the_weights_and_support_the_quantization(gpu, quantization):
     try:
         taken = DeploySettings(gpu=gpu, quantization=quantization)
     except ConfigurationError:
@@ -132,7 +132,7 @@ def test_whatever_is_taken_holds_the_weights_and_gives_the_vectors_it_names(gpu,
         ({"enforce_eager": True}, None),
     ],
 )
-def test_a_deployment_is_told_the_price_of_a_million_tokens_and_how_it_is_known(
+def test_the_price_of_a_million_tokens_is_shown_with_its_basis(
     arguments: dict[str, object], said: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = DeploySettings(**arguments)

@@ -102,7 +102,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-def test_progress_is_lines_in_a_log_that_is_no_terminal(hub: Hub) -> None:
+def test_progress_is_printed_as_lines(hub: Hub) -> None:
     done = hub.download()
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -131,14 +131,14 @@ def test_a_refusal_names_the_remedy(hub: Hub, status: int, named: tuple[str, ...
     assert ("--hf-secret" in done.stderr) == (status in (401, 403, 429))
 
 
-def test_a_limit_that_is_met_with_a_token_asks_for_none(hub: Hub) -> None:
+def test_a_rate_limit_with_a_token_does_not_ask_for_one(hub: Hub) -> None:
     hub.status = 429
     done = hub.download(HF_TOKEN="hf_of_a_user")
     assert "--hf-secret" not in done.stderr
     assert "hf_of_a_user" not in done.stderr + done.stdout
 
 
-def test_a_file_that_is_refused_is_a_failure_that_names_the_remedy(hub: Hub) -> None:
+def test_a_refused_file_gives_an_error_with_the_remedy(hub: Hub) -> None:
     hub.weights_status = 403  # as the files of a gated repository are, whose list is public
     done = hub.download()
     assert done.returncode == 1

@@ -1,5 +1,5 @@
-"""What a loaded model is called, and when it is refused. Without vLLM, whose own answers are
-spelled out here; tests/vllm has the real ones."""
+"""The identity of a loaded model, and the check of its configuration. Without vLLM,
+whose values are written out here; tests/vllm has the real ones."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from modal_backend.engines.vllm.config import (
     check,
     dimensions_of,
     identity_of,
-    kv_cache_bytes,
+    kv_cache_bytes_of,
 )
 from modal_backend.weights import Weights
 
 COMMIT = "0" * 40
 WEIGHTS = Weights("someone/model", COMMIT, Path("/models/model"))
-ASKED = {"enable_sleep_mode": True, "max_num_batched_tokens": 8192}
+ARGUMENTS = {"enable_sleep_mode": True, "max_num_batched_tokens": 8192}
 PLAIN = "UnquantizedLinearMethod"
 FP8 = "fp8 weights per tensor, inputs per token"
 
@@ -89,17 +89,17 @@ def refusal(
     identity: SpaceIdentity = SPACE,
     options: VLLMOptions | None = None,
     loaded: Any = None,
-    asked: dict[str, Any] = ASKED,
+    arguments: dict[str, Any] = ARGUMENTS,
 ) -> str:
     with pytest.raises(EngineLoadError) as caught:
-        check(loaded or resolved(), identity, options or VLLMOptions(), asked)
+        check(loaded or resolved(), identity, options or VLLMOptions(), arguments)
     return str(caught.value)
 
 
 # --- the identity
 
 
-def test_the_identity_is_what_was_loaded() -> None:
+def test_the_identity_describes_the_loaded_model() -> None:
     assert identity_of(WEIGHTS, inspected()) == SPACE
 
 
@@ -129,7 +129,7 @@ def test_the_identity_is_what_was_loaded() -> None:
     ],
     ids=str,
 )
-def test_whatever_moves_vectors_is_in_the_identity(
+def test_everything_that_changes_vectors_is_in_the_identity(
     found: dict[str, Any], named: dict[str, Any]
 ) -> None:
     assert identity_of(WEIGHTS, inspected(**found)) == replace(SPACE, **named)
@@ -139,15 +139,15 @@ def test_whatever_moves_vectors_is_in_the_identity(
 
 
 @pytest.mark.usefixtures("known")
-def test_what_we_know_passes() -> None:
-    check(resolved(), SPACE, VLLMOptions(), ASKED)
-    check(resolved(), replace(SPACE, revision="f" * 40), VLLMOptions(), ASKED)
-    check(resolved(), replace(SPACE, quantization=FP8), VLLMOptions(quantization="fp8"), ASKED)
+def test_a_known_model_passes() -> None:
+    check(resolved(), SPACE, VLLMOptions(), ARGUMENTS)
+    check(resolved(), replace(SPACE, revision="f" * 40), VLLMOptions(), ARGUMENTS)
+    check(resolved(), replace(SPACE, quantization=FP8), VLLMOptions(quantization="fp8"), ARGUMENTS)
 
 
-def test_of_an_unknown_model_whatever_its_files_say_passes() -> None:
+def test_any_space_of_an_unknown_model_passes() -> None:
     other = replace(SPACE, pooling="mean", attention="bidirectional", quantization="fp16")
-    check(resolved(embedding_size=96), other, VLLMOptions(), ASKED)
+    check(resolved(embedding_size=96), other, VLLMOptions(), ARGUMENTS)
 
 
 @pytest.mark.usefixtures("known")
@@ -164,8 +164,8 @@ def test_of_an_unknown_model_whatever_its_files_say_passes() -> None:
     ],
 )
 def test_a_known_model_in_another_space_is_refused(field: str, value: Any) -> None:
-    said = refusal(replace(SPACE, **{field: value}))
-    assert f"{field}: {getattr(SPACE, field)!r} != {value!r}" in said
+    message = refusal(replace(SPACE, **{field: value}))
+    assert f"{field}: {getattr(SPACE, field)!r} != {value!r}" in message
 
 
 def test_every_difference_is_named_at_once() -> None:
@@ -173,51 +173,51 @@ def test_every_difference_is_named_at_once() -> None:
     identity = replace(SPACE, quantization="fp16", normalized=False)
     wrong = {"policy": "fcfs", "runner_type": "generate", "max_num_batched_tokens": 4096}
     loaded = resolved(**wrong, enable_sleep_mode=False)
-    said = refusal(identity, options, loaded)
+    message = refusal(identity, options, loaded)
     for name in ("normalized", "dtype", "runner", "max_num_batched", "scheduling", "sleep mode"):
-        assert name in said
+        assert name in message
 
 
-def test_another_type_than_was_asked_for_is_refused() -> None:
-    said = refusal(replace(SPACE, quantization="fp32"), VLLMOptions(dtype="bf16"))
-    assert "dtype: 'bf16' != 'fp32'" in said
+def test_a_different_dtype_is_refused() -> None:
+    message = refusal(replace(SPACE, quantization="fp32"), VLLMOptions(dtype="bf16"))
+    assert "dtype: 'bf16' != 'fp32'" in message
 
 
-def test_fp8_that_the_card_does_not_compute_in_is_its_own_space_and_none_at_all_is_refused() -> (
-    None
-):
+def test_fp8_weights_pass_as_their_own_space_and_missing_fp8_is_refused() -> None:
     options = VLLMOptions(quantization="fp8")
-    check(resolved(), replace(SPACE, quantization="fp8 weights"), options, ASKED)
+    check(resolved(), replace(SPACE, quantization="fp8 weights"), options, ARGUMENTS)
     assert "quantization: 'fp8' != 'bf16'" in refusal(options=options)
 
 
-def test_both_ways_in_the_configuration_and_one_way_in_the_model_is_refused() -> None:
+def test_causal_attention_of_a_bidirectional_configuration_is_refused() -> None:
     loaded = resolved(bidirectional=True)
     assert "config.json says bidirectional, what is loaded is causal" in refusal(loaded=loaded)
-    check(loaded, replace(SPACE, attention="bidirectional"), VLLMOptions(), ASKED)
+    check(loaded, replace(SPACE, attention="bidirectional"), VLLMOptions(), ARGUMENTS)
 
 
 @pytest.mark.usefixtures("known")
-def test_other_dimensions_than_those_we_know_are_refused() -> None:
+def test_unexpected_dimensions_are_refused() -> None:
     assert "dimensions: 3840 != 128" in refusal(loaded=resolved(embedding_size=128))
 
 
-def test_another_length_than_was_asked_for_is_refused() -> None:
-    said = refusal(loaded=resolved(max_model_len=512), asked={**ASKED, "max_model_len": 8192})
-    assert "max_model_len: 8192 != 512" in said
+def test_a_different_length_is_refused() -> None:
+    message = refusal(
+        loaded=resolved(max_model_len=512), arguments={**ARGUMENTS, "max_model_len": 8192}
+    )
+    assert "max_model_len: 8192 != 512" in message
 
 
-def test_vllm_may_take_larger_steps_but_no_smaller_ones() -> None:
-    check(resolved(max_num_batched_tokens=16_384), SPACE, VLLMOptions(), ASKED)
-    said = refusal(loaded=resolved(max_num_batched_tokens=4096))
-    assert "max_num_batched_tokens: 8192 != 4096" in said
+def test_larger_steps_pass_and_smaller_ones_are_refused() -> None:
+    check(resolved(max_num_batched_tokens=16_384), SPACE, VLLMOptions(), ARGUMENTS)
+    message = refusal(loaded=resolved(max_num_batched_tokens=4096))
+    assert "max_num_batched_tokens: 8192 != 4096" in message
 
 
 # --- dimensions
 
 
 @pytest.mark.usefixtures("known")
-def test_of_a_known_model_the_profile_says_what_it_can_be_cut_to() -> None:
+def test_dimensions_of_a_known_model_come_from_its_profile() -> None:
     config = SimpleNamespace(embedding_size=3840, matryoshka_dimensions=[512])
     assert dimensions_of(config, "someone/model") == (3840, 1024, 64)
 
@@ -226,7 +226,7 @@ def test_of_a_known_model_the_profile_says_what_it_can_be_cut_to() -> None:
     ("declared", "dimensions"),
     [(None, (128,)), ([], (128,)), ([32, 128, 64], (128, 64, 32)), ([256, 64], (128, 64))],
 )
-def test_of_an_unknown_model_its_configuration_says_what_it_can_be_cut_to(
+def test_dimensions_of_an_unknown_model_come_from_its_configuration(
     declared: list[int] | None, dimensions: tuple[int, ...]
 ) -> None:
     config = SimpleNamespace(embedding_size=128, matryoshka_dimensions=declared)
@@ -245,7 +245,7 @@ def kv_bytes(max_model_len: int, step: int) -> int:
         get_total_num_hidden_layers=lambda: 48,
         dtype=SimpleNamespace(itemsize=2),
     )
-    return kv_cache_bytes(model, step)
+    return kv_cache_bytes_of(model, step)
 
 
 def test_the_kv_cache_holds_two_steps_or_the_longest_text() -> None:

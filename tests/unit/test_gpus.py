@@ -1,4 +1,4 @@
-"""What each GPU holds, does and costs: one table, from which `kalm deploy` takes its refusals."""
+"""Memory, speed and price of GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOTH = [(gpu, quantization) for gpu in GPUS for quantization in QUANTIZATIONS]
 
 
 class TestMemory:
-    def test_it_is_weights_two_steps_or_one_long_text_and_room(
+    def test_it_is_the_sum_of_weights_kv_cache_and_working_memory(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         token = 2 * 48 * 8 * 256 * 2
@@ -35,7 +35,7 @@ class TestMemory:
         assert gpus.step_tokens() == VLLMOptions().max_num_batched_tokens
 
     @pytest.mark.parametrize(("step", "fits"), [(8192, False), (4096, True), (2048, True)])
-    def test_an_l4_in_fp8_is_taken_as_soon_as_steps_are_short_enough(
+    def test_an_l4_in_fp8_is_accepted_with_short_steps(
         self, step: int, fits: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(gpus, "step_tokens", lambda: step)
@@ -51,7 +51,7 @@ class TestMemory:
                 DeploySettings(gpu="L4", quantization="fp8")
 
     @pytest.mark.parametrize(("gpu", "quantization"), BOTH)
-    def test_what_is_deployed_and_what_is_priced_are_the_same(
+    def test_settings_refuse_the_gpus_that_have_a_problem(
         self, gpu: str, quantization: gpus.Quantization
     ) -> None:
         problem = gpus.problem(gpu, quantization)
@@ -61,12 +61,12 @@ class TestMemory:
         with pytest.raises(ConfigurationError, match=re.escape(problem)):
             DeploySettings(gpu=gpu, quantization=quantization)
 
-    def test_other_models_are_not_measured_by_kalms_memory(self) -> None:
+    def test_the_memory_of_other_models_is_not_checked(self) -> None:
         assert DeploySettings(gpu="A10", model="some/model").gpu == ("A10",)
         with pytest.raises(ConfigurationError, match="does not compute in fp8"):
             DeploySettings(gpu="A10", model="some/model", quantization="fp8")
 
-    def test_the_page_for_ones_own_gpu_says_the_same(self) -> None:
+    def test_the_page_on_vllm_has_the_same_figures(self) -> None:
         said = re.search(r"GPU with (\d+) GiB of free memory, or (\d+) for", VLLM_PAGE)
         assert said
         needed = [f"{gpus.needed_gib(quantization):.0f}" for quantization in QUANTIZATIONS]
@@ -85,7 +85,7 @@ class TestDefaults:
         second = gpus.container_dollars([gpu], self.DEFAULT.quantization)
         assert self.DEFAULT.dollars_per_hour == pytest.approx(3600 * second)
 
-    def test_no_card_that_was_measured_is_better_both_by_the_hour_and_by_the_token(self) -> None:
+    def test_no_measured_gpu_is_cheaper_by_the_hour_and_by_the_token(self) -> None:
         (gpu,) = self.DEFAULT.gpu
         kind = self.DEFAULT.quantization
         ours = gpus.container_dollars([gpu], kind)
@@ -95,7 +95,7 @@ class TestDefaults:
                 faster = made.tokens_per_second / theirs > gpus.rate(gpu, kind).tokens / ours
                 assert theirs > ours or not faster, made
 
-    def test_the_container_asks_for_what_is_priced(self) -> None:
+    def test_the_container_requests_the_priced_resources(self) -> None:
         for quantization in QUANTIZATIONS:
             made = DeploySettings(gpu="H100", quantization=quantization)
             assert made.memory_mib == 1024 * gpus.HOST_GIB[quantization]
@@ -106,7 +106,7 @@ class TestDefaults:
 
 class TestRates:
     @pytest.mark.parametrize("made", MEASURED, ids=lambda made: f"{made.gpu} {made.quantization}")
-    def test_what_was_measured_is_given_as_it_was(self, made: gpus.Measurement) -> None:
+    def test_measured_rates_are_returned_with_their_source(self, made: gpus.Measurement) -> None:
         rate = gpus.rate(made.gpu, made.quantization)
         assert (rate.tokens, rate.measured, rate.source) == (
             made.tokens_per_second,
@@ -118,13 +118,13 @@ class TestRates:
         assert made.gpu in GPUS
         assert made.tokens_per_text <= 1024  # where flop_per_token holds
 
-    def test_each_is_there_once_and_the_reference_in_both_types(self) -> None:
+    def test_measurements_are_unique_and_include_the_reference(self) -> None:
         keys = [(made.gpu, made.quantization) for made in MEASURED]
         assert len(keys) == len(set(keys))
         assert {(gpus.REFERENCE, quantization) for quantization in QUANTIZATIONS} <= set(keys)
 
     @pytest.mark.parametrize(("gpu", "quantization"), BOTH)
-    def test_all_else_is_calculated_from_the_peaks_and_says_so(
+    def test_other_rates_are_calculated_from_the_peaks(
         self, gpu: str, quantization: gpus.Quantization
     ) -> None:
         if any((made.gpu, made.quantization) == (gpu, quantization) for made in MEASURED):
@@ -153,16 +153,16 @@ class TestRates:
         assert gpus.flop_per_token(1) == pytest.approx(21.52e9, rel=0.001)
 
     @pytest.mark.parametrize("made", MEASURED, ids=lambda made: f"{made.gpu} {made.quantization}")
-    def test_nothing_beats_its_data_sheet(self, made: gpus.Measurement) -> None:
+    def test_measurements_are_below_the_data_sheet(self, made: gpus.Measurement) -> None:
         assert 0.2 < gpus.share_of_peak(made) < 0.9
 
-    def test_a_query_waits_for_the_weights_at_least(self) -> None:
+    def test_a_query_takes_as_long_as_reading_the_weights(self) -> None:
         # 21.5 GB of weights at 3.35 TB/s; half of that in fp8.
         assert gpus.query_seconds("H100", "none") == pytest.approx(0.0064, rel=0.01)
         assert gpus.query_seconds("H100", "fp8") == pytest.approx(0.0032, rel=0.01)
 
     @pytest.mark.parametrize("gpu", GPUS)
-    def test_data_sheets_are_dense_and_fp8_is_twice_bf16(self, gpu: str) -> None:
+    def test_fp8_has_twice_the_peak_of_bf16(self, gpu: str) -> None:
         kind = GPUS[gpu]
         assert kind.fp8 is None or kind.fp8 / kind.bf16 == pytest.approx(2, rel=0.02)
         assert kind.peak("none") == 1e12 * kind.bf16
@@ -170,7 +170,7 @@ class TestRates:
 
 
 class TestColdStart:
-    def test_it_is_container_wake_and_the_snapshot_read(self) -> None:
+    def test_it_is_the_sum_of_container_wake_and_reading(self) -> None:
         start = gpus.ColdStart(container=1, wake=2, gib=10)
         assert start.seconds(2.0) == pytest.approx(3 + 10 * 2**30 / 2e9)
 
@@ -190,12 +190,12 @@ class TestColdStart:
         ("A100", r"Did you mean A100-40GB\?"),
     ],
 )
-def test_an_unknown_gpu_is_named_with_one_like_it(name: str, said: str) -> None:
+def test_an_unknown_gpu_is_refused_with_a_suggestion(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         gpus.gpu_named(name)
 
 
-def test_a_container_is_its_gpu_four_cores_and_its_memory() -> None:
+def test_the_price_of_a_container_includes_cores_and_memory() -> None:
     assert gpus.container_dollars(["L4"], "fp8") == pytest.approx(
         0.000222 + 4 * 0.0000131 + 28 * 0.00000222
     )

@@ -1,4 +1,4 @@
-"""A container's life cycle: load, prove, sleep; snapshot; wake, prove, serve. And each failure."""
+"""The life cycle of a container, and each of its failures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def served(started):
         ),
     ],
 )
-async def test_what_is_done_and_timed(snapshot, log, phases):
+async def test_phases_run_in_order_and_are_timed(snapshot, log, phases):
     loader = Loader({})
     started = await start(loader, snapshot)
     assert loader.log == [f"1 {done}" for done in log.split()]
@@ -95,7 +95,7 @@ async def test_phases_are_timed_in_seconds(monkeypatch):
     assert list(started.phases.values()) == [1, 5, 9, 13, 17, 21]
 
 
-async def test_a_phase_that_fails_is_timed_too():
+async def test_a_failed_phase_is_timed():
     started = await start(Loader({"faults": {"wake": OSError("lost")}}))
     assert (
         " ".join(started.phases)
@@ -103,12 +103,12 @@ async def test_a_phase_that_fails_is_timed_too():
     )
 
 
-async def test_before_it_is_prepared_it_serves_a_reason():
+async def test_an_unprepared_container_serves_an_error():
     with pytest.raises(EngineLoadError, match="nothing is loaded yet"):
         await served(Lifecycle(Loader({}), "off"))
 
 
-async def test_bits_that_change_with_the_hardware_are_told_of_and_served(caplog):
+async def test_small_rounding_differences_after_a_restore_are_logged_and_served(caplog):
     loader = Loader({})
 
     def rounds_otherwise():
@@ -120,7 +120,7 @@ async def test_bits_that_change_with_the_hardware_are_told_of_and_served(caplog)
     assert loader.loads == 1
 
 
-async def test_the_same_bits_are_not_worth_a_word(caplog):
+async def test_equal_vectors_after_a_restore_log_nothing(caplog):
     await start(Loader({}))
     assert not caplog.records
 
@@ -132,7 +132,7 @@ async def test_the_same_bits_are_not_worth_a_word(caplog):
     ids=["loading", "vectors", "embedding"],
 )
 @pytest.mark.parametrize("snapshot", ["off", "awake", "asleep"])
-async def test_what_fails_before_the_snapshot_is_mended_before_it(first, snapshot):
+async def test_a_failure_before_the_snapshot_is_repaired_by_a_second_load(first, snapshot):
     """An empty snapshot would cost every later start the whole load."""
     loader = Loader(first, {})
     prepared = Lifecycle(loader, snapshot)
@@ -152,7 +152,7 @@ async def test_an_engine_that_cannot_sleep_is_closed_before_another_is_loaded():
 
 
 @pytest.mark.parametrize("fault", ["sleep", "wake"])
-async def test_an_engine_that_cannot_even_be_closed_is_left(fault, caplog):
+async def test_an_error_in_close_does_not_prevent_the_next_load(fault, caplog):
     loader = Loader({"faults": {fault: OSError("lost"), "close": OSError("lost too")}}, {})
     started = await start(loader)
     assert (started.failure, loader.loads) == (None, 2)
@@ -162,7 +162,7 @@ async def test_an_engine_that_cannot_even_be_closed_is_left(fault, caplog):
 
 @pytest.mark.parametrize("fault", ["wake", "embed"])
 @pytest.mark.parametrize("error", [OSError("stale"), KalmError("stale."), ConnectionResetError()])
-async def test_an_engine_that_the_snapshot_broke_is_replaced(fault, error, caplog):
+async def test_an_engine_that_fails_after_a_restore_is_loaded_again(fault, error, caplog):
     loader = Loader({}, {})
     started = await start(loader, between=lambda: loader.engines[0].faults.update({fault: error}))
     done = ["load", "warm_up", *CANARY.split()]
@@ -171,7 +171,7 @@ async def test_an_engine_that_the_snapshot_broke_is_replaced(fault, error, caplo
     assert "an engine that is not trusted is discarded" in caplog.text
 
 
-async def test_vectors_that_the_snapshot_changed_are_never_served():
+async def test_vectors_changed_by_the_snapshot_are_not_served():
     loader = Loader({}, {})
 
     def mixed_up():
@@ -182,21 +182,21 @@ async def test_vectors_that_the_snapshot_changed_are_never_served():
     assert np.array_equal(await served(started), RIGHT)
 
 
-async def test_a_snapshot_without_an_engine_is_one_load_from_health():
+async def test_a_third_load_can_heal_a_snapshot_without_an_engine():
     loader = Loader(WRONG, WRONG, {})
     started = await start(loader)
     assert (started.failure, loader.loads) == (None, 3)
     assert list(started.phases)[-2:] == ["warm_up_again_again", "canary_again_again"]
 
 
-async def test_two_engines_are_never_in_memory_together():
+async def test_an_engine_is_closed_before_the_next_is_loaded():
     loader = Loader(WRONG, {"faults": {"sleep": OSError("x")}}, {})
     await start(loader)
     order = [done for done in loader.log if done.split()[1] in ("load", "close")]
     assert order == ["1 load", "1 close", "2 load", "2 close", "3 load"]
 
 
-async def test_a_failed_engine_is_not_kept_by_its_errors_traceback(monkeypatch):
+async def test_the_error_does_not_keep_a_failed_engine_in_memory(monkeypatch):
     monkeypatch.setattr(lifecycle.log, "disabled", True)  # pytest keeps what is logged
     loader = Loader(WRONG)
     failed = Lifecycle(loader, "off")
@@ -209,7 +209,7 @@ async def test_a_failed_engine_is_not_kept_by_its_errors_traceback(monkeypatch):
 
 # -- failing for good --------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("script", "failure", "said"),
+    ("script", "failure", "message"),
     [
         (WRONG, CanaryFailedError, "vectors of length 0.5000 to 0.5000 instead of 1 ± 0.001."),
         (EngineLoadError("not the tested files."), EngineLoadError, "not the tested files."),
@@ -223,17 +223,19 @@ async def test_a_failed_engine_is_not_kept_by_its_errors_traceback(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("snapshot", ["off", "awake", "asleep"])
-async def test_it_starts_unhealthy_and_never_raises(script, failure, said, snapshot, caplog):
+async def test_permanent_failures_are_served_and_not_raised(
+    script, failure, message, snapshot, caplog
+):
     loader = Loader(script)
     started = await start(loader, snapshot)
     assert type(started.failure) is failure
-    assert started.failure.args == (said,)
+    assert started.failure.args == (message,)
     assert loader.loads == 3  # two before the snapshot, one after: no more, however it fails
-    assert f"this container serves nothing: {said}" in caplog.text
+    assert f"this container serves nothing: {message}" in caplog.text
     await started.close()
 
 
-async def test_all_calls_get_an_error_of_their_own():
+async def test_every_call_gets_its_own_error_instance():
     started = await start(Loader(WRONG))
     caught = []
     for _ in range(2):
@@ -246,7 +248,7 @@ async def test_all_calls_get_an_error_of_their_own():
     assert str(first) == str(second) == str(started.failure)
 
 
-async def test_an_engine_that_fails_later_is_replaced_by_one_that_fails_too():
+async def test_a_second_failing_engine_is_closed_and_its_error_served():
     loader = Loader({}, WRONG)
 
     def breaks():
@@ -258,7 +260,7 @@ async def test_an_engine_that_fails_later_is_replaced_by_one_that_fails_too():
 
 
 @pytest.mark.parametrize("stop", [asyncio.CancelledError(), KeyboardInterrupt()])
-async def test_the_end_of_the_container_is_no_failure_of_the_engine(stop):
+async def test_cancellation_of_the_start_is_raised_without_another_load(stop):
     loader = Loader(stop)
     ended = Lifecycle(loader, "off")
     with pytest.raises(type(stop)):
@@ -266,7 +268,7 @@ async def test_the_end_of_the_container_is_no_failure_of_the_engine(stop):
     assert loader.loads == 1
 
 
-async def test_an_engine_is_closed_where_its_proof_is_cut_short():
+async def test_cancellation_of_the_canary_closes_the_engine():
     loader = Loader({"faults": {"embed": asyncio.CancelledError()}})
     with pytest.raises(asyncio.CancelledError):
         await Lifecycle(loader, "off").prepare()
@@ -287,7 +289,7 @@ class SlowLoader(Loader):
 
 
 @pytest.mark.parametrize("restored", [False, True])
-async def test_no_load_is_begun_that_the_start_has_no_time_for(restored, caplog):
+async def test_no_load_starts_without_time_for_it(restored, caplog):
     loader = SlowLoader(0.15, TimeoutError("not ready"), {})
     # A start has time for two of these: not for another one after 0.15 s.
     started = Lifecycle(loader, "asleep", attempt_timeout=0.1)
@@ -301,14 +303,14 @@ async def test_no_load_is_begun_that_the_start_has_no_time_for(restored, caplog)
     assert codes(started) == ["snapshot_without_engine"]
 
 
-async def test_where_there_is_time_it_is_loaded_again():
+async def test_a_load_is_retried_if_there_is_time():
     loader = SlowLoader(0.05, TimeoutError("not ready"), {})
     started = await start(loader, attempt_timeout=1000)
     assert (started.failure, loader.loads, codes(started)) == (None, 2, [])
 
 
 @pytest.mark.parametrize("restored", [False, True])
-async def test_what_would_fail_in_the_same_way_is_not_loaded_again_here(restored):
+async def test_a_permanent_error_is_retried_only_after_a_restore(restored):
     missing = EngineLoadError("the weights are not on this machine.")
     missing.permanent = True
     loader = Loader(missing, {})
@@ -325,7 +327,7 @@ def codes(started):
     return [warning.code for warning in started.service.warnings]
 
 
-async def test_the_age_of_the_engine_tells_a_restored_start(monkeypatch):
+async def test_engine_age_is_the_age_of_the_snapshot(monkeypatch):
     loader = Loader({}, {})
     started = Lifecycle(loader, "asleep")
     await started.prepare()
@@ -333,7 +335,7 @@ async def test_the_age_of_the_engine_tells_a_restored_start(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: later)
     await started.resume(restored=True)
     assert 3590 < started.engine_age < 3610
-    await started._loaded()
+    await started._load_and_check()
     assert started.engine_age == 0
 
 
@@ -350,24 +352,24 @@ async def test_a_snapshot_without_an_engine_is_reported_at_each_start_from_it(fi
     assert "kalm deploy" in started.service.warnings[0].message
 
 
-async def test_it_is_reported_too_where_the_next_load_fails_as_well():
+async def test_a_snapshot_without_an_engine_is_reported_if_the_next_load_fails():
     started = await start(Loader(WRONG), restored=True)
     assert type(started.failure) is CanaryFailedError
     assert codes(started) == ["snapshot_without_engine"]
 
 
-async def test_without_a_snapshot_there_is_none_to_report():
+async def test_without_snapshots_no_snapshot_is_reported():
     started = await start(Loader(WRONG, WRONG, {}), snapshot="off")
     assert (started.failure, codes(started)) == (None, [])
 
 
 @pytest.mark.parametrize("first", [WRONG, OSError("x")])
-async def test_an_engine_that_the_second_load_gave_is_in_the_snapshot(first):
+async def test_a_second_load_before_the_snapshot_leaves_no_warning(first):
     started = await start(Loader(first, {}), restored=True)
     assert (started.failure, codes(started), started.trusted) == (None, [], True)
 
 
-async def test_a_failed_canary_of_an_engine_that_is_gone_is_no_warning():
+async def test_discarding_an_engine_clears_its_canary_warning():
     loader = Loader(WRONG, OSError("x"), OSError("x"))
     started = Lifecycle(loader, "asleep", canary_mode="warn")
     await started.prepare()
@@ -378,7 +380,7 @@ async def test_a_failed_canary_of_an_engine_that_is_gone_is_no_warning():
     assert codes(started) == ["restore_failed"]
 
 
-async def test_an_engine_that_the_snapshot_broke_is_reported():
+async def test_a_failed_restore_is_reported():
     loader = Loader({}, {})
     broken = {"wake": OSError("stale")}
     started = await start(loader, between=lambda: loader.engines[0].faults.update(broken))
@@ -386,7 +388,7 @@ async def test_an_engine_that_the_snapshot_broke_is_reported():
     assert "stale" in started.service.warnings[0].message
 
 
-# -- served in spite of the canary ---------------------------------------------------------------
+# -- canary_mode=warn ---------------------------------------------------------------
 @pytest.mark.parametrize("snapshot", ["off", "awake", "asleep"])
 async def test_in_warn_mode_wrong_vectors_are_served_and_reported(snapshot, caplog):
     loader = Loader(dict(WRONG))
@@ -444,8 +446,8 @@ class Container:
             raise fault
 
 
-async def test_a_healthy_container_stays(monkeypatch):
-    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0)
+async def test_a_healthy_container_is_not_replaced(monkeypatch):
+    monkeypatch.setattr(lifecycle, "REPLACEMENT_DELAY", 0)
     started, container = await start(Loader({})), Container()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
@@ -453,7 +455,7 @@ async def test_a_healthy_container_stays(monkeypatch):
     assert container.stops == 0
 
 
-async def test_an_engine_that_dies_is_told_of_and_replaced_at_once(caplog):
+async def test_a_dead_engine_is_logged_and_replaced_at_once(caplog):
     loader = Loader({})
     started, container = await start(loader), Container()
     watching = asyncio.create_task(started.watch(container.stop_fetching))
@@ -466,8 +468,8 @@ async def test_an_engine_that_dies_is_told_of_and_replaced_at_once(caplog):
         await served(started)
 
 
-async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
-    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0.2)
+async def test_an_unhealthy_container_is_replaced_after_a_delay(monkeypatch):
+    monkeypatch.setattr(lifecycle, "REPLACEMENT_DELAY", 0.2)
     started, container = await start(Loader(WRONG)), Container()
     watching = asyncio.create_task(started.watch(container.stop_fetching))
     await asyncio.sleep(0.05)
@@ -479,12 +481,12 @@ async def test_an_unhealthy_one_answers_for_a_while_first(monkeypatch):
 
 
 async def test_a_failed_request_for_a_replacement_is_repeated(monkeypatch, caplog):
-    monkeypatch.setattr(lifecycle, "REPLACED_AFTER", 0.01)
+    monkeypatch.setattr(lifecycle, "REPLACEMENT_DELAY", 0.01)
     started, container = await start(Loader(WRONG)), Container(OSError("no answer"))
     await started.watch(container.stop_fetching)
     assert container.stops == 2
     assert "the request for a replacement failed" in caplog.text
 
 
-def test_one_start_in_five_minutes_is_the_worst_that_is_paid():
-    assert lifecycle.REPLACED_AFTER == 300
+def test_unhealthy_containers_restart_at_most_every_five_minutes():
+    assert lifecycle.REPLACEMENT_DELAY == 300

@@ -1,4 +1,4 @@
-"""Of a text far over the model's length, enough is tokenized and not all."""
+"""Very long texts are tokenized only in part."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from modal_backend.engines.embedded import MAX_TOKENS, EmbeddedEngine
-from modal_backend.engines.long_texts import beginning
+from modal_backend.engines.long_texts import long_enough_prefix
 
 
 class Words:
@@ -23,9 +23,9 @@ class Words:
 
 
 @pytest.mark.parametrize("words", [0, 1, 2_000, 10_000, 50_000])
-def test_no_more_is_read_than_it_takes(words: int) -> None:
+def test_only_a_prefix_is_counted(words: int) -> None:
     text, tokenizer = "abcd " * words, Words()
-    enough, about = beginning(text, tokenizer.count, 10_000)
+    enough, about = long_enough_prefix(text, tokenizer.count, 10_000)
     assert text.startswith(enough)
     if about is None:
         assert enough == text
@@ -45,7 +45,9 @@ def engine() -> EmbeddedEngine:
     "alphabet",
     ["abcdefghij    ", "\ufdfa \u33a5ab", "日本語猫山 。", "a\u0301 ", " \u200b\tab", "0123.,"],
 )
-def test_a_cut_text_has_the_tokens_of_its_beginning(engine: EmbeddedEngine, alphabet: str) -> None:
+def test_a_truncated_text_has_the_first_tokens_of_the_whole(
+    engine: EmbeddedEngine, alphabet: str
+) -> None:
     text = "".join(random.Random(alphabet).choices(alphabet, k=60_000))
     whole = engine._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True)
     assert len(whole) > MAX_TOKENS
@@ -56,7 +58,7 @@ def test_a_cut_text_has_the_tokens_of_its_beginning(engine: EmbeddedEngine, alph
     assert (nothing, refused.index) == ([], 7)
 
 
-def test_expanding_characters_are_not_all_expanded(engine: EmbeddedEngine) -> None:
+def test_few_expanding_characters_are_tokenized(engine: EmbeddedEngine) -> None:
     read: list[int] = []
     encode = engine._tokenizer.encode
     engine._tokenizer.encode = lambda text, **o: (read.append(len(text)), encode(text, **o))[1]
@@ -68,7 +70,7 @@ def test_expanding_characters_are_not_all_expanded(engine: EmbeddedEngine) -> No
     assert sum(read) < 40_000
 
 
-def test_texts_around_the_limit_are_judged_by_all_their_tokens(engine: EmbeddedEngine) -> None:
+def test_texts_near_the_limit_are_counted_exactly(engine: EmbeddedEngine) -> None:
     fits = "word " * (MAX_TOKENS - 2)
     lengths = [len(engine._tokenize([text], "error", 0)[0]) for text in (fits, fits + "word")]
     assert [before - after for before, after in pairwise(lengths)] == [1]

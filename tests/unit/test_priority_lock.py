@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modal_backend.engines.priority_lock import Place, PriorityLock
+from modal_backend.engines.priority_lock import PriorityLock, Ticket
 
 QUERY, DOCUMENT = 0, 1
 
@@ -19,32 +19,32 @@ async def ticks(number: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def hold(lock: PriorityLock, place: Place, order: list[Place]) -> None:
-    async with lock.hold(place):
-        order.append(place)
+async def hold(lock: PriorityLock, ticket: Ticket, order: list[Ticket]) -> None:
+    async with lock.hold(ticket):
+        order.append(ticket)
         await asyncio.sleep(0)
 
 
 async def free(lock: PriorityLock) -> bool:
     """Whether the lock can be had at once."""
-    had: list[Place] = []
-    attempt = asyncio.create_task(hold(lock, lock.place(QUERY), had))
+    had: list[Ticket] = []
+    attempt = asyncio.create_task(hold(lock, lock.ticket(QUERY), had))
     await ticks()
     attempt.cancel()
     await ticks()
     return bool(had)
 
 
-async def order_of_holders(lock: PriorityLock, places: list[Place]) -> list[Place]:
+async def order_of_holders(lock: PriorityLock, tickets: list[Ticket]) -> list[Ticket]:
     """Who has the lock after whom, once all are waiting, in the order given, for one holder."""
-    order: list[Place] = []
+    order: list[Ticket] = []
     async with (
         asyncio.timeout(5),
         asyncio.TaskGroup() as group,
-        lock.hold(lock.place(QUERY)),
+        lock.hold(lock.ticket(QUERY)),
     ):
-        for place in places:
-            group.create_task(hold(lock, place, order))
+        for ticket in tickets:
+            group.create_task(hold(lock, ticket, order))
             await asyncio.sleep(0)
         assert order == []
     return order
@@ -52,30 +52,30 @@ async def order_of_holders(lock: PriorityLock, places: list[Place]) -> list[Plac
 
 async def test_a_query_goes_before_documents_that_came_earlier():
     lock = PriorityLock()
-    first, second, query = lock.place(DOCUMENT), lock.place(DOCUMENT), lock.place(QUERY)
+    first, second, query = lock.ticket(DOCUMENT), lock.ticket(DOCUMENT), lock.ticket(QUERY)
     assert await order_of_holders(lock, [first, second, query]) == [query, first, second]
 
 
-async def test_a_call_that_comes_back_goes_before_those_that_came_after_it_but_wait_longer():
+async def test_an_earlier_ticket_goes_first_even_if_it_waits_later():
     lock = PriorityLock()
-    early, late = lock.place(DOCUMENT), lock.place(DOCUMENT)
+    early, late = lock.ticket(DOCUMENT), lock.ticket(DOCUMENT)
     for _ in range(3):
         assert await order_of_holders(lock, [late, early]) == [early, late]
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.randoms())
-def test_the_most_urgent_goes_first_and_among_equals_the_earliest_arrival(priorities, random):
+def test_the_lock_is_granted_by_priority_and_arrival(priorities, random):
     lock = PriorityLock()
-    places = [lock.place(priority) for priority in priorities]
-    ranked = [places[n] for n in sorted(range(len(places)), key=priorities.__getitem__)]
-    random.shuffle(places)
-    assert asyncio.run(order_of_holders(lock, places)) == ranked
+    tickets = [lock.ticket(priority) for priority in priorities]
+    ranked = [tickets[n] for n in sorted(range(len(tickets)), key=priorities.__getitem__)]
+    random.shuffle(tickets)
+    assert asyncio.run(order_of_holders(lock, tickets)) == ranked
 
 
-async def test_a_free_lock_is_had_at_once_and_a_held_one_is_not():
+async def test_only_a_free_lock_is_granted_at_once():
     lock = PriorityLock()
     for priority in (DOCUMENT, QUERY, DOCUMENT):
-        async with lock.hold(lock.place(priority)):
+        async with lock.hold(lock.ticket(priority)):
             assert not await free(lock)
         assert await free(lock)
 
@@ -83,42 +83,42 @@ async def test_a_free_lock_is_had_at_once_and_a_held_one_is_not():
 async def test_an_exception_releases_the_lock():
     lock = PriorityLock()
     with pytest.raises(KeyError):
-        async with lock.hold(lock.place(QUERY)):
+        async with lock.hold(lock.ticket(QUERY)):
             raise KeyError
     assert await free(lock)
 
 
 async def test_cancelled_waiters_are_skipped():
     lock, order = PriorityLock(), []
-    places = [lock.place(DOCUMENT) for _ in range(3)]
-    async with lock.hold(lock.place(DOCUMENT)):
-        waiting = [asyncio.create_task(hold(lock, place, order)) for place in places]
+    tickets = [lock.ticket(DOCUMENT) for _ in range(3)]
+    async with lock.hold(lock.ticket(DOCUMENT)):
+        waiting = [asyncio.create_task(hold(lock, ticket, order)) for ticket in tickets]
         await ticks()
         waiting[0].cancel()
         waiting[1].cancel()
         await ticks()
     await ticks()
-    assert order == [places[2]]
+    assert order == [tickets[2]]
     assert await free(lock)
 
 
 @pytest.mark.parametrize("others", [0, 1, 2])
 async def test_a_task_cancelled_as_the_lock_is_granted_releases_it(others):
     lock, order = PriorityLock(), []
-    places = [lock.place(DOCUMENT) for _ in range(1 + others)]
-    async with lock.hold(lock.place(DOCUMENT)):
-        waiting = [asyncio.create_task(hold(lock, place, order)) for place in places]
+    tickets = [lock.ticket(DOCUMENT) for _ in range(1 + others)]
+    async with lock.hold(lock.ticket(DOCUMENT)):
+        waiting = [asyncio.create_task(hold(lock, ticket, order)) for ticket in tickets]
         await ticks()
     waiting[0].cancel()  # after the hand-over just now, before the task's own next step
     await ticks(10)
     assert waiting[0].cancelled()
-    assert order == places[1:]
+    assert order == tickets[1:]
     assert await free(lock)
 
 
 async def test_a_task_cancelled_while_it_holds_the_lock_releases_it():
     lock, order = PriorityLock(), []
-    holder = asyncio.create_task(hold(lock, lock.place(DOCUMENT), order))
+    holder = asyncio.create_task(hold(lock, lock.ticket(DOCUMENT), order))
     await asyncio.sleep(0)
     holder.cancel()
     await ticks()
@@ -133,7 +133,7 @@ async def play(script: list[tuple[int, int, int, int | None]]) -> None:
     async def act(enter: int, priority: int, held: int) -> None:
         nonlocal inside
         await ticks(enter)
-        async with lock.hold(lock.place(priority)):
+        async with lock.hold(lock.ticket(priority)):
             inside += 1
             assert inside == 1
             try:
@@ -163,17 +163,17 @@ async def play(script: list[tuple[int, int, int, int | None]]) -> None:
         max_size=8,
     )
 )
-def test_cancelled_at_any_moment_nobody_loses_the_lock_and_no_two_ever_hold_it(script):
+def test_cancellation_at_any_moment_keeps_the_lock_exclusive_and_available(script):
     asyncio.run(play(script))
 
 
-async def test_calls_of_several_chunks_finish_one_after_the_other_in_order_of_arrival() -> None:
+async def test_calls_of_several_chunks_finish_in_order_of_arrival() -> None:
     lock, order = PriorityLock(), []
 
     async def call(name: str) -> None:
-        place = lock.place(DOCUMENT)
+        ticket = lock.ticket(DOCUMENT)
         for _ in range(3):
-            async with lock.hold(place):
+            async with lock.hold(ticket):
                 order.append(name)
                 await asyncio.sleep(0)
 
@@ -181,14 +181,14 @@ async def test_calls_of_several_chunks_finish_one_after_the_other_in_order_of_ar
     assert "".join(order) == "aaabbbccc"
 
 
-async def test_a_place_whose_wait_was_cancelled_can_wait_again() -> None:
+async def test_a_ticket_can_wait_again_after_a_cancellation() -> None:
     lock, order = PriorityLock(), []
-    place = lock.place(DOCUMENT)
-    async with lock.hold(lock.place(QUERY)):
-        gave_up = asyncio.create_task(hold(lock, place, order))
+    ticket = lock.ticket(DOCUMENT)
+    async with lock.hold(lock.ticket(QUERY)):
+        gave_up = asyncio.create_task(hold(lock, ticket, order))
         await ticks()
         gave_up.cancel()
-        again = asyncio.create_task(hold(lock, place, order))
+        again = asyncio.create_task(hold(lock, ticket, order))
         await ticks()
     await again
-    assert order == [place]
+    assert order == [ticket]

@@ -1,4 +1,4 @@
-"""Adding an engine is an entry in one table: deployment, image and `kalm serve` follow it."""
+"""An engine that is added to the registry can be deployed and served."""
 
 from __future__ import annotations
 

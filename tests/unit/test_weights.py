@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from kalm_integrations import models
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.models import KALM
-from modal_backend.weights import Weights, locate, pinned
+from modal_backend.weights import Weights, locate, pinned_revision
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KALM_NAME = KALM.space.model
@@ -75,7 +75,7 @@ def test_equal_files_have_equal_digests(tmp_path: Path) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_whatever_may_decide_a_vector_changes_the_digest(
+def test_files_that_may_decide_a_vector_change_the_digest(
     tmp_path: Path, change: dict[str, str]
 ) -> None:
     before = locate(str(model(tmp_path)))
@@ -83,19 +83,19 @@ def test_whatever_may_decide_a_vector_changes_the_digest(
     assert before.revision != after.revision
 
 
-def test_a_file_that_moves_changes_the_digest(tmp_path: Path) -> None:
+def test_a_moved_file_changes_the_digest(tmp_path: Path) -> None:
     before = locate(str(model(tmp_path, **{"a/tokenizer.json": "{}"})))
     (tmp_path / "a").rename(tmp_path / "b")
     assert locate(str(tmp_path)).revision != before.revision
 
 
-def test_what_does_not_decide_a_vector_does_not_change_the_digest(tmp_path: Path) -> None:
+def test_other_files_do_not_change_the_digest(tmp_path: Path) -> None:
     before = locate(str(model(tmp_path)))
     after = locate(str(model(tmp_path, **{"README.md": "!", ".git/HEAD": "!", ".cache/x": "!"})))
     assert before.revision == after.revision
 
 
-def test_a_folder_may_be_relative_or_at_home(
+def test_relative_and_home_paths_are_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model(tmp_path / "here")
@@ -108,7 +108,7 @@ def test_a_folder_may_be_relative_or_at_home(
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent", "~/absent", "../absent"])
-def test_a_path_that_is_no_folder_is_not_looked_up_as_a_repository(name: str) -> None:
+def test_a_missing_folder_is_refused(name: str) -> None:
     with pytest.raises(EngineLoadError, match=f"^{name} is not a folder"):
         locate(name)
 
@@ -116,13 +116,13 @@ def test_a_path_that_is_no_folder_is_not_looked_up_as_a_repository(name: str) ->
 # --- the Hugging Face cache
 
 
-def test_a_repository_in_the_cache_has_its_commit(cache: Path) -> None:
+def test_the_revision_of_a_cached_repository_is_its_commit(cache: Path) -> None:
     folder = cached(cache, "someone/model")
     assert locate("someone/model") == Weights("someone/model", COMMIT, folder)
     assert locate("someone/model", COMMIT).revision == COMMIT
 
 
-def test_a_branch_becomes_its_commit(cache: Path) -> None:
+def test_a_branch_is_resolved_to_its_commit(cache: Path) -> None:
     other = "f" * 40
     cached(cache, "someone/model")
     cached(cache, "someone/model", revision="CausalLM", commit=other)
@@ -130,12 +130,12 @@ def test_a_branch_becomes_its_commit(cache: Path) -> None:
     assert locate("someone/model").revision == COMMIT
 
 
-def test_the_folder_of_a_snapshot_is_the_repository_it_is_of(cache: Path) -> None:
+def test_a_snapshot_folder_has_the_name_of_its_repository(cache: Path) -> None:
     folder = cached(cache, "someone/a--model")
     assert locate(str(folder)) == Weights("someone/a--model", COMMIT, folder)
 
 
-def test_a_repository_that_is_not_here_is_not_downloaded_but_the_command_is_told(
+def test_a_missing_repository_gives_an_error_with_the_download_command(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EngineLoadError) as caught:
@@ -153,25 +153,23 @@ def test_a_repository_that_is_not_here_is_not_downloaded_but_the_command_is_told
 
 
 @pytest.mark.parametrize("name", ["not a model", "a/b/c", "someone/", "model?"])
-def test_what_is_neither_folder_nor_name_is_called_so(cache: Path, name: str) -> None:
+def test_an_invalid_name_is_refused(cache: Path, name: str) -> None:
     with pytest.raises(EngineLoadError, match="neither a folder nor the name of a repository"):
         locate(name)
 
 
-def test_of_a_model_that_we_know_the_tested_commit_is_taken(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_models_have_a_pinned_revision(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = replace(KALM.space, revision=COMMIT, pooling="last")
     monkeypatch.setitem(models._KNOWN, KALM_NAME, replace(KALM, space=space))
     cached(cache, KALM_NAME, commit="f" * 40)
     cached(cache, KALM_NAME, revision="CausalLM")
-    assert pinned(KALM_NAME) == COMMIT
+    assert pinned_revision(KALM_NAME) == COMMIT
     assert locate(KALM_NAME).revision == COMMIT
     assert locate(KALM_NAME, "main").revision == "f" * 40
 
 
-def test_of_any_other_model_the_main_branch_is_taken() -> None:
-    assert pinned("someone/model") == "main"
+def test_other_models_use_the_main_branch() -> None:
+    assert pinned_revision("someone/model") == "main"
 
 
 # --- whether it is whole
@@ -184,7 +182,7 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path, mi
         locate(str(tmp_path))
 
 
-def test_a_download_that_was_interrupted_is_refused_and_what_is_missing_named(cache: Path) -> None:
+def test_an_incomplete_download_is_refused_with_the_missing_files(cache: Path) -> None:
     folder = cached(cache, "someone/model")
     shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     index = {"weight_map": {f"layer.{number}": shard for number, shard in enumerate(shards)}}
@@ -199,20 +197,20 @@ def test_a_download_that_was_interrupted_is_refused_and_what_is_missing_named(ca
 
 
 @pytest.mark.parametrize("content", [b"", b"weights", save({"a": np.ones(100)})[:-1]])
-def test_a_weights_file_that_is_cut_short_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_truncated_weights_file_is_named(tmp_path: Path, content: bytes) -> None:
     (model(tmp_path) / "model.safetensors").write_bytes(content)
     with pytest.raises(EngineLoadError, match=r"model\.safetensors is damaged .*: run"):
         locate(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
-def test_an_index_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
     model(tmp_path, **{"model.safetensors.index.json": content})
     with pytest.raises(EngineLoadError, match=r"index\.json is damaged"):
         locate(str(tmp_path))
 
 
-def test_a_plain_copy_of_kalm_is_not_run_as_any_model(tmp_path: Path) -> None:
+def test_a_copy_of_kalm_without_its_commit_is_refused(tmp_path: Path) -> None:
     """It would lack its prompts, its checks and its name."""
     folder = model(tmp_path / KALM.space.model.rpartition("/")[2])
     with pytest.raises(EngineLoadError, match="without --local-dir") as told:

@@ -1,8 +1,8 @@
-"""Schedules ahead on a CPU too, where vLLM does not by itself: the next step is made up while one
-is still computed, as on a GPU.
+"""Async scheduling on a CPU, where vLLM does not use it by itself: the next step is prepared while
+one is computed, as on a GPU.
 
-Stands in for `Extension` (`worker_extension_cls`), so that it is imported in the engine core's
-process, before the scheduler is made.
+Replaces `WorkerExtension` (`worker_extension_cls`), so that the engine core's process imports it
+before it creates the scheduler.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from modal_backend.engines.vllm.extension import Extension
+from modal_backend.engines.vllm.extension import WorkerExtension
 
 VllmConfig.max_concurrent_batches = property(lambda config: 2)
 
 
-class Ahead(Extension):
-    """`Extension`, and whether it worked."""
+class Ahead(WorkerExtension):
+    """`WorkerExtension` that reports whether it worked."""
 
     def steps_ahead(self) -> int:
         """Most steps that are computed or queued."""

@@ -80,8 +80,8 @@ KNOWN = "someone/known-gemma"
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def known(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VLLMEngine]:
-    """The weights of `gemma` as Gemma3TextModel, by name out of the Hugging Face cache, with the
-    cache of texts' beginnings. We know this model; its repository's own files are all wrong."""
+    """The weights of `gemma` as Gemma3TextModel, by name from the Hugging Face cache. A known
+    model; the settings in its repository are all wrong."""
     made = tmp_path_factory.mktemp("known")
     folder = tiny_gemma3(made / "folder", architecture="Gemma3TextModel")
     sentence_transformers_files(folder, pooling="mean", normalize=False, max_seq_length=64)
@@ -104,7 +104,7 @@ async def known(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VLLME
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(made / "cache"))
         patch.setitem(models._KNOWN, KNOWN, profile)
-        async with running(KNOWN, max_model_len=2048, prefix_caching=True) as engine:
+        async with running(KNOWN, max_model_len=2048) as engine:
             yield engine
 
 

@@ -1,8 +1,8 @@
-"""A worker that can be told to corrupt the model it has loaded, and to mend it again.
+"""A worker that corrupts and repairs the loaded model on request.
 
-Stands in for `Extension` (`worker_extension_cls`), so it runs in the engine core's process. What
-happens to a model between a snapshot and its restore, or a wrong load that vLLM does not notice,
-happens to real memory: to the weights, to the tables of the rotary embedding, to one bit.
+Replaces `WorkerExtension` (`worker_extension_cls`), so it runs in the engine core's process. It
+does to real memory what a restore, or a wrong load that vLLM does not notice, may do: to the
+weights, to the tables of the rotary embedding, to one bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modal_backend.engines.vllm.extension import Extension
+from modal_backend.engines.vllm.extension import WorkerExtension
 
 LAYER = 3
 """The one that is corrupted, and the one of which a whole layer is: both of the sliding window."""
@@ -76,8 +76,8 @@ class Model:
         return self.modules[f"model.layers.{layer}.{linear}"]
 
 
-class Corrupting(Extension):
-    """`Extension`, and corruption by name."""
+class Corrupting(WorkerExtension):
+    """`WorkerExtension`, and corruption by name."""
 
     def corrupt_model(self, how: str) -> None:
         """One of `CORRUPTIONS`; what an earlier one did is mended before."""

@@ -1,6 +1,6 @@
-"""A worker that notes, in the process that computes, when AMX is requested and attention computed.
+"""A worker that records when AMX is requested and attention is computed.
 
-Stands in for `Extension` (`worker_extension_cls`): vLLM imports it before the worker is made.
+Replaces `WorkerExtension` (`worker_extension_cls`): vLLM imports it before it creates the worker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 EVENTS: list[tuple[str, int]] = []
 
 
-def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         EVENTS.append((name, os.getpid()))
@@ -26,12 +26,12 @@ def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-torch.cpu._init_amx = _noted("request", torch.cpu._init_amx)
-CPUAttentionBackendImpl.forward = _noted("attention", CPUAttentionBackendImpl.forward)
+torch.cpu._init_amx = _recorded("request", torch.cpu._init_amx)
+CPUAttentionBackendImpl.forward = _recorded("attention", CPUAttentionBackendImpl.forward)
 
 
 class Recording(Corrupting):
-    """`Extension`, and what was noted."""
+    """`WorkerExtension` with the recorded events."""
 
     def events(self) -> list[tuple[str, int]]:
         """What happened and in which process, in order."""

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from corrupting import CORRUPTIONS, SHAPES
-from running import SMALL, embed, running
+from reference import cosines as row_cosines
+from running import SMALL, Texts, embed, running
 
 from kalm_integrations.errors import CanaryFailedError, EngineLoadError, InvalidResponseError
 from modal_backend import canary
@@ -53,24 +54,24 @@ class Seen:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def corruptible(gemma: Path) -> AsyncIterator[tuple[VLLMEngine, dict[str, Any]]]:
-    """An engine in bfloat16 whose model can be corrupted, and what vLLM was asked for."""
-    asked: dict[str, Any] = {}
-    arguments = process.arguments
+    """An engine in bfloat16 whose model can be corrupted, and vLLM's arguments."""
+    arguments: dict[str, Any] = {}
+    original = process.engine_arguments
 
     def with_corruption(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        asked.update(arguments(*args, **kwargs), worker_extension_cls="corrupting.Corrupting")
-        return asked
+        arguments.update(original(*args, **kwargs), worker_extension_cls="corrupting.Corrupting")
+        return arguments
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "arguments", with_corruption)
+        patch.setattr(process, "engine_arguments", with_corruption)
         async with running(gemma, dtype="bf16") as engine:
-            yield engine, asked
+            yield engine, arguments
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def before(corruptible: tuple[VLLMEngine, dict[str, Any]]) -> canary.Vectors:
     """The canary's vectors of the healthy model."""
-    return await canary.prove(corruptible[0])
+    return await canary.check(corruptible[0])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -97,33 +98,32 @@ async def seen(
 async def verdict(engine: VLLMEngine, before: canary.Vectors | None = None) -> str:
     """What the canary says; nothing if all is well."""
     try:
-        await canary.prove(engine, before)
+        await canary.check(engine, before)
     except CanaryFailedError as error:
         return str(error.args[0])
     return ""
 
 
-async def test_no_vector_comes_out_of_a_cache(
+async def test_prefix_caching_is_off(
     corruptible: tuple[VLLMEngine, dict[str, Any]],
 ) -> None:
-    """Or the canary's vectors after a restore could be those of before."""
+    """Otherwise the vectors after a restore could come from the cache."""
     engine, _ = corruptible
-    assert VLLMOptions().prefix_caching is False
     assert engine._llm.vllm_config.cache_config.enable_prefix_caching is False
 
 
-async def test_a_healthy_model_passes_every_time(
+async def test_a_healthy_model_passes_at_load_and_after_a_restore(
     corruptible: tuple[VLLMEngine, dict[str, Any]], seen: dict[str, Seen], before: canary.Vectors
 ) -> None:
     for control in CONTROLS:
         assert (seen[control].at_load, seen[control].after_a_restore) == ("", "")
-    assert np.array_equal(await canary.prove(corruptible[0], before), before)
+    assert np.array_equal(await canary.check(corruptible[0], before), before)
 
 
-async def test_when_loaded_only_vectors_that_cannot_be_right_are_seen(
+async def test_the_check_at_load_detects_impossible_vectors(
     seen: dict[str, Seen],
 ) -> None:
-    """Wrong weights give vectors as good as any, to who does not know the right ones."""
+    """Without the right vectors to compare with, those of wrong weights look as good."""
     said = {how: found.at_load for how, found in seen.items() if found.at_load}
     assert said.keys() == FORM | DIFFERENCES | ROWS
     assert all("that they have alone" in said[how] for how in ROWS)
@@ -133,7 +133,7 @@ async def test_when_loaded_only_vectors_that_cannot_be_right_are_seen(
     assert said["attention zero in every layer"].startswith("two different texts have one vector")
 
 
-async def test_after_a_restore_everything_is_seen_that_moves_a_vector(
+async def test_the_check_after_a_restore_detects_every_moved_vector(
     seen: dict[str, Seen],
 ) -> None:
     moved = {how for how, found in seen.items() if not found.least >= canary.SAME}
@@ -143,7 +143,7 @@ async def test_after_a_restore_everything_is_seen_that_moves_a_vector(
         assert seen[how].after_a_restore.startswith("vectors are not those of before the snapshot")
 
 
-async def test_the_table_is_what_happens(seen: dict[str, Seen]) -> None:
+async def test_the_documented_table_is_right(seen: dict[str, Seen]) -> None:
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     _, *rows = [row for row in cells if len(row) == 5]  # the first is the table's head
@@ -173,28 +173,38 @@ def yes(failure: str) -> str:
     return "yes" if failure else "no"
 
 
+async def test_bfloat16_stays_near_the_reference(
+    corruptible: tuple[VLLMEngine, dict[str, Any]], ladder: Texts, pool: Texts
+) -> None:
+    engine, _ = corruptible
+    assert engine.identity.quantization == "bf16"
+    for texts in (ladder, pool):
+        output = await embed(engine, texts.texts)
+        assert row_cosines(output.vectors, texts.vectors).min() >= 0.999
+
+
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "fp32"), ("float16", "fp16")])
-async def test_another_dtype_is_refused_before_there_is_a_canary(
+async def test_a_different_dtype_is_refused_by_the_check_of_the_load(
     corruptible: tuple[VLLMEngine, dict[str, Any]],
     gemma: Path,
     before: canary.Vectors,
     dtype: str,
     name: str,
 ) -> None:
-    """Its vectors are about as good: only what was loaded tells."""
-    engine, asked = corruptible
+    """The canary cannot tell: such vectors are about as good."""
+    engine, arguments = corruptible
     options = VLLMOptions(**{**SMALL, "dtype": "bf16"})
     weights = locate(str(gemma))
     (inspected,) = await engine._llm.collective_rpc("inspect_model_as", args=(dtype,))
     with pytest.raises(EngineLoadError, match=f"dtype: 'bf16' != '{name}'"):
-        check(engine._llm.vllm_config, identity_of(weights, inspected), options, asked)
+        check(engine._llm.vllm_config, identity_of(weights, inspected), options, arguments)
     (inspected,) = await engine._llm.collective_rpc("inspect_model")
-    check(engine._llm.vllm_config, identity_of(weights, inspected), options, asked)
-    assert np.array_equal(await canary.prove(engine, before), before)
+    check(engine._llm.vllm_config, identity_of(weights, inspected), options, arguments)
+    assert np.array_equal(await canary.check(engine, before), before)
 
 
 @pytest.mark.parametrize("how", SHAPES)
-async def test_what_has_no_vectors_shape_is_an_error_never_repeated(
+async def test_a_wrong_output_shape_is_an_error(
     corruptible: tuple[VLLMEngine, dict[str, Any]], before: canary.Vectors, how: str
 ) -> None:
     engine, _ = corruptible
@@ -204,9 +214,9 @@ async def test_what_has_no_vectors_shape_is_an_error_never_repeated(
             await embed(engine, ["a", "b"])
     finally:
         await engine._llm.collective_rpc("corrupt_model", args=(None,))
-    assert np.array_equal(await canary.prove(engine, before), before)
+    assert np.array_equal(await canary.check(engine, before), before)
 
 
-async def test_different_texts_are_told_apart_by_far(before: canary.Vectors) -> None:
+async def test_the_canary_texts_have_distant_vectors(before: canary.Vectors) -> None:
     cosines = before @ before.T - 2 * np.eye(len(before))
     assert cosines.max() < canary.SAME - 0.01

@@ -1,4 +1,4 @@
-"""vLLM on a CPU as `kalm serve` runs it: an engine core, and a worker in another process."""
+"""vLLM on a CPU as `kalm serve` runs it: an engine core and a worker in another process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from running import SMALL, children, embed, left_behind, running
 from kalm_integrations.errors import ContainerFailedError, EngineLoadError
 from modal_backend.engines.vllm import process
 from modal_backend.engines.vllm.config import VLLMOptions, identity_of
-from modal_backend.engines.vllm.cpu_worker import request_amx
+from modal_backend.engines.vllm.cpu import request_amx
 from modal_backend.engines.vllm.engine import VLLMEngine
 from modal_backend.weights import locate
 
@@ -36,7 +36,7 @@ MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def recorded() -> AsyncIterator[VLLMEngine]:
     """A trained model with biases, in bfloat16."""
-    arguments = process.arguments
+    arguments = process.engine_arguments
 
     def recording(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return arguments(*args, **kwargs) | {"worker_extension_cls": "recording.Recording"}
@@ -44,17 +44,17 @@ async def recorded() -> AsyncIterator[VLLMEngine]:
     before = children()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(MULTIPROCESSING)
-        patch.setattr(process, "arguments", recording)
+        patch.setattr(process, "engine_arguments", recording)
         async with running(get_model_path(), dtype="bf16") as engine:
             yield engine
     assert left_behind(before) == set()
 
 
-def process_named(name: str, but: Collection[int] = ()) -> psutil.Process | None:
-    """One of this process's, but none of those whose ids are named: of another engine."""
+def process_named(name: str, exclude: Collection[int] = ()) -> psutil.Process | None:
+    """A child process with this name, except those whose ids are given."""
     for found in psutil.Process().children(recursive=True):
         try:
-            if found.pid not in but and found.name().startswith(name):
+            if found.pid not in exclude and found.name().startswith(name):
                 return found
         except psutil.NoSuchProcess:
             pass
@@ -64,7 +64,9 @@ def process_named(name: str, but: Collection[int] = ()) -> psutil.Process | None
 # --- AMX
 
 
-async def test_amx_is_requested_where_it_is_used_before_it_is_used(recorded: VLLMEngine) -> None:
+async def test_amx_is_requested_before_the_first_attention_in_the_same_process(
+    recorded: VLLMEngine,
+) -> None:
     await embed(recorded, ["a", "b"])
     (events,) = await recorded._llm.collective_rpc("events")
     kinds = [kind for kind, _ in events]
@@ -77,7 +79,7 @@ async def test_amx_is_requested_where_it_is_used_before_it_is_used(recorded: VLL
 
 
 @pytest.mark.parametrize("name", ["amx_tile", "none"])
-async def test_amx_that_linux_refuses_is_logged(
+async def test_a_refused_amx_request_is_logged(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
@@ -87,7 +89,7 @@ async def test_amx_that_linux_refuses_is_logged(
     assert len(caplog.records) == (name == "amx_tile")
 
 
-async def test_a_torch_that_cannot_request_amx_is_left_alone(
+async def test_torch_without_an_amx_request_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(torch.cpu, "_init_amx")
@@ -109,7 +111,7 @@ async def test_a_torch_that_cannot_request_amx_is_left_alone(
         (r"", "fp32"),
     ],
 )
-async def test_weights_decide_on_the_type(
+async def test_only_biases_of_linear_layers_do_not_decide_the_dtype(
     recorded: VLLMEngine, widened: str, quantization: str
 ) -> None:
     (inspected,) = await recorded._llm.collective_rpc("inspect_model_as", args=("float32", widened))
@@ -118,10 +120,10 @@ async def test_weights_decide_on_the_type(
     assert identity_of(weights, inspected).quantization == quantization
 
 
-# --- ended by a signal
+# --- signals
 
 
-async def test_a_worker_that_a_signal_ends_is_reported_by_its_name(recorded: VLLMEngine) -> None:
+async def test_the_signal_that_ends_a_worker_is_named(recorded: VLLMEngine) -> None:
     worker = process_named("VLLM::Worker")
     assert worker is not None
     worker.send_signal(signal.SIGILL)
@@ -134,12 +136,11 @@ async def test_a_worker_that_a_signal_ends_is_reported_by_its_name(recorded: VLL
         await embed(recorded, ["a"])
 
 
-@pytest.mark.parametrize("multiprocessing", ["0", "1"])
-async def test_a_load_that_takes_too_long_is_ended(
-    gemma: Path, multiprocessing: str, monkeypatch: pytest.MonkeyPatch
+async def test_a_load_over_the_time_limit_is_ended(
+    gemma: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A core takes more than a second to import vLLM. vLLM itself would wait for it without end."""
-    monkeypatch.setenv(MULTIPROCESSING, multiprocessing)
+    """A core takes more than a second to import vLLM, which would wait for it without end."""
+    monkeypatch.delenv(MULTIPROCESSING, raising=False)
     monkeypatch.setenv("VLLM_ENGINE_READY_TIMEOUT_S", "1")
     before = children()
     with pytest.raises(EngineLoadError, match="not ready within 1 s") as caught:
@@ -153,7 +154,7 @@ async def test_a_load_that_takes_too_long_is_ended(
     ("multiprocessing", "name", "number"),
     [("1", "VLLM::Worker", signal.SIGKILL), ("0", "VLLM::EngineCor", signal.SIGILL)],
 )
-async def test_a_signal_while_it_loads_is_reported_by_its_name(
+async def test_the_signal_that_ends_a_load_is_named(
     gemma: Path,
     multiprocessing: str,
     name: str,
@@ -190,7 +191,9 @@ async def test_a_signal_while_it_loads_is_reported_by_its_name(
     [(signal.SIGSEGV, signal.SIGSEGV), (signal.SIGTERM, None), (None, None)],
     ids=["SIGSEGV", "SIGTERM, which is vLLM's way to end it", "exit"],
 )
-async def test_the_signal_of_a_process(number: signal.Signals | None, found: int | None) -> None:
+async def test_signal_of_ignores_sigterm_and_exit_codes(
+    number: signal.Signals | None, found: int | None
+) -> None:
     program = "exit(1)"
     if number is not None:
         program = f"import os; os.kill(os.getpid(), {number.value})"

@@ -35,7 +35,7 @@ def evaluated(
     return json.loads(capfd.readouterr().out)
 
 
-def test_bfloat16_finds_nearly_the_same_as_float32(
+def test_bfloat16_ranks_nearly_like_float32(
     served: dict[str, Serving],
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -50,13 +50,13 @@ def test_bfloat16_finds_nearly_the_same_as_float32(
     assert noise["cosine"]["documents"]["least"] > 0.999999
     assert min(each["mean"] for each in noise["overlap"]) > 0.99
 
-    found = evaluated(capfd, served["fp32"], served["bf16"], tmp_path)
-    quantizations = [found[side]["identity"]["quantization"] for side in ("baseline", "candidate")]
-    assert (quantizations, found["warnings"]) == (["fp32", "bf16"], [])
-    assert found["compared"] == {"documents": len(PASSAGES), "queries": len(QUERIES)}
-    assert found["cosine"]["documents"]["least"] > 0.999
-    assert found["cosine"]["documents"]["mean"] < noise["cosine"]["documents"]["least"]
-    first, ten = (each["mean"] for each in found["overlap"])
+    report = evaluated(capfd, served["fp32"], served["bf16"], tmp_path)
+    quantizations = [report[side]["identity"]["quantization"] for side in ("baseline", "candidate")]
+    assert (quantizations, report["warnings"]) == (["fp32", "bf16"], [])
+    assert report["compared"] == {"documents": len(PASSAGES), "queries": len(QUERIES)}
+    assert report["cosine"]["documents"]["least"] > 0.999
+    assert report["cosine"]["documents"]["mean"] < noise["cosine"]["documents"]["least"]
+    first, ten = (each["mean"] for each in report["overlap"])
     assert first > 0.95
     assert ten > 0.95
-    assert 0.99 < found["order"]["mean"] < 1
+    assert 0.99 < report["order"]["mean"] < 1

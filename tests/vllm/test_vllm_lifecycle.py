@@ -1,4 +1,4 @@
-"""An engine's life with real vLLM: asleep, awake, closed, killed; and what callers see of it."""
+"""Sleep, close and death of a real vLLM engine, and the errors that callers get."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from modal_backend import canary
 from modal_backend.engines.vllm import engine as vllm_engine
 from modal_backend.engines.vllm.config import VLLMOptions
 from modal_backend.engines.vllm.engine import VLLMEngine
-from modal_backend.engines.vllm.extension import Extension
+from modal_backend.engines.vllm.extension import WorkerExtension
 from modal_backend.lifecycle import Lifecycle
 from modal_backend.weights import locate
 
@@ -109,13 +109,13 @@ async def within(seconds: float, work: Awaitable[Any]) -> Any:
 # --- asleep and awake
 
 
-async def test_before_it_sleeps_wake_does_nothing(engine: VLLMEngine) -> None:
+async def test_wake_without_sleep_does_nothing(engine: VLLMEngine) -> None:
     await engine.wake()
     await engine.wake()
     assert len((await embed(engine, TEXTS)).vectors) == len(TEXTS)
 
 
-async def test_a_cpu_has_no_sleep_and_it_says_so_and_goes_on(
+async def test_sleep_on_a_cpu_is_logged_and_keeps_the_vectors(
     engine: VLLMEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = (await embed(engine, TEXTS)).vectors
@@ -128,7 +128,7 @@ async def test_a_cpu_has_no_sleep_and_it_says_so_and_goes_on(
     assert np.array_equal((await embed(engine, TEXTS)).vectors, before)
 
 
-async def test_asleep_it_refuses_texts_and_can_be_asked_again(engine: VLLMEngine) -> None:
+async def test_a_sleeping_engine_refuses_texts_with_a_retry(engine: VLLMEngine) -> None:
     await engine.sleep()
     with pytest.raises(ServiceUnavailableError, match="the engine is asleep") as error:
         await embed(engine, TEXTS)
@@ -137,9 +137,7 @@ async def test_asleep_it_refuses_texts_and_can_be_asked_again(engine: VLLMEngine
     await embed(engine, TEXTS)
 
 
-async def test_calls_in_progress_are_answered_before_it_sleeps(
-    engine: VLLMEngine, with_sleep: None
-) -> None:
+async def test_calls_in_progress_finish_before_sleep(engine: VLLMEngine, with_sleep: None) -> None:
     calls = [asyncio.create_task(embed(engine, TEXTS)) for _ in range(5)]
     await at_work(calls, engine)
     for _ in range(2):
@@ -156,10 +154,10 @@ async def test_calls_in_progress_are_answered_before_it_sleeps(
 
 @pytest.fixture
 def with_sleep(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    give_sleep(engine, monkeypatch)
+    enable_sleep(engine, monkeypatch)
 
 
-def give_sleep(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def enable_sleep(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's level 0 in place of level 1: it stops computing, and moves no memory, which is all
     that a CPU cannot do."""
     sleep = engine._llm.sleep
@@ -167,7 +165,7 @@ def give_sleep(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine._llm, "sleep", lambda level, mode: sleep(0 * level, mode))
 
 
-async def test_the_memory_that_the_weights_slept_in_is_not_freed_while_it_wakes(
+async def test_host_copies_of_the_weights_are_freed_only_before_the_next_sleep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a stand-in for vLLM's allocator, which needs a GPU."""
@@ -176,7 +174,7 @@ async def test_the_memory_that_the_weights_slept_in_is_not_freed_while_it_wakes(
     monkeypatch.setattr(device_allocator, "get_mem_allocator_instance", lambda: allocator)
     monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda *_: True)
     copy = weakref.ref(allocation.cpu_backup_tensor)
-    worker = Extension()
+    worker = WorkerExtension()
     worker.keep_host_copies()
     allocation.cpu_backup_tensor = None  # what vLLM does when it is copied back
     assert copy() is not None
@@ -187,9 +185,7 @@ async def test_the_memory_that_the_weights_slept_in_is_not_freed_while_it_wakes(
 # --- closed
 
 
-async def test_a_call_in_progress_gets_one_error_when_the_engine_is_closed(
-    gemma: Path, log: Log
-) -> None:
+async def test_closing_the_engine_fails_calls_in_progress_once(gemma: Path, log: Log) -> None:
     before = children()
     async with running(gemma) as engine:
         gc.unfreeze()
@@ -223,29 +219,29 @@ async def test_a_call_in_progress_gets_one_error_when_the_engine_is_closed(
 
 
 @dataclass
-class Lived:
-    """A container's life, and what was seen of it so far."""
+class Container:
+    """A container's life cycle, and its engines so far."""
 
     life: Lifecycle
     before: set[int]
     engines: list[VLLMEngine] = field(default_factory=list)
-    asked: BaseException | None = None
+    wake_error: BaseException | None = None
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def lived(gemma: Path) -> AsyncIterator[Lived]:
-    """Prepared; its core was killed in the snapshot, asleep; resumed."""
+async def container(gemma: Path) -> AsyncIterator[Container]:
+    """Prepared, its sleeping core killed in the snapshot, and resumed."""
 
     async def load() -> VLLMEngine:
-        lived.engines.append(await VLLMEngine.load(locate(str(gemma)), VLLMOptions(**SMALL)))
-        return lived.engines[-1]
+        container.engines.append(await VLLMEngine.load(locate(str(gemma)), VLLMOptions(**SMALL)))
+        return container.engines[-1]
 
-    lived = Lived(Lifecycle(load, "asleep"), children())
-    await lived.life.prepare()
-    assert lived.life.failure is None
-    (engine,) = lived.engines
+    container = Container(Lifecycle(load, "asleep"), children())
+    await container.life.prepare()
+    assert container.life.failure is None
+    (engine,) = container.engines
     with pytest.MonkeyPatch.context() as patch:
-        give_sleep(engine, patch)
+        enable_sleep(engine, patch)
         core = core_of(engine)
         core.suspend()  # so that it is asked, and never answers
         waking = asyncio.create_task(engine.wake())
@@ -253,45 +249,48 @@ async def lived(gemma: Path) -> AsyncIterator[Lived]:
         assert not waking.done()
         core.kill()
         done, _ = await asyncio.wait({waking}, timeout=HANGS)
-        lived.asked = waking.exception() if done else None
+        container.wake_error = waking.exception() if done else None
         waking.cancel()
         await asyncio.gather(waking, return_exceptions=True)
-    await lived.life.resume()
-    yield lived
-    await lived.life.close()
-    assert left_behind(lived.before) == set()
+    await container.life.resume()
+    yield container
+    await container.life.close()
+    assert left_behind(container.before) == set()
 
 
-async def test_a_core_that_dies_while_it_is_woken_is_not_waited_for(lived: Lived) -> None:
-    assert isinstance(lived.asked, ContainerFailedError)
-    assert is_ours(lived.asked)
-    assert "SIGKILL" in str(lived.asked)
+async def test_wake_fails_when_the_core_dies(container: Container) -> None:
+    assert isinstance(container.wake_error, ContainerFailedError)
+    assert is_ours(container.wake_error)
+    assert "SIGKILL" in str(container.wake_error)
 
 
-async def test_an_engine_that_died_in_the_snapshot_is_replaced(lived: Lived) -> None:
-    assert lived.life.failure is None
-    assert len(lived.engines) == 2
+async def test_an_engine_that_died_in_the_snapshot_is_loaded_again(container: Container) -> None:
+    assert container.life.failure is None
+    assert len(container.engines) == 2
     first, again = ["load", "warm_up", "canary", "sleep", "wake"], ["load", "warm_up", "canary"]
-    assert list(lived.life.phases) == first + [f"{phase}_again" for phase in again]
-    await canary.prove(lived.life.service.engine)
+    assert list(container.life.phases) == first + [f"{phase}_again" for phase in again]
+    await canary.check(container.life.service.engine)
 
 
-async def test_the_core_is_killed_at_work(
-    lived: Lived, log: Log, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+async def test_killing_the_core_fails_calls_once_and_requests_a_replacement(
+    container: Container,
+    log: Log,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is noticed, each call gets one error that may be retried, the container
-    gives way once, the logs stay short, and no process stays."""
-    life, engine = lived.life, lived.engines[-1]
-    gave_way = 0
+    """Each call gets one retryable error, the container is replaced once, the log stays short, and
+    no process remains."""
+    life, engine = container.life, container.engines[-1]
+    replacements = 0
 
-    async def give_way() -> None:
-        nonlocal gave_way
-        gave_way += 1
+    async def request_replacement() -> None:
+        nonlocal replacements
+        replacements += 1
 
-    assert vllm_engine._DEAD_CHECK < 0.5
+    assert vllm_engine.LIVENESS_SECONDS < 0.5
     # As early as can be: the engine is closed before vLLM has told the calls.
-    monkeypatch.setattr(vllm_engine, "_DEAD_CHECK", 0.0)
-    watching = asyncio.create_task(life.watch(give_way))
+    monkeypatch.setattr(vllm_engine, "LIVENESS_SECONDS", 0.0)
+    watching = asyncio.create_task(life.watch(request_replacement))
     requests = [EmbedRequest(texts=TEXTS, role="document") for _ in range(CALLS)]
     calls = [asyncio.create_task(life.service.embed(request)) for request in requests]
     await at_work(calls, engine)
@@ -305,20 +304,20 @@ async def test_the_core_is_killed_at_work(
     await within(HANGS, watching)
 
     assert isinstance(life.failure, ContainerFailedError)
-    assert gave_way == 1
+    assert replacements == 1
     assert [type(error) for error in ended] == [ContainerFailedError] * CALLS
     assert {error.status for error in ended} == {503}
     assert len(set(map(id, ended))) == CALLS
     assert all(map(is_ours, ended))
     with pytest.raises(ContainerFailedError, match="core process was ended by SIGKILL"):
         await life.service.embed(requests[0])
-    assert left_behind(lived.before) == set()
+    assert left_behind(container.before) == set()
 
     printed = "".join(capfd.readouterr()).splitlines()
     assert len(log.lines) + len(printed) <= LINES, log.text
     assert log.text.count("the engine's core process was ended by SIGKILL") == 1
 
 
-async def test_a_dead_engine_closes_quietly(lived: Lived, log: Log) -> None:
-    await asyncio.gather(lived.life.close(), *(engine.close() for engine in lived.engines))
+async def test_a_dead_engine_closes_quietly(container: Container, log: Log) -> None:
+    await asyncio.gather(container.life.close(), *(engine.close() for engine in container.engines))
     assert not log.lines

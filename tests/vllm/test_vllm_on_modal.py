@@ -26,7 +26,7 @@ MODEL = "kalm-tests/tiny-gemma"
 APP, CLASS = "vllm-embedding-snapshot", "VLLMEmbeddingSnapshot"
 SERVICE = f"{APP}/{CLASS}"
 TEXTS = [text for text in [*EDGE_TEXTS, *many(40)] if text.strip()]
-DOOR = {"Modal-Key": "wk-emulated", "Modal-Secret": "ws-emulated"}
+PROXY_TOKEN = {"Modal-Key": "wk-emulated", "Modal-Secret": "ws-emulated"}
 PHASES = ["load", "warm_up", "canary", "sleep", "wake", "canary_after"]
 
 
@@ -45,12 +45,12 @@ def emulator() -> Iterator[Emulator]:
 
 @pytest.fixture(scope="module")
 def without_weights(emulator: Emulator) -> EngineLoadError:
-    """What a caller is told before the weights' download."""
-    with pytest.raises(EngineLoadError) as told:
+    """The error of a call before the weights are downloaded."""
+    with pytest.raises(EngineLoadError) as caught:
         client().embed(["too early"])
     emulator.kill(SERVICE)
     emulator.wait(lambda: not emulator.running(SERVICE))
-    return told.value
+    return caught.value
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def cores(container: Container) -> list[psutil.Process]:
     return [process for process in children if "VLLM" in process.name()]
 
 
-def test_without_the_weights_callers_are_told_to_run_the_download(
+def test_missing_weights_give_an_error_that_names_the_download(
     without_weights: EngineLoadError,
 ) -> None:
     assert "modal run -m modal_backend.app::download_model_weights" in str(without_weights)
     assert MODEL in str(without_weights)
 
 
-def test_vectors_are_those_of_the_model_and_tell_its_commit(
+def test_vectors_and_identity_match_the_downloaded_model(
     container: Container, folder: Path, commit: str
 ) -> None:
     with client(vector_dtype="float32") as over_rpc:
@@ -102,17 +102,15 @@ def test_vectors_are_those_of_the_model_and_tell_its_commit(
     assert (space.pooling, space.attention, space.quantization) == ("last", "causal", "bf16")
 
 
-def test_it_was_proved_put_to_sleep_and_proved_again(
-    container: Container, emulator: Emulator
-) -> None:
+def test_the_start_has_all_phases_and_a_snapshot(container: Container, emulator: Emulator) -> None:
     described = modal.Cls.from_name(APP, CLASS)().describe.remote()
     assert list(described["phases"]) == PHASES
     assert {"checkpoint", "restore"} <= set(container.events)
-    assert "this platform has no sleep mode" in container.log  # said, and gone on
+    assert "this platform has no sleep mode" in container.log
 
 
-def test_both_doors_give_the_same_vectors(container: Container, emulator: Emulator) -> None:
-    key = {"modal_key": DOOR["Modal-Key"], "modal_secret": DOOR["Modal-Secret"]}
+def test_rpc_and_http_give_the_same_vectors(container: Container, emulator: Emulator) -> None:
+    key = {"modal_key": PROXY_TOKEN["Modal-Key"], "modal_secret": PROXY_TOKEN["Modal-Secret"]}
     url = emulator.web_url(SERVICE, "http")
     with (
         client(vector_dtype="float32") as over_rpc,
@@ -124,12 +122,12 @@ def test_both_doors_give_the_same_vectors(container: Container, emulator: Emulat
     assert len(document) == 128
 
 
-def test_another_model_than_the_client_expects_is_never_served(container: Container) -> None:
+def test_an_unexpected_model_is_refused_by_the_client(container: Container) -> None:
     with client(model=None) as expecting_kalm, pytest.raises(IdentityMismatchError):
         expecting_kalm.embed(TEXTS)
 
 
-def test_a_container_whose_core_dies_says_so_and_is_replaced_and_no_process_is_left(
+def test_a_container_whose_core_dies_is_replaced_and_leaves_no_process(
     container: Container, emulator: Emulator, folder: Path
 ) -> None:
     killed = cores(container)

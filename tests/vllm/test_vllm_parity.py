@@ -1,5 +1,4 @@
-"""Every vector is the one that transformers computes in float32; and what would make it another
-one is seen."""
+"""Vectors match those of transformers in float32, and the comparison detects wrong ones."""
 
 from __future__ import annotations
 
@@ -24,15 +23,13 @@ from transformers import AutoTokenizer
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from modal_backend.engines.vllm import process
-from modal_backend.engines.vllm.config import arguments
+from modal_backend.engines.vllm.config import engine_arguments
 from modal_backend.engines.vllm.engine import VLLMEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 EXACT = 0.99999
-BF16 = 0.999
 WRONG = 0.99
-LONG_PREFIX = some.prose(90, seed=7)
 
 Call = tuple[Role, list[int], int]
 
@@ -56,7 +53,7 @@ async def embed_all(engine: VLLMEngine, calls: list[Call], pool: Texts) -> float
 # --- the right vectors
 
 
-async def test_a_text_alone_has_the_reference_vector_at_every_length(
+async def test_single_texts_of_every_length_have_the_reference_vectors(
     engine: VLLMEngine, ladder: Texts
 ) -> None:
     outputs = [await embed(engine, [text]) for text in ladder.texts]
@@ -67,7 +64,7 @@ async def test_a_text_alone_has_the_reference_vector_at_every_length(
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-async def test_long_texts_are_computed_in_several_steps_beside_others(
+async def test_texts_longer_than_a_step_have_the_reference_vectors_beside_others(
     engine: VLLMEngine, ladder: Texts, pool: Texts
 ) -> None:
     scheduler = engine._llm.vllm_config.scheduler_config
@@ -78,7 +75,9 @@ async def test_long_texts_are_computed_in_several_steps_beside_others(
     assert cosines(others.vectors, pool.vectors).min() >= EXACT
 
 
-async def test_four_hundred_calls_at_once_change_nothing(engine: VLLMEngine, pool: Texts) -> None:
+async def test_four_hundred_concurrent_calls_get_the_reference_vectors(
+    engine: VLLMEngine, pool: Texts
+) -> None:
     random = np.random.default_rng(0)
     calls: list[Call] = [
         (
@@ -95,16 +94,16 @@ async def test_four_hundred_calls_at_once_change_nothing(engine: VLLMEngine, poo
 async def ahead(gemma: Path) -> AsyncIterator[VLLMEngine]:
     """Over `gemma`, scheduling ahead, as on a GPU."""
 
-    def asked(*positional: Any, **named: Any) -> dict[str, Any]:
-        return arguments(*positional, **named) | {"worker_extension_cls": "ahead.Ahead"}
+    def patched(*positional: Any, **named: Any) -> dict[str, Any]:
+        return engine_arguments(*positional, **named) | {"worker_extension_cls": "ahead.Ahead"}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "arguments", asked)
+        patch.setattr(process, "engine_arguments", patched)
         async with running(gemma) as engine:
             yield engine
 
 
-async def test_steps_that_are_scheduled_ahead_change_nothing(
+async def test_async_scheduling_gives_the_reference_vectors(
     ahead: VLLMEngine, pool: Texts, ladder: Texts
 ) -> None:
     """Documents of several steps, and queries that make steps small, all at once."""
@@ -132,7 +131,7 @@ async def test_each_caller_gets_its_own_vectors(
 
 
 @pytest.mark.parametrize("dimensions", [128, 64, 32])
-async def test_vectors_cut_to_each_dimension_are_right(
+async def test_truncated_dimensions_match_the_reference(
     engine: VLLMEngine, pool: Texts, dimensions: int
 ) -> None:
     assert engine.dimensions == (128, 64, 32)
@@ -144,7 +143,7 @@ async def test_vectors_cut_to_each_dimension_are_right(
     assert np.abs(found - right).max() < 1e-4
 
 
-# --- wrong ones are seen
+# --- the comparison detects wrong vectors
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -156,7 +155,7 @@ async def rungs(engine: VLLMEngine, ladder: Texts) -> Texts:
     return Texts(texts, output.vectors, [ladder.tokens[row] for row in rows])
 
 
-async def test_the_engine_equals_the_right_reference(rungs: Texts, gemma: Path) -> None:
+async def test_the_engine_matches_the_reference(rungs: Texts, gemma: Path) -> None:
     assert cosines(rungs.vectors, reference_vectors(gemma, rungs.texts)).min() >= EXACT
 
 
@@ -173,7 +172,7 @@ async def test_the_engine_equals_the_right_reference(rungs: Texts, gemma: Path) 
         pytest.param({"seed": 1}, 2, id="another branch"),
     ],
 )
-async def test_the_engine_does_not_equal_another_model(
+async def test_a_different_model_does_not_match(
     rungs: Texts, tmp_path: Path, wrong: dict[str, Any], least: int
 ) -> None:
     found = cosines(rungs.vectors, reference_vectors(tiny_gemma3(tmp_path, **wrong), rungs.texts))
@@ -185,42 +184,14 @@ async def test_the_engine_does_not_equal_another_model(
 @pytest.mark.parametrize(
     "wrong", [{"pooling": "mean"}, {"pooling": "cls"}, {"bidirectional": True}], ids=str
 )
-async def test_the_engine_does_not_equal_another_way_to_run_the_model(
+async def test_different_pooling_or_attention_does_not_match(
     rungs: Texts, gemma: Path, wrong: dict[str, Any]
 ) -> None:
     found = cosines(rungs.vectors, reference_vectors(gemma, rungs.texts, **wrong))
     assert found.max() < WRONG
 
 
-# --- other engines: bfloat16, other models, each loaded once
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def wide(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Path, VLLMEngine]]:
-    """A folder whose sliding window is not that of `gemma`, loaded in bfloat16."""
-    folder = tiny_gemma3(tmp_path_factory.mktemp("wide"), sliding_window=2 * SLIDING_WINDOW)
-    async with running(folder, dtype="bf16") as engine:
-        yield folder, engine
-
-
-async def test_in_bfloat16_vectors_stay_near(
-    wide: tuple[Path, VLLMEngine], pool: Texts, ladder: Texts
-) -> None:
-    folder, engine = wide
-    assert engine.identity.quantization == "bf16"
-    texts = [*pool.texts[::3], *ladder.texts]
-    output = await embed(engine, texts)
-    assert cosines(output.vectors, reference_vectors(folder, texts)).min() >= BF16
-
-
-async def test_a_model_loaded_with_a_wrong_sliding_window_is_seen(
-    wide: tuple[Path, VLLMEngine], ladder: Texts
-) -> None:
-    output = await embed(wide[1], ladder.texts)
-    found = cosines(output.vectors, ladder.vectors)
-    longer = np.array(ladder.tokens) > SLIDING_WINDOW
-    assert found[longer].max() < WRONG
-    assert found[~longer].min() >= BF16
+# --- other models, each loaded once
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -233,7 +204,9 @@ async def qwen(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[
         yield folder, engine
 
 
-async def test_mean_over_tokens_that_see_both_ways(qwen: tuple[Path, VLLMEngine]) -> None:
+async def test_mean_pooling_with_bidirectional_attention_matches_the_reference(
+    qwen: tuple[Path, VLLMEngine],
+) -> None:
     folder, engine = qwen
     texts = [some.text_of_tokens(folder, tokens) for tokens in (1, 2, 33, 255, 256, 257, 512)]
     texts += [*some.EDGE_TEXTS, *some.many(60)]
@@ -246,7 +219,9 @@ async def test_mean_over_tokens_that_see_both_ways(qwen: tuple[Path, VLLMEngine]
         assert found.max() < WRONG
 
 
-async def test_of_an_unknown_model_its_own_files_decide(qwen: tuple[Path, VLLMEngine]) -> None:
+async def test_the_files_of_an_unknown_model_decide_its_identity(
+    qwen: tuple[Path, VLLMEngine],
+) -> None:
     _, engine = qwen
     assert engine.identity == SpaceIdentity(
         model="tiny-qwen",
@@ -269,7 +244,7 @@ async def minilm() -> AsyncIterator[VLLMEngine]:
         yield engine
 
 
-async def test_a_trained_model_finds_what_is_asked_for(minilm: VLLMEngine) -> None:
+async def test_a_trained_model_retrieves_the_right_passages(minilm: VLLMEngine) -> None:
     queries, passages = await asyncio.gather(
         embed(minilm, QUERIES, "query"), embed(minilm, PASSAGES)
     )
@@ -280,7 +255,7 @@ async def test_a_trained_model_finds_what_is_asked_for(minilm: VLLMEngine) -> No
     assert minilm.identity.pooling == "mean"
 
 
-async def test_a_cut_text_keeps_the_special_token_at_its_end(minilm: VLLMEngine) -> None:
+async def test_a_truncated_text_keeps_its_final_special_token(minilm: VLLMEngine) -> None:
     text = some.prose(400)
     output = await embed(minilm, [text], truncate="end")
     cut = AutoTokenizer.from_pretrained(get_model_path())(text, truncation=True, max_length=256)
@@ -289,30 +264,9 @@ async def test_a_cut_text_keeps_the_special_token_at_its_end(minilm: VLLMEngine)
     assert cosines(output.vectors, states.mean(dim=0, keepdim=True).numpy()).min() >= EXACT
 
 
-# --- the cache of texts' beginnings
-
-
-async def test_texts_that_share_their_beginning_are_right_from_the_cache_too(
-    known: VLLMEngine, gemma: Path
-) -> None:
-    shared = [f"{LONG_PREFIX} {text}" for text in some.many(30)] + [LONG_PREFIX]
-    right = reference_vectors(gemma, shared)
-    for _ in range(2):
-        output = await embed(known, shared)
-        assert cosines(output.vectors, right).min() >= EXACT
-    again = [output async for output in encoded(known, shared[0])]
-    assert again[0].num_cached_tokens > 0
-
-
-async def test_the_other_format_gives_the_same_vectors(
+async def test_the_text_model_format_gives_the_same_vectors(
     known: VLLMEngine, ladder: Texts, pool: Texts
 ) -> None:
     for each in (ladder, pool):
         output = await embed(known, each.texts)
         assert cosines(output.vectors, each.vectors).min() >= EXACT
-
-
-def encoded(engine: VLLMEngine, text: str) -> Any:
-    """vLLM's own output for a text."""
-    (ids,), _ = engine._tokenizer.encode([text], "error", 0)
-    return engine._llm.encode(engine._input(ids), engine._params, f"test-{len(ids)}")

@@ -1,5 +1,5 @@
-"""Queries go first, and what nobody waits for any more is dropped. All on one engine, whose steps
-take 256 tokens: a document or two of those here."""
+"""Queries go first, and cancelled or late work is dropped. One engine, whose steps have 256 tokens:
+one or two of the documents here."""
 
 from __future__ import annotations
 
@@ -136,10 +136,10 @@ async def overtaking(engine: VLLMEngine, order: list[str]) -> int:
     return order[before:last].count("document")
 
 
-# --- two priorities
+# --- priorities
 
 
-async def test_queries_wait_for_the_running_steps_only(
+async def test_queries_wait_only_for_the_running_steps(
     engine: VLLMEngine, documents: list[str], hundred: float, order: list[str]
 ) -> None:
     assert len(documents) == 500
@@ -147,7 +147,7 @@ async def test_queries_wait_for_the_running_steps_only(
         assert await overtaking(engine, order) <= RUNNING
 
 
-async def test_without_priorities_they_would_wait_for_every_document(
+async def test_queries_without_priority_wait_for_the_documents(
     engine: VLLMEngine,
     hundred: float,
     documents: list[str],
@@ -159,7 +159,7 @@ async def test_without_priorities_they_would_wait_for_every_document(
         assert await overtaking(engine, order) > 2 * RUNNING
 
 
-async def test_a_query_does_not_wait_for_the_rest_of_a_long_document(
+async def test_a_query_overtakes_a_partly_computed_document(
     engine: VLLMEngine, gemma: Path, hundred: float, order: list[str]
 ) -> None:
     """Eight steps each; of the one that was begun, only a part is computed before the query."""
@@ -176,7 +176,7 @@ async def test_a_query_does_not_wait_for_the_rest_of_a_long_document(
     assert overtaken.count(0) >= 3, overtaken  # now and then one was all but done
 
 
-async def test_one_call_of_500_documents_is_overtaken_too(
+async def test_queries_overtake_one_call_of_500_documents(
     engine: VLLMEngine, documents: list[str], hundred: float, order: list[str]
 ) -> None:
     bulk = asyncio.create_task(embed(engine, documents))
@@ -187,16 +187,16 @@ async def test_one_call_of_500_documents_is_overtaken_too(
     assert await is_free(engine, hundred)
 
 
-async def test_a_query_is_tokenized_before_all_documents_but_those_in_hand(
+async def test_a_query_is_tokenized_before_waiting_documents(
     engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenized: list[str] = []
-    may_go_on = threading.Event()
+    resume = threading.Event()
     encode = engine._tokenizer.encode
 
     def slowly(texts: list[str], *args: Any) -> Any:
         tokenized.append(texts[0])
-        may_go_on.wait(10)
+        resume.wait(10)
         return encode(texts, *args)
 
     monkeypatch.setattr(engine._tokenizer, "encode", slowly)
@@ -205,15 +205,15 @@ async def test_a_query_is_tokenized_before_all_documents_but_those_in_hand(
     query = asyncio.create_task(embed(engine, ["query"], "query"))
     for _ in range(5):
         await asyncio.sleep(0)
-    may_go_on.set()
+    resume.set()
     await asyncio.gather(query, *bulk)
     assert tokenized == ["first", "query", *["first"] * 3, *["second"] * 4]
 
 
-# --- what nobody waits for
+# --- cancellation and deadlines
 
 
-async def test_what_is_cancelled_leaves_the_engine(
+async def test_cancelled_calls_leave_the_engine(
     engine: VLLMEngine, documents: list[str], hundred: float
 ) -> None:
     calls = [asyncio.create_task(embed(engine, documents[:100])) for _ in range(3)]
@@ -225,7 +225,7 @@ async def test_what_is_cancelled_leaves_the_engine(
     assert await is_free(engine, hundred)
 
 
-async def test_two_hundred_cancelled_calls_leave_nothing(
+async def test_calls_cancelled_at_any_moment_leave_the_engine(
     engine: VLLMEngine, documents: list[str], hundred: float
 ) -> None:
     """Cancelled before their first step, while they are tokenized, queued, and computed."""
@@ -244,7 +244,7 @@ async def test_two_hundred_cancelled_calls_leave_nothing(
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, 0.01, 0.2])
-async def test_a_deadline_that_passes_frees_the_engine(
+async def test_a_passed_deadline_frees_the_engine(
     engine: VLLMEngine, documents: list[str], hundred: float, seconds: float
 ) -> None:
     start = time.monotonic()
@@ -255,7 +255,7 @@ async def test_a_deadline_that_passes_frees_the_engine(
     assert await is_free(engine, hundred)
 
 
-async def test_a_deadline_of_one_call_is_not_anothers(
+async def test_a_deadline_does_not_affect_other_calls(
     engine: VLLMEngine, documents: list[str], hundred: float
 ) -> None:
     neighbour = asyncio.create_task(embed(engine, documents[:30]))
@@ -267,7 +267,7 @@ async def test_a_deadline_of_one_call_is_not_anothers(
     assert await is_free(engine, hundred)
 
 
-async def test_a_text_that_vllm_refuses_fails_its_own_call_only(
+async def test_an_error_of_vllm_fails_only_its_own_call(
     engine: VLLMEngine, documents: list[str], hundred: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its other texts leave the engine."""
@@ -297,10 +297,10 @@ async def test_a_text_that_vllm_refuses_fails_its_own_call_only(
 # --- overload
 
 
-async def test_documents_that_find_no_room_are_told_when_to_come_back(
+async def test_documents_over_capacity_are_refused_with_a_retry_time(
     engine: VLLMEngine, documents: list[str]
 ) -> None:
-    """And queries have room of their own."""
+    """Queries have their own capacity."""
     service = EmbeddingService(engine, Admission({"query": 20, "document": 100}))
 
     def ask(texts: list[str], role: Role) -> asyncio.Task[Any]:

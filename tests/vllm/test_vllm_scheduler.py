@@ -1,4 +1,4 @@
-"""How much is computed before a query is: little, whatever a bulk job has begun."""
+"""The size of a step: a query waits for few tokens of documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEGUN = st.integers(0, 40)
 
 
 @given(BEGUN)
-def test_without_queries_steps_are_full(begun: int) -> None:
+def test_steps_without_queries_are_full(begun: int) -> None:
     assert step_for([], begun, STEP, FILL) == (STEP, 0)
 
 
@@ -31,16 +31,14 @@ def test_without_queries_steps_are_full(begun: int) -> None:
         ([24] * 200, 1, (2048, 24)),
     ],
 )
-def test_with_queries_steps_are_small(
+def test_steps_with_queries_are_small(
     queries: list[int], begun: int, expected: tuple[int, int]
 ) -> None:
     assert step_for(queries, begun, STEP, FILL) == expected
 
 
 @given(QUERIES, BEGUN)
-def test_queries_have_at_least_half_of_a_step_for_themselves(
-    queries: list[int], begun: int
-) -> None:
+def test_queries_get_at_least_half_of_a_step(queries: list[int], begun: int) -> None:
     step, share = step_for(queries, begun, STEP, FILL)
     assert 0 < step <= STEP
     assert share >= 0
@@ -49,13 +47,15 @@ def test_queries_have_at_least_half_of_a_step_for_themselves(
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=2), st.integers(0, 1))
-def test_a_query_of_usual_length_is_computed_in_one_step(queries: list[int], begun: int) -> None:
+def test_a_short_query_fits_into_one_step(queries: list[int], begun: int) -> None:
     step, share = step_for(queries, begun, STEP, FILL)
     assert not share or share >= max(queries)
     assert step - begun * share >= sum(queries)
 
 
 @given(QUERIES, BEGUN, st.integers(1, 4096), st.integers(1, 512))
-def test_every_step_moves_on(queries: list[int], begun: int, step: int, fill: int) -> None:
-    taken, _ = step_for(queries, begun, step, fill)
-    assert 1 <= taken <= step
+def test_every_step_has_at_least_one_token_and_at_most_the_maximum(
+    queries: list[int], begun: int, step: int, fill: int
+) -> None:
+    size, _ = step_for(queries, begun, step, fill)
+    assert 1 <= size <= step

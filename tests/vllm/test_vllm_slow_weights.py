@@ -138,7 +138,7 @@ def doctor(emulator: Emulator) -> dict[str, Any]:
     return diagnosis
 
 
-def test_loads_that_take_too_long_fail_and_no_container_is_killed_for_it(start: Start) -> None:
+def test_slow_loads_fail_twice_without_killing_the_container(start: Start) -> None:
     """Two are tried, for which the start has time; nothing is raised in `enter`."""
     phases = start.described["phases"]
     assert list(phases) == ["load", "load_again", "load_again_again", "warm_up", "canary"]
@@ -147,7 +147,7 @@ def test_loads_that_take_too_long_fail_and_no_container_is_killed_for_it(start: 
     assert "startup-timeout" not in start.container.events
 
 
-def test_the_failure_names_variable_and_remedy(start: Start) -> None:
+def test_the_warning_names_the_limit_and_the_option(start: Start) -> None:
     (warning,) = start.described["warnings"]
     assert warning["code"] == "snapshot_without_engine"
     for text in (warning["message"], start.container.log):
@@ -155,26 +155,26 @@ def test_the_failure_names_variable_and_remedy(start: Start) -> None:
         assert "--startup-timeout" in text
 
 
-def test_a_slow_load_within_the_limit_succeeds_and_its_phase_has_the_time(start: Start) -> None:
+def test_a_slow_load_within_the_limit_succeeds(start: Start) -> None:
     assert start.dimensions == 128
     assert start.described["restored"]
     assert start.described["phases"]["load_again_again"] >= SECONDS
     assert f"{BEGUN} at " in start.container.log
 
 
-def test_who_waits_is_told_that_it_starts_and_where_its_phase_is_shown(start: Start) -> None:
+def test_waiting_clients_log_where_to_watch_the_start(start: Start) -> None:
     look = f"modal app logs {APP} -f"
     assert any("may be starting" in line and look in line for line in start.client_log)
     assert "phase load begins" in start.container.log
 
 
-def test_who_waits_too_briefly_is_told_how_long_a_start_takes(start: Start) -> None:
+def test_a_short_timeout_names_the_timeout_of_a_first_start(start: Start) -> None:
     assert isinstance(start.impatient, DeadlineExceededError)
     assert "may still be starting" in str(start.impatient)
     assert f"warm_up(timeout={FIRST_START:g})" in str(start.impatient)
 
 
-def test_the_doctor_fails_and_says_so_too(start: Start) -> None:
+def test_the_doctor_reports_the_slow_start(start: Start) -> None:
     (container,) = (c for c in start.diagnosis["checks"] if c["name"] == "container")
     assert container["status"] == "fail"
     assert "may still be starting" in container["detail"]

@@ -29,10 +29,10 @@ def request(texts: list[Any], **fields: Any) -> EmbedRequest:
     return EmbedRequest(texts=texts, **{"role": "document", "dtype": "float32", **fields})
 
 
-# --- odd texts
+# --- unusual texts
 
 
-async def test_every_odd_text_is_embedded_as_it_is(engine: VLLMEngine, gemma: Path) -> None:
+async def test_unusual_texts_have_the_reference_vectors(engine: VLLMEngine, gemma: Path) -> None:
     texts = list(some.EDGE_TEXTS)
     right = Texts.of(gemma, texts)
     outputs = await asyncio.gather(*(embed(engine, [text]) for text in texts))
@@ -41,21 +41,23 @@ async def test_every_odd_text_is_embedded_as_it_is(engine: VLLMEngine, gemma: Pa
     assert [output.tokens for output in outputs] == right.tokens
 
 
-async def test_special_tokens_in_a_text_are_plain_text(engine: VLLMEngine, gemma: Path) -> None:
+async def test_special_tokens_in_a_text_are_read_as_plain_text(
+    engine: VLLMEngine, gemma: Path
+) -> None:
     texts = ["<bos>", "a <bos> b <eos> c", "<pad><pad>", "<start_of_turn>user\nhello<end_of_turn>"]
     ids, _ = engine._tokenizer.encode(texts, "error", 0)
     assert ids == [token_ids(gemma, text) for text in texts]
     assert all(row[0] == 2 and min(row[1:]) > 6 for row in ids)  # only the BOS in front is one
 
 
-async def test_an_empty_text_is_its_first_special_token(engine: VLLMEngine, gemma: Path) -> None:
-    # Clients and service refuse it; the canary and warm-up are on the engine's own account.
+async def test_an_empty_text_is_embedded_as_its_bos_token(engine: VLLMEngine, gemma: Path) -> None:
+    # Clients and service refuse it before the engine sees it.
     output = await embed(engine, [""])
     assert output.tokens == 1
     assert cosines(output.vectors, reference_vectors(gemma, [""])).min() >= EXACT
 
 
-async def test_no_texts_no_vectors(engine: VLLMEngine) -> None:
+async def test_no_texts_give_no_vectors(engine: VLLMEngine) -> None:
     output = await embed(engine, [])
     assert output.vectors.shape == (0, 128)
     assert output.tokens == 0
@@ -64,7 +66,7 @@ async def test_no_texts_no_vectors(engine: VLLMEngine) -> None:
 # --- too long
 
 
-async def test_every_text_that_is_too_long_is_named_and_others_are_unharmed(
+async def test_texts_over_the_limit_are_named_and_other_calls_succeed(
     engine: VLLMEngine, gemma: Path, pool: Texts
 ) -> None:
     fits = some.text_of_tokens(gemma, 2048)
@@ -84,9 +86,7 @@ async def test_every_text_that_is_too_long_is_named_and_others_are_unharmed(
     assert others[1].tokens == 2048
 
 
-async def test_the_end_of_a_text_that_is_too_long_can_be_cut(
-    engine: VLLMEngine, gemma: Path
-) -> None:
+async def test_texts_over_the_limit_can_be_truncated(engine: VLLMEngine, gemma: Path) -> None:
     fits = some.text_of_tokens(gemma, 2048)
     texts = [some.prose(2600, seed=3), fits + " and", "short"]
     right = reference_vectors(gemma, [texts[0], fits, "short"], max_tokens=2048)
@@ -95,7 +95,7 @@ async def test_the_end_of_a_text_that_is_too_long_can_be_cut(
     assert output.tokens == 2 * 2048 + len(token_ids(gemma, "short"))
 
 
-async def test_a_huge_text_is_cut_while_the_queries_of_others_stay_quick(
+async def test_truncating_a_huge_text_does_not_delay_queries(
     engine: VLLMEngine, gemma: Path, pool: Texts
 ) -> None:
     assert len(MEGABYTE) > 1_000_000
@@ -120,7 +120,7 @@ async def test_a_huge_text_is_cut_while_the_queries_of_others_stay_quick(
     uncut = time.monotonic() - started
     assert np.median(waits) < uncut / 2
     assert max(waits) < uncut
-    # Nobody has to cut it before.
+    # Without the service's own truncation.
     output = await embed(engine, [MEGABYTE], truncate="end")
     assert cosines(output.vectors, right).min() >= EXACT
 
@@ -128,7 +128,9 @@ async def test_a_huge_text_is_cut_while_the_queries_of_others_stay_quick(
 # --- many
 
 
-async def test_as_many_texts_as_a_request_may_have(engine: VLLMEngine, pool: Texts) -> None:
+async def test_a_request_with_the_most_texts_has_the_reference_vectors(
+    engine: VLLMEngine, pool: Texts
+) -> None:
     short = [row for row, tokens in enumerate(pool.tokens) if tokens <= 40]
     rows = np.random.default_rng(1).choice(short, MAX_TEXTS).tolist()
     texts, right = pool.take(rows)
@@ -145,10 +147,10 @@ async def test_equal_texts_have_equal_vectors(engine: VLLMEngine) -> None:
     assert output.vectors[0] @ output.vectors[1] < 0.9
 
 
-# --- refused before they come here
+# --- invalid texts
 
 
-async def test_what_is_no_text_is_refused_and_others_are_unharmed(
+async def test_invalid_texts_are_named_and_other_calls_succeed(
     engine: VLLMEngine, pool: Texts
 ) -> None:
     service = EmbeddingService(engine)

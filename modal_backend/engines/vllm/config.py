@@ -1,23 +1,22 @@
-"""What vLLM is asked for, and whether that is what it made of it.
+"""vLLM's arguments, and the check that the loaded model follows them.
 
-vLLM resolves much on its own: a repository's files may decide on pooling, a card may not compute
-in the type that was asked for, an attribute may be ignored without a word. So everything that
-moves a vector is stated, and read again off the loaded model; the identity is what was read.
+vLLM resolves much by itself: files of a repository may decide the pooling, or an attribute may be
+ignored silently. So everything that changes vectors is stated, and read from the loaded model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.models import FP8, ModelProfile, profile_of
+from kalm_integrations.models import FP8, profile_of
 from modal_backend.weights import Weights, memory_bytes
 
 PROFILE: Final = 1
-"""Version of our way of running models; raised when vectors change with it."""
+"""Version of how models are run; raised when that changes vectors."""
 
 FP8_METHOD: Final = "fp8_per_tensor"
 """vLLM's name for `quantization="fp8"`: weights are converted while they are loaded."""
@@ -30,9 +29,9 @@ _GRAPH_SIZES: Final = (
     *(8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     *(768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384),
 )
-"""Tokens of the steps that are kept as CUDA graphs, up to a full one; another is padded to the
-next. To launch a step's kernels one by one takes a CPU as long as a fast card takes to compute
-2,000 tokens in fp8. vLLM's own sizes end at 512, and are 51."""
+"""Tokens of the steps that are captured as CUDA graphs; a step is padded to the next size. A CPU
+launches a step's kernels one by one in the time that a fast card computes 2,000 tokens in fp8.
+vLLM's own 51 sizes end at 512."""
 DTYPE_ARGUMENT: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 KERNELS: Final = {"enable_flashinfer_autotune": False}
@@ -43,50 +42,33 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMOptions:
-    """How a model is run.
+    """How a model is run. "auto" and None are the choice of the model's profile, or vLLM's."""
 
-    Attributes:
-        dtype: Of weights and arithmetic; "auto" is the model's profile's, else vLLM's choice.
-        quantization: "fp8" is done while loading, from the same weights; another space.
-        max_model_len: Longest text in tokens; None is the profile's, else what the model allows.
-        max_num_batched_tokens: Tokens in one step: what a query may have to wait for.
-        max_num_seqs: Most texts in one step.
-        enforce_eager: Neither compile nor capture CUDA graphs: starts faster, runs slower.
-        gpu_memory_utilization: Share of the card that weights and KV cache may fill; None sizes
-            the KV cache by need, which keeps snapshots small.
-        prefix_caching: Keep the states of texts' beginnings. Off: a text's bits do not depend on
-            what was embedded before it.
-    """
-
-    dtype: Dtype = "auto"
-    quantization: Literal["none", "fp8"] = "none"
-    max_model_len: int | None = None
-    max_num_batched_tokens: int = 1024
-    max_num_seqs: int = 512
-    enforce_eager: bool = False
+    dtype: Dtype = "auto"  # of weights and arithmetic
+    quantization: Literal["none", "fp8"] = "none"  # fp8 is another vector space
+    max_model_len: int | None = None  # tokens of the longest text
+    max_num_batched_tokens: int = 1024  # in one step, which a query may have to wait for
+    max_num_seqs: int = 512  # most texts in one step
+    enforce_eager: bool = False  # no compilation and no CUDA graphs: starts faster, runs slower
     gpu_memory_utilization: float | None = None
-    prefix_caching: bool = False
+    """Share of the card for weights and KV cache. None sizes the KV cache by need, which keeps
+    snapshots small."""
 
 
-def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dict[str, Any]:
-    """The arguments of `AsyncEngineArgs`.
-
-    Args:
-        weights: The model.
-        options: How it is run.
-        can_sleep: Whether this platform has vLLM's sleep mode.
-    """
+def engine_arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dict[str, Any]:
+    """Return the arguments of `AsyncEngineArgs`; `can_sleep` is whether this platform has vLLM's
+    sleep mode."""
     from vllm.config import PoolerConfig
 
     profile = profile_of(weights.name)
     space = profile.space
     dtype = profile.dtype if options.dtype == "auto" else options.dtype
-    # Normalized, whatever a repository's files say; pooling too where we know the model.
+    # Normalized, whatever the files of a repository say; for known models, the pooling too.
     pooler = PoolerConfig(use_activation=True)
     if space.declared:
         pooler = PoolerConfig(use_activation=True, seq_pooling_type=space.pooling.upper())
     step = options.max_num_batched_tokens
-    asked: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": str(weights.folder),
         "served_model_name": weights.name,
         "runner": "pooling",
@@ -96,80 +78,57 @@ def arguments(weights: Weights, options: VLLMOptions, *, can_sleep: bool) -> dic
         "max_num_batched_tokens": step,
         "max_num_seqs": options.max_num_seqs,
         "scheduling_policy": "priority",
-        "scheduler_cls": "modal_backend.engines.vllm.scheduler.QueriesFirst",
+        "scheduler_cls": "modal_backend.engines.vllm.scheduler.QueryFirstScheduler",
         "async_scheduling": True,
         "enable_sleep_mode": can_sleep,
-        "enable_prefix_caching": options.prefix_caching,
+        "enable_prefix_caching": False,  # or bits would depend on what was embedded before
         "enforce_eager": options.enforce_eager,
         "cudagraph_capture_sizes": None if options.enforce_eager else graph_sizes(step),
-        # Layers of a sliding window would free their blocks earlier; six lists of blocks for each
-        # text cost the CPUs more than that saves of texts that are as short as ours.
+        # Sliding-window layers would free blocks earlier, but six lists of blocks for each text
+        # cost the CPUs more than that saves with texts as short as ours.
         "disable_hybrid_kv_cache_manager": True,
         "kernel_config": KERNELS,
-        "safetensors_load_strategy": load_strategy(weights),
+        # By default vLLM reads through a memory map, page by page, which is slow on network
+        # storage. Reading ahead needs memory for the files, or pages would be read twice.
+        "safetensors_load_strategy": "prefetch" if weights.size <= 0.9 * memory_bytes() else None,
         "disable_log_stats": True,
         "trust_remote_code": False,
-        "worker_extension_cls": "modal_backend.engines.vllm.extension.Extension",
+        "worker_extension_cls": "modal_backend.engines.vllm.extension.WorkerExtension",
     }
     length = options.max_model_len or (profile.max_tokens if space.declared else None)
     if length is not None:
-        asked["max_model_len"] = length
+        arguments["max_model_len"] = length
     if options.quantization == "fp8":
-        asked["quantization"] = FP8_METHOD
+        arguments["quantization"] = FP8_METHOD
     if options.gpu_memory_utilization is not None:
-        asked["gpu_memory_utilization"] = options.gpu_memory_utilization
-    return asked
-
-
-def load_strategy(weights: Weights) -> Literal["prefetch"] | None:
-    """How vLLM reads the weights: whole files ahead of their use where they fit into memory.
-
-    By default it reads through a memory map, page by page, which is slow from a network's storage
-    that it does not recognize as such. Where memory is too small, pages would be read twice.
-    """
-    return "prefetch" if weights.size <= 0.9 * memory_bytes() else None
+        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+    return arguments
 
 
 def graph_sizes(step: int) -> list[int]:
-    """Sizes of the steps that are kept as CUDA graphs.
-
-    Args:
-        step: Most tokens in a step, which is one of them.
-    """
+    """Return the sizes of CUDA graphs up to a full step of `step` tokens."""
     return [*(size for size in _GRAPH_SIZES if size < step), step]
 
 
-def kv_room(step: int, longest: int, token: int) -> int:
-    """Bytes for two full steps, or for the longest text: more is of no use to a pooling model.
-
-    Args:
-        step: Most tokens in a step.
-        longest: Tokens of the longest text.
-        token: Bytes of one token's keys and values.
-    """
+def kv_cache_bytes(step: int, max_tokens: int, token_bytes: int) -> int:
+    """Return the size of a KV cache for two full steps of `step` tokens, or for a longest text of
+    `max_tokens`; a pooling model uses no more. `token_bytes` is the size of a token's entry."""
     # A text's last block of 16 tokens is not full.
-    return int(1.25 * max(2 * step, longest) * token) + 2**20
+    return int(1.25 * max(2 * step, max_tokens) * token_bytes) + 2**20
 
 
-def kv_cache_bytes(model_config: Any, step: int) -> int:
-    """`kv_room` of a model.
-
-    Args:
-        model_config: vLLM's, of the arguments.
-        step: Most tokens in a step.
-    """
+def kv_cache_bytes_of(model_config: Any, step: int) -> int:
+    """`kv_cache_bytes` of the model in vLLM's `model_config`, for steps of `step` tokens."""
     heads = model_config.get_total_num_kv_heads() * model_config.get_head_size()
     numbers = 2 * model_config.get_total_num_hidden_layers() * heads
-    return kv_room(step, model_config.max_model_len, numbers * model_config.dtype.itemsize)
+    return kv_cache_bytes(step, model_config.max_model_len, numbers * model_config.dtype.itemsize)
 
 
 def identity_of(weights: Weights, inspected: Mapping[str, Any]) -> SpaceIdentity:
-    """The space of a loaded model.
-
-    Args:
-        weights: What was loaded.
-        inspected: What `Extension.inspect_model` found.
-    """
+    """Return the space of the model loaded from `weights`, as `WorkerExtension.inspect_model`
+    describes it."""
+    schemes = " and ".join(name for name in inspected["linear"] if name != _UNQUANTIZED)
+    dtypes = " and ".join(_DTYPES.get(name, name) for name in inspected["dtypes"])
     return SpaceIdentity(
         model=weights.name,
         revision=weights.revision,
@@ -177,86 +136,71 @@ def identity_of(weights: Weights, inspected: Mapping[str, Any]) -> SpaceIdentity
         + (" and projection" if inspected["projector"] else ""),
         normalized=inspected["activation"] == "PoolerNormalize",
         attention=" and ".join(_ATTENTION.get(kind, kind) for kind in inspected["attention"]),
-        quantization=_quantization(inspected),
+        quantization=schemes or dtypes,
         profile=PROFILE,
     )
 
 
-def _quantization(inspected: Mapping[str, Any]) -> str:
-    scheme = " and ".join(name for name in inspected["linear"] if name != _UNQUANTIZED)
-    dtypes = " and ".join(_DTYPES.get(name, name) for name in inspected["dtypes"])
-    return scheme or dtypes
-
-
 def check(
-    resolved: Any, identity: SpaceIdentity, options: VLLMOptions, asked: Mapping[str, Any]
+    resolved: Any, identity: SpaceIdentity, options: VLLMOptions, arguments: Mapping[str, Any]
 ) -> None:
-    """Compare what was loaded with what was asked for.
+    """Compare the loaded model with the request, and raise an `EngineLoadError` that names all
+    differences.
 
     Args:
-        resolved: vLLM's own configuration, after loading.
-        identity: Of the loaded model.
-        options: How it was to be run.
-        asked: The arguments that vLLM was given.
-
-    Raises:
-        EngineLoadError: They differ; the message names each difference.
+        resolved: vLLM's own configuration after loading.
+        identity: The space of the loaded model.
+        options: The request.
+        arguments: vLLM's arguments.
     """
-    wrong = list(_differences(resolved, identity, options, asked))
-    if wrong:
+    if differences := "; ".join(_differences(resolved, identity, options, arguments)):
         raise EngineLoadError(
-            f"vLLM did not load {identity.model} as it was told to: {'; '.join(wrong)}."
+            f"vLLM did not load {identity.model} as it was told to: {differences}."
         )
 
 
 def _differences(
-    resolved: Any, identity: SpaceIdentity, options: VLLMOptions, asked: Mapping[str, Any]
+    resolved: Any, identity: SpaceIdentity, options: VLLMOptions, arguments: Mapping[str, Any]
 ) -> Iterator[str]:
     profile = profile_of(identity.model)
     if profile.space.declared:
-        # A revision may be chosen: clients will notice. fp8 is another space of the same model.
-        ours = {"revision": identity.revision}
+        # Any revision may be chosen: clients notice. fp8 is another space of the same model.
+        expected = replace(profile.space, revision=identity.revision)
         if options.quantization == "fp8":
-            ours["quantization"] = FP8
-        expected = type(identity)(**(profile.space.to_dict() | ours))
+            expected = replace(expected, quantization=FP8)
         if identity != expected:
             yield expected.differences(identity)
     if not identity.normalized:
         yield "normalized: True != False"
-    loaded = identity.quantization
-    if loaded not in _DTYPES.values():  # quantized: what the other weights are in
-        loaded = _DTYPES.get(str(resolved.model_config.dtype), loaded)
-    if options.dtype not in ("auto", loaded):
-        yield f"dtype: {options.dtype!r} != {loaded!r}"
+    dtype = identity.quantization
+    if dtype not in _DTYPES.values():  # quantized: the type of the other weights
+        dtype = _DTYPES.get(str(resolved.model_config.dtype), dtype)
+    if options.dtype not in ("auto", dtype):
+        yield f"dtype: {options.dtype!r} != {dtype!r}"
     if options.quantization == "fp8" and not identity.quantization.startswith("fp8 "):
         yield f"quantization: 'fp8' != {identity.quantization!r}"
     model, scheduler = resolved.model_config, resolved.scheduler_config
     text = model.hf_text_config
     if getattr(text, "use_bidirectional_attention", None) and identity.attention == "causal":
         yield "attention: the model's config.json says bidirectional, what is loaded is causal"
+    native = profile.dimensions[0] if profile.dimensions else model.embedding_size
+    step = scheduler.max_num_batched_tokens
     pairs = {
         "runner": ("pooling", model.runner_type),
-        "dimensions": (_native(profile) or model.embedding_size, model.embedding_size),
-        "max_model_len": (asked.get("max_model_len", model.max_model_len), model.max_model_len),
-        "max_num_batched_tokens": (  # vLLM may take more
-            max(asked["max_num_batched_tokens"], scheduler.max_num_batched_tokens),
-            scheduler.max_num_batched_tokens,
-        ),
+        "dimensions": (native, model.embedding_size),
+        "max_model_len": (arguments.get("max_model_len", model.max_model_len), model.max_model_len),
+        # vLLM may choose larger steps.
+        "max_num_batched_tokens": (max(arguments["max_num_batched_tokens"], step), step),
         "scheduling": ("priority", scheduler.policy),
-        "sleep mode": (asked["enable_sleep_mode"], model.enable_sleep_mode),
+        "sleep mode": (arguments["enable_sleep_mode"], model.enable_sleep_mode),
     }
-    for name, (wanted, got) in pairs.items():
-        if wanted != got:
-            yield f"{name}: {wanted!r} != {got!r}"
-
-
-def _native(profile: ModelProfile) -> int | None:
-    return profile.dimensions[0] if profile.dimensions else None
+    for name, (requested, actual) in pairs.items():
+        if requested != actual:
+            yield f"{name}: {requested!r} != {actual!r}"
 
 
 def dimensions_of(model_config: Any, name: str) -> tuple[int, ...]:
-    """Native dimensions, then those that the model was trained to be cut to."""
-    known = profile_of(name).dimensions
+    """Return the native dimensions of model `name`, then those that it was trained to be cut to."""
     native = int(model_config.embedding_size)
-    offered = known or tuple(model_config.matryoshka_dimensions or ())
+    offered = profile_of(name).dimensions or tuple(model_config.matryoshka_dimensions or ())
     return (native, *sorted((n for n in offered if n < native), reverse=True))

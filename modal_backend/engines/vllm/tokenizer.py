@@ -1,24 +1,29 @@
-"""Texts to token ids, by the model's own tokenizer: exactly what the model shall read."""
+"""Turns texts into token ids with the model's own tokenizer, queries before documents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from kalm_integrations.errors import EngineLoadError, InvalidText
+from kalm_integrations.errors import EngineLoadError, InputTooLongError, InvalidText
 from kalm_integrations.protocol import Truncate
-from modal_backend.engines.long_texts import beginning, reason
+from modal_backend.engines.compute_thread import ComputeThread
+from modal_backend.engines.long_texts import long_enough_prefix, too_long
+from modal_backend.engines.priority_lock import PriorityLock, chunks
+
+CHUNK_TEXTS: Final = 64
+"""Texts that are tokenized, or passed to vLLM, without interruption: the event loop and a new query
+may have to wait for them."""
+_CHUNK_TOKENS: Final = 16_384
 
 
 class Tokenizer:
-    """The model's tokenizer, told to take a text as text.
-
-    Tokenizing here, and not in vLLM, names every text that is too long, counts exactly, keeps the
-    special tokens at a cut text's end, and takes "<eos>" in a text for five characters.
+    """The model's tokenizer. Unlike vLLM's, it names every text that is too long, counts exactly,
+    keeps the special tokens at the end of a cut text, and reads "<eos>" in a text as plain text.
 
     Args:
         fast: A tokenizer of transformers, backed by the `tokenizers` library. It is changed.
-        max_tokens: Longest text, the special tokens around it included.
+        max_tokens: Longest text, including its special tokens.
 
     Raises:
         EngineLoadError: The model has no such tokenizer.
@@ -33,29 +38,50 @@ class Tokenizer:
         backend.encode_special_tokens = True  # as plain text, where a text contains them
         self._backend = backend
         self._max_tokens = max_tokens
-        self._room = max_tokens - backend.num_special_tokens_to_add(is_pair=False)
+        self._special = backend.num_special_tokens_to_add(is_pair=False)
+        self._lock = PriorityLock()
+        self._thread = ComputeThread("kalm-tokenizer")
+
+    async def tokenize(
+        self, texts: Sequence[str], priority: int, truncate: Truncate
+    ) -> list[list[int]]:
+        """Return the token ids of `texts`, or raise an `InputTooLongError`."""
+        ticket = self._lock.ticket(priority)
+        token_ids: list[list[int]] = []
+        invalid: list[InvalidText] = []
+        for start, chunk in chunks(texts, max_texts=CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
+            async with self._lock.hold(ticket):
+                ids, bad = await self._thread.run(self.encode, chunk, truncate, start)
+            token_ids += ids
+            invalid += bad
+        if invalid:
+            raise InputTooLongError.of(invalid)
+        return token_ids
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.stop()
 
     def encode(
         self, texts: Sequence[str], truncate: Truncate, start: int
     ) -> tuple[list[list[int]], list[InvalidText]]:
         """Token ids of `texts`; those that are too long, their indices counted from `start`."""
-        read = [beginning(text, self._count, self._room) for text in texts]
-        encoded = self._backend.encode_batch_fast(
-            [enough for enough, _ in read], add_special_tokens=False
+        capacity = self._max_tokens - self._special
+        prefixes = [long_enough_prefix(text, self._count, capacity) for text in texts]
+        encodings = self._backend.encode_batch_fast(
+            [prefix for prefix, _ in prefixes], add_special_tokens=False
         )
-        too_long: list[InvalidText] = []
+        invalid: list[InvalidText] = []
         ids: list[list[int]] = []
-        for row, (encoding, (_, about)) in enumerate(zip(encoded, read, strict=True), start):
-            tokens = len(encoding)
-            if tokens > self._room:
-                if truncate == "error":
-                    over = (about or tokens) + self._max_tokens - self._room
-                    why = reason(over, self._max_tokens, exact=about is None)
-                    too_long.append(InvalidText(row, why))
-                    continue
-                encoding.truncate(self._room)
+        for index, (encoding, (_, estimate)) in enumerate(zip(encodings, prefixes, strict=True)):
+            tokens = (estimate or len(encoding)) + self._special
+            if tokens > self._max_tokens and truncate == "error":
+                exact = estimate is None
+                invalid.append(too_long(start + index, tokens, self._max_tokens, exact=exact))
+                continue
+            encoding.truncate(capacity)
             ids.append(self._backend.post_process(encoding).ids)
-        return ids, too_long
+        return ids, invalid
 
     def _count(self, text: str) -> int:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)

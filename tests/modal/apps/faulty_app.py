@@ -1,7 +1,7 @@
 """The real app with a faulty engine in it, so that a container finds its own vectors wrong.
 
-The class, its life and its doors are the product's; only what `_load` gives is not. What is wrong
-is said by the container's variable FAULT when an engine is loaded:
+The class, its life cycle and its endpoints are the product's; only the engine is not. The
+container's variable FAULT names the fault when an engine is loaded:
 
 always      all vectors have half their length
 restored    the same, of an engine that went through the snapshot
@@ -23,7 +23,7 @@ texts       as its texts say: one with "slow" waits for the file GATE, one with 
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import modal
@@ -32,13 +32,14 @@ import modal_backend.app as product
 from kalm_integrations.bulk.on_modal import worker_pool
 from kalm_integrations.errors import EngineLoadError, InvalidInputError, InvalidText
 from modal_backend import lifecycle
+from modal_backend.engines import registry
 from modal_backend.engines.base import Engine, EngineOutput
 from modal_backend.settings import DeploySettings
 
-lifecycle.REPLACED_AFTER = 5.0
+lifecycle.REPLACEMENT_DELAY = 3.0
 SLOW = 1.5
 loads = 0
-load_real: Callable[[], Awaitable[Engine]] = product._load
+EMBEDDED = registry.ENGINES["embedded"]
 
 if os.environ.get("FAULT") == "slow":
     DeploySettings.attempt_timeout = 1.0  # a start has time for two of these
@@ -91,7 +92,7 @@ async def act_on(texts: list[str]) -> None:
         raise RuntimeError("the engine choked")
 
 
-async def load_faulty() -> FaultyEngine:
+async def load_faulty(options: registry.Options) -> FaultyEngine:
     global loads
     loads += 1
     fault = os.environ.get("FAULT", "")
@@ -105,10 +106,10 @@ async def load_faulty() -> FaultyEngine:
     if fault == "slow":
         await asyncio.sleep(SLOW)
         raise TimeoutError("not ready")
-    return FaultyEngine(await load_real(), fault)
+    return FaultyEngine(await EMBEDDED.load(options), fault)
 
 
-product._load = load_faulty
+registry.ENGINES["embedded"] = replace(EMBEDDED, load=load_faulty)
 app = modal.App(product.settings.app_name, tags=product.tags_of(product.settings))
 
 

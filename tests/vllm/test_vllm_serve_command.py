@@ -1,4 +1,4 @@
-"""The command line of the stock server, read by vLLM's own parser."""
+"""The command line of `vllm serve`, read by vLLM's own parser."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kalm_integrations.models import KALM
 from modal_backend.settings import DeploySettings
-from modal_backend.vllm_serve import stock_command
+from modal_backend.vllm_serve import vllm_serve_command
 
 
 def parsed(**settings: Any) -> Any:
-    command = stock_command(DeploySettings(**settings))
+    command = vllm_serve_command(DeploySettings(**settings))
     assert command[:2] == ["vllm", "serve"]
     return make_arg_parser(FlexibleArgumentParser()).parse_args(command[2:])
 
 
-def test_kalm_is_pinned_and_everything_that_moves_a_vector_is_stated() -> None:
+def test_everything_that_changes_kalms_vectors_is_stated() -> None:
     arguments = parsed()
     assert arguments.model_tag == KALM.space.model
     assert arguments.revision == KALM.space.revision
@@ -39,20 +39,20 @@ def test_kalm_is_pinned_and_everything_that_moves_a_vector_is_stated() -> None:
         ("revision", "a" * 40, "a" * 40),
     ],
 )
-def test_what_is_set_reaches_it(setting: str, value: Any, argument: Any) -> None:
+def test_settings_become_arguments(setting: str, value: Any, argument: Any) -> None:
     assert getattr(parsed(**{setting: value}), setting) == argument
 
 
-def test_weights_are_read_ahead_and_nothing_is_tuned_at_the_start() -> None:
+def test_weights_are_prefetched_without_autotuning() -> None:
     assert parsed().safetensors_load_strategy == "prefetch"
     assert parsed().kernel_config.enable_flashinfer_autotune is False
 
 
-def test_fp8_is_asked_for_by_vllms_name() -> None:
+def test_fp8_is_requested_by_vllms_name() -> None:
     assert parsed(quantization="fp8", gpu="H100").quantization == "fp8_per_tensor"
 
 
-def test_of_another_model_its_own_files_decide() -> None:
+def test_the_files_of_another_model_decide() -> None:
     arguments = parsed(model="someone/model")
     assert arguments.revision == "main"
     assert arguments.pooler_config.seq_pooling_type is None
