@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable
-from inspect import Parameter
-from typing import Any, Final
+from typing import Any, TypedDict
 
 from kalm_integrations.client import ContextManaged, KalmClient, OnError, Progress
 from kalm_integrations.errors import ConfigurationError
@@ -13,10 +12,12 @@ from kalm_integrations.options import ClientConfig, ClientOptions, forget
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 
-CLIENT: Final = Parameter(
-    "client", Parameter.KEYWORD_ONLY, default=None, annotation=KalmClient | None
-)
-"""The argument in front of the options."""
+
+class SharedClient(TypedDict, total=False):
+    """The argument that excludes those of `KalmClient`."""
+
+    client: KalmClient | None
+    """A client to share, instead of its arguments. Default: None."""
 
 
 class ClientAdapter(ContextManaged):

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Never, Self, Unpack, get_args
+from typing import Any, Literal, Never, Self, Unpack, get_args
 
 from kalm_integrations import validation
 from kalm_integrations.batching import Batch, plan
@@ -42,8 +42,8 @@ _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
 def defaults() -> dict[str, Any]:
-    """The default of each argument."""
-    return {name: field.default for name, field in ClientConfig.model_fields.items()}
+    """The default of each argument, `client` of the adapters included."""
+    return {"client": None} | {n: field.default for n, field in ClientConfig.model_fields.items()}
 
 
 class ContextManaged:
@@ -251,20 +251,13 @@ class KalmClient(ContextManaged):
 
     def __repr__(self) -> str:
         config = vars(self).get("_config")  # absent while a traceback of the constructor is shown
-        return repr(config).replace("ClientConfig", type(self).__name__, 1)
+        return f"{type(self).__name__}({config.__repr_str__(', ') if config else ''})"
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other._config == self._config
 
     def __hash__(self) -> int:
         return hash(self._config)
-
-    if not TYPE_CHECKING:  # type checkers know `config`
-
-        def __getattr__(self, name: str) -> Any:
-            if name in ClientConfig.model_fields:
-                return getattr(self._config, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ClientConfig.model_fields:

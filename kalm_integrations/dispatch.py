@@ -172,9 +172,10 @@ class Dispatcher:
 
     async def _close(self) -> None:
         session, self._session = self._session, None
-        if session is not None and self._loop is background_loop():
+        loop = background_loop()
+        if session is not None and self._loop is loop:
             self._finalizer.detach()  # otherwise every closed session would be kept alive
-            self._loop.resources.discard(session)
+            loop.resources.discard(session)
             await session.close()
 
 

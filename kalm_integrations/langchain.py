@@ -14,16 +14,16 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from typing import TYPE_CHECKING, Any, Never, Self, Unpack
+from typing import Never, Self, Unpack
 
-from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
+from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
 from kalm_integrations.client import KalmClient, defaults
 from kalm_integrations.langchain_errors import raised_as_langchains
-from kalm_integrations.options import ClientConfig, ClientOptions
+from kalm_integrations.options import ClientOptions
 from kalm_integrations.signatures import documented, refuse_positional
 
 
-@documented(ClientOptions, CLIENT, defaults=defaults)
+@documented(SharedClient, ClientOptions, defaults=defaults)
 class KalmModalEmbeddings(ClientAdapter, Embeddings):
     """KaLM, or the embedded engine, as a LangChain embedding model.
 
@@ -69,16 +69,9 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         with raised_as_langchains():
             return (await self._client.aembed_to_lists([text], "query"))[0]
 
-    if not TYPE_CHECKING:  # as LangChain's tests expect; type checkers know `client.config`
-
-        def __getattr__(self, name: str) -> Any:
-            if name in ClientConfig.model_fields:
-                return getattr(self._client.config, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __repr__(self) -> str:
         client = vars(self).get("_client")  # absent while a traceback of the constructor is shown
-        return repr(client).replace("KalmClient", type(self).__name__, 1)
+        return f"{type(self).__name__}({client.config.__repr_str__(', ') if client else ''})"
 
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this
@@ -90,7 +83,7 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
                 "`from kalm_integrations.llama_index import KalmModalEmbeddings`, with the same "
                 "arguments"
             )
-        return type(other) is type(self) and other._client == self._client
+        return isinstance(other, type(self)) and other._client == self._client
 
     def __hash__(self) -> int:
         return hash(self._client)

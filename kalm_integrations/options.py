@@ -8,17 +8,22 @@ its default. Construction validates all of them and opens nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict, Unpack, cast
-from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    model_validator,
+)
 
-from kalm_integrations import prompts
+from kalm_integrations import backends, prompts
+from kalm_integrations.backends import Backend
 from kalm_integrations.batching import RequestLimits
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
@@ -34,23 +39,6 @@ from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.base import Transport
 from kalm_integrations.validation import MAX_CHARACTERS
-
-NO_BACKEND = (
-    'backend="auto" found no service to talk to. For a service on Modal install modal (the extra '
-    '"modal") and run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET. For an HTTP '
-    "service pass base_url= or set KALM_BASE_URL. For the embedded engine (a small model in this "
-    'process, for learning, tests and CI) pass backend="local" or set KALM_BACKEND=local.'
-)
-
-
-def modal_is_configured() -> bool:
-    """Whether Modal's package and a token are there; asks nobody, imports nothing."""
-    if find_spec("modal") is None:
-        return False
-    token = "MODAL_TOKEN_ID" in os.environ and "MODAL_TOKEN_SECRET" in os.environ
-    within = os.environ.get("MODAL_IS_REMOTE") == "1"
-    file = Path(os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml").expanduser()
-    return token or within or file.is_file()
 
 
 def _read_identity(value: Any) -> Any:
@@ -91,7 +79,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class ClientOptions(TypedDict, total=False):
     """Arguments of `KalmClient` and both `KalmModalEmbeddings`."""
 
-    backend: Literal["auto", "modal", "http", "local"]
+    backend: Backend
     """Where vectors come from. "modal": the app that `kalm deploy` made, over Modal's RPC. "http":
     the service at `base_url`, or that app's HTTP endpoint. "local": the embedded engine, in this
     process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
@@ -198,7 +186,7 @@ class ClientConfig(EnvironmentSettings):
     variable_prefix = "KALM_"
     arguments_only = frozenset({"on_usage", "transport"})
 
-    backend: Literal["auto", "modal", "http", "local"] = "auto"
+    backend: Backend = "auto"
     base_url: str | None = None
     app_name: Annotated[str, Field(min_length=1)] = DEFAULT_APP
     class_name: Annotated[str, Field(min_length=1)] = DEFAULT_CLASS
@@ -222,6 +210,7 @@ class ClientConfig(EnvironmentSettings):
     show_progress: bool = False
     expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
     on_usage: Annotated[Callable[[Usage], object] | None, Field(exclude=True)] = None
+    _backend: Literal["modal", "http", "local", "transport"] = PrivateAttr()
 
     def __init__(self, **options: Unpack[ClientOptions]) -> None:
         try:
@@ -276,66 +265,45 @@ class ClientConfig(EnvironmentSettings):
             and name != "on_usage"
         ]
 
+    def model_post_init(self, context: object) -> None:
+        """Resolve "auto" once: the environment is read at construction only."""
+        if self.transport is not None:
+            self._backend = "transport"
+        else:
+            self._backend = backends.resolve(self.backend, self.base_url)
+
     @model_validator(mode="after")
     def _check_values(self) -> Self:
-        self._check_url()
-        backend, profile = self.resolved_backend, self.profile
-        if backend == "http" and self.base_url is None and not modal_is_configured():
-            raise ValueError(
-                'backend="http" needs base_url= or KALM_BASE_URL, or Modal\'s package and a token '
-                "to look it up"
-            )
-        if backend == "local" and self.model not in (None, EMBEDDED.space.model):
+        if self.base_url is not None:
+            backends.check_url(self.base_url)
+        if self._backend == "local" and self.model not in (None, EMBEDDED.space.model):
             raise ValueError(f'model={self.model!r}: backend="local" runs {EMBEDDED.space.model!r}')
         if (self.modal_key is None) != (self.modal_secret is None):
             raise ValueError("modal_key and modal_secret go together: pass both or neither")
         if self.dimensions is not None and self.dimensions < 1:
             raise ValueError(f"dimensions={self.dimensions}: a positive number")
-        if profile.dimensions and self.dimensions not in (None, *profile.dimensions):
-            offered = ", ".join(map(str, profile.dimensions))
+        if (known := self.profile.dimensions) and self.dimensions not in (None, *known):
             raise ValueError(
-                f"dimensions={self.dimensions}: {profile.space.model} has {offered}; "
-                "leave dimensions out for its native number"
+                f"dimensions={self.dimensions}: {self.served_model} has "
+                f"{', '.join(map(str, known))}; leave dimensions out for its native number"
             )
         for name in ("query_instruction", "document_instruction"):
-            if (instruction := getattr(self, name)) is not None:
-                try:
-                    prompts.resolve(instruction)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+            instruction = getattr(self, name)
+            try:
+                prompts.resolve("none" if instruction is None else instruction)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         return self
-
-    def _check_url(self) -> None:
-        if self.base_url is None:
-            return
-        url = urlsplit(self.base_url)
-        _ = url.port  # raises for one that is none
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-            raise ValueError("base_url is not like https://host or http://host:8000/v1")
-        if url.username is not None or url.password is not None:
-            raise ValueError("base_url holds a credential, which logs would show: use api_key=")
 
     @property
     def resolved_backend(self) -> Literal["modal", "http", "local", "transport"]:
-        """The backend, "auto" resolved; "transport" if one was passed.
-
-        Raises:
-            ValueError: It is "auto", and no service is configured.
-        """
-        if self.transport is not None:
-            return "transport"
-        if self.backend != "auto":
-            return self.backend
-        if self.base_url is not None:
-            return "http"
-        if not modal_is_configured():
-            raise ValueError(NO_BACKEND)
-        return "modal"
+        """The backend, "auto" resolved; "transport" if one was passed."""
+        return self._backend
 
     @property
     def served_model(self) -> str:
         """The model that is asked for."""
-        default = EMBEDDED if self.resolved_backend == "local" else KALM
+        default = EMBEDDED if self._backend == "local" else KALM
         return self.model or default.space.model
 
     @property

@@ -19,13 +19,13 @@ def write(text: str, stream: TextIO | None = None) -> None:
         text: Without the line's end.
         stream: None is stdout.
     """
-    stream = stream or sys.stdout
+    output = stream or sys.stdout
     try:
-        "".join(map(chr, _PLAIN)).encode(stream.encoding or "ascii")
+        "".join(map(chr, _PLAIN)).encode(output.encoding or "ascii")
     except UnicodeEncodeError:
         text = text.translate(_PLAIN)  # rather than a question mark for each of them
-    stream.write(f"{text}\n")
-    stream.flush()
+    output.write(f"{text}\n")
+    output.flush()
 
 
 def width() -> int:

@@ -97,6 +97,7 @@ def partition_valid(
         elif type(text) is str:
             valid.append((index, text))
         else:  # a subclass may measure, compare or pickle itself in its own way
+            assert isinstance(text, str)
             valid.append((index, str.__str__(text)))
     return valid, invalid
 

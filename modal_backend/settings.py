@@ -75,11 +75,11 @@ class DeploySettings(EnvironmentSettings):
     """The repository of the model that vLLM runs; any embedding model of vLLM's, though only KaLM
     and its sibling have a profile here."""
 
-    revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")
+    revision: Annotated[str | None, Field(pattern="^[0-9a-f]{40}$")] = None
     """Its commit, all 40 digits; without it the one that we pin for a model that we know, else the
     newest that was downloaded."""
 
-    app_name: str = Field(DEFAULT_APP, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    app_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = DEFAULT_APP
     """The app's name on Modal."""
 
     environment_name: str | None = None
@@ -92,37 +92,37 @@ class DeploySettings(EnvironmentSettings):
     """"fp8" halves the weights and is half as fast again, on GPUs that compute in it; another
     vector space than "none"."""
 
-    max_model_len: int | None = Field(None, ge=256, le=32_768)
+    max_model_len: Annotated[int | None, Field(ge=256, le=32_768)] = None
     """Longest text, in tokens; without it 8192 for KaLM, 512 for its sibling, and the model's own
     limit for others."""
 
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs: a faster first start, and slower ever after."""
 
-    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1)] = None
     """Share of the GPU that weights and KV cache may fill; without it what two steps need, which
     is enough for embedding and keeps snapshots small."""
 
     snapshot: Snapshot = "asleep"
     """What a container comes back from: "asleep" is the smallest, "off" loads each time."""
 
-    min_containers: int = Field(0, ge=0, le=100)
+    min_containers: Annotated[int, Field(ge=0, le=100)] = 0
     """Containers that are kept up, and paid, when idle."""
 
-    max_containers: int = Field(1, ge=1, le=100)
+    max_containers: Annotated[int, Field(ge=1, le=100)] = 1
     """Most containers, and so most $ an hour."""
 
-    scaledown_window: int = Field(300, ge=WINDOWS[0], le=WINDOWS[1])
+    scaledown_window: Annotated[int, Field(ge=WINDOWS[0], le=WINDOWS[1])] = 300
     """Seconds that an idle container waits for the next call."""
 
-    concurrency: int = Field(128, ge=8, le=1000)
+    concurrency: Annotated[int, Field(ge=8, le=1000)] = 128
     """Calls that a container takes at a time; HTTP may take three quarters of them. From half of
     them on, another container is started, up to `max_containers`."""
 
-    timeout: int = Field(600, ge=10, le=86_400)
+    timeout: Annotated[int, Field(ge=10, le=86_400)] = 600
     """Seconds that a call may take."""
 
-    startup_timeout: int = Field(1800, ge=60, le=3600)
+    startup_timeout: Annotated[int, Field(ge=60, le=3600)] = 1800
     """Seconds that a container may take to start; Modal kills it then, and starts another. vLLM
     gets two attempts in it: at least 1080 are needed."""
 

@@ -100,7 +100,8 @@ def variables(_: Patient) -> Finding:
 
 def settings(patient: Patient) -> Finding:
     """What `KalmClient()` makes of them."""
-    from kalm_integrations.options import NO_BACKEND, ClientConfig
+    from kalm_integrations.backends import NO_BACKEND
+    from kalm_integrations.options import ClientConfig
 
     try:
         patient.configured = made = ClientConfig()

@@ -16,25 +16,34 @@ except ImportError as error:
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, Self, Unpack, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Final,
+    Never,
+    NoReturn,
+    Self,
+    TypedDict,
+    Unpack,
+    cast,
+)
 
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation import (  # type: ignore[attr-defined]
-    Dispatcher,
-    get_dispatcher,
-)
-from llama_index.core.instrumentation.event_handlers import NullEventHandler
 from llama_index.core.instrumentation.events.embedding import (
     EmbeddingEndEvent,
     EmbeddingStartEvent,
 )
 from llama_index.core.storage.kvstore.types import BaseKVStore
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import Dispatcher
+from llama_index_instrumentation.event_handlers import NullEventHandler
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from kalm_integrations import client as clients
 from kalm_integrations import validation
-from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
+from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
 from kalm_integrations.client import KalmClient, Progress, progress_bar
 from kalm_integrations.environment import explain, unknown_argument
 from kalm_integrations.errors import ConfigurationError, IdentityMismatchError
@@ -75,8 +84,8 @@ _DUMPED: Final = frozenset(
 )
 
 
-class LlamaIndexOptions(ClientOptions, total=False):
-    """Arguments of `KalmClient`, and LlamaIndex's own."""
+class _OwnOptions(TypedDict, total=False):
+    """LlamaIndex's own arguments."""
 
     model_name: str
     """Must agree with `model`; leave it out. Default: ""."""
@@ -98,7 +107,11 @@ class LlamaIndexOptions(ClientOptions, total=False):
     """Called before each batch of `embed_batch_size` texts. Default: None."""
 
 
-_LLAMA_INDEX: Final = LlamaIndexOptions.__annotations__.keys() - ClientOptions.__annotations__
+class LlamaIndexOptions(ClientOptions, _OwnOptions, total=False):
+    """Arguments of `KalmClient`, and LlamaIndex's own."""
+
+
+_LLAMA_INDEX: Final = _OwnOptions.__annotations__.keys()
 
 
 def _defaults() -> dict[str, Any]:
@@ -108,7 +121,7 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-@documented(LlamaIndexOptions, CLIENT, defaults=_defaults)
+@documented(SharedClient, ClientOptions, _OwnOptions, defaults=_defaults)
 class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     """KaLM, or the embedded engine, as a LlamaIndex embedding model.
 
@@ -126,9 +139,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     # Derived from `model`, so that a dump names it once.
-    model_name: str = Field(default="", exclude=True)
-    embed_batch_size: int = Field(default=2048, gt=0, le=2048)
-    embeddings_cache: Any = Field(default=None, exclude=True)
+    model_name: Annotated[str, Field(exclude=True)] = ""
+    embed_batch_size: Annotated[int, Field(gt=0, le=2048)] = 2048
+    embeddings_cache: Annotated[Any, Field(exclude=True)] = None
     _client: KalmClient = PrivateAttr()
 
     def __init__(
@@ -181,6 +194,16 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
 
     def __hash__(self) -> int:
         return hash(self._client)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Arguments that differ from their defaults."""
+        private = getattr(self, "__pydantic_private__", None)  # absent if the constructor failed
+        if private and "_client" in private:
+            yield from private["_client"].config.__repr_args__()
+            for name in sorted(_LLAMA_INDEX - {"model_name", "callback_manager"}):
+                value = getattr(self, name, None)
+                if value != type(self).model_fields[name].default:
+                    yield name, value
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # leaves out what cannot be pickled

@@ -45,7 +45,7 @@ _JSON: Final = json.JSONEncoder(ensure_ascii=False)
 class HttpTransport:
     """Sends requests to the server at one base URL."""
 
-    can_be_cold: Final = True
+    can_be_cold = True
 
     def __init__(self, config: ClientConfig) -> None:
         assert config.base_url is not None

@@ -50,7 +50,7 @@ T = TypeVar("T")
 class ModalTransport:
     """Calls the class's packed method. Modal's own client, one per process, has the connections."""
 
-    can_be_cold: Final = True
+    can_be_cold = True
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
@@ -108,7 +108,7 @@ class ModalTransport:
 class ModalHttpTransport:
     """backend="http" without a base_url: the HTTP endpoint of the app, whose URL Modal knows."""
 
-    can_be_cold: Final = True
+    can_be_cold = True
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config

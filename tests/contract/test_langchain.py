@@ -42,8 +42,9 @@ class TestStandardUnit(EmbeddingsUnitTests):
 
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-        environment = {"KALM_BACKEND": "local", "KALM_BATCH_SIZE": "32", "KALM_TRUNCATE": "end"}
-        return environment, {}, {"backend": "local", "batch_size": 32, "truncate": "end"}
+        environment = {"KALM_BACKEND": "local", "KALM_TRUNCATE": "end"}
+        namespace = KalmClient(backend="local", truncate="end").cache_namespace
+        return environment, {}, {"vector_dimensions": 512, "cache_namespace": namespace}
 
 
 class TestStandardIntegration(EmbeddingsIntegrationTests):

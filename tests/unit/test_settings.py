@@ -123,7 +123,7 @@ def test_auto_takes_modal_where_its_package_and_a_token_are(variables, monkeypat
     assert ClientConfig().resolved_backend == "modal"
     assert ClientConfig(backend="http").resolved_backend == "http"  # its address is looked up
     assert ClientConfig(base_url="http://there").resolved_backend == "http"
-    monkeypatch.setattr("kalm_integrations.options.find_spec", lambda _: None)
+    monkeypatch.setattr("kalm_integrations.backends.find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match="install modal"):
         ClientConfig()
 
