@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations import prompts
 from kalm_integrations.errors import InvalidText
+
+T = TypeVar("T")
+_BLOCK: Final = 8192  # texts that `iter_embed` reads ahead and searches for copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,3 +126,10 @@ def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits)
 def estimate_tokens(utf8_bytes: int) -> int:
     """About how many tokens a text has: 4 bytes a token fits English and Chinese alike."""
     return utf8_bytes // 4 + 1
+
+
+def numbered_blocks(texts: Iterable[T]) -> Iterator[list[tuple[int, T]]]:
+    """Read `texts` in blocks, with their indices."""
+    numbered = enumerate(texts)
+    while block := list(islice(numbered, _BLOCK)):
+        yield block

@@ -17,10 +17,10 @@ from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 
 from kalm_integrations.batching import Batch
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_current, is_exiting
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import Call, Session
 from kalm_integrations.transports.base import open_transport

@@ -17,7 +17,8 @@ except ImportError as error:
 from typing import Never, Self, Unpack
 
 from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
-from kalm_integrations.client import KalmClient, defaults
+from kalm_integrations.client import KalmClient
+from kalm_integrations.client_base import defaults
 from kalm_integrations.langchain_errors import raised_as_langchains
 from kalm_integrations.options import ClientOptions
 from kalm_integrations.signatures import documented, refuse_positional
@@ -69,10 +70,6 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         with raised_as_langchains():
             return (await self._client.aembed_to_lists([text], "query"))[0]
 
-    def __repr__(self) -> str:
-        client = vars(self).get("_client")  # absent while a traceback of the constructor is shown
-        return f"{type(self).__name__}({client.config.__repr_str__(', ') if client else ''})"
-
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this
         # it would wrap this class (sequential batches of 10), ask for an unrelated package, or
@@ -83,7 +80,6 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
                 "`from kalm_integrations.llama_index import KalmModalEmbeddings`, with the same "
                 "arguments"
             )
-        return isinstance(other, type(self)) and other._client == self._client
+        return super().__eq__(other)
 
-    def __hash__(self) -> int:
-        return hash(self._client)
+    __hash__ = ClientAdapter.__hash__

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from kalm_integrations.errors import InvalidResponseError, InvalidText, KalmErro
 if TYPE_CHECKING:
     from kalm_integrations.identity import VectorIdentity
     from kalm_integrations.protocol import VectorDtype
+
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class PartialResult:
         return len(self.indices)
 
 
-class ResultBuilder(ABC):
+class ResultBuilder(ABC, Generic[R]):
     """Collects the parts of one call, which arrive in any order.
 
     Args:
@@ -176,11 +179,19 @@ class ResultBuilder(ABC):
             error.partial = PartialResult(len(self._filled), indices, self._rows(indices))
             raise
 
-    def _check_complete(self) -> None:
-        # Uninitialized memory is never handed out.
+    def result(self) -> R:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled: uninitialized memory is not returned.
+        """
         if not self._filled.all():
             missing = int(np.flatnonzero(~self._filled)[0])
             raise InvalidResponseError(f"texts[{missing}] got no vector.")
+        return self._result()
+
+    @abstractmethod
+    def _result(self) -> R: ...
 
     @abstractmethod
     def _put(self, part: EmbeddedBatch) -> None: ...
@@ -189,21 +200,19 @@ class ResultBuilder(ABC):
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]: ...
 
 
-class ArrayBuilder(ResultBuilder):
+class ArrayBuilder(ResultBuilder[EmbeddingResult]):
     """Builds one float32 array; parts are widened while later ones are on their way."""
 
-    def __init__(self, total: int, dimensions: int) -> None:
+    def __init__(
+        self, total: int, dimensions: int, dtype: VectorDtype, identity: VectorIdentity
+    ) -> None:
         super().__init__(total, dimensions)
         self._vectors = np.empty((total, dimensions), dtype=np.float32)
+        self._dtype: VectorDtype = dtype
+        self._identity = identity
 
-    def result(self, dtype: VectorDtype, identity: VectorIdentity) -> EmbeddingResult:
-        """All vectors.
-
-        Raises:
-            InvalidResponseError: A row was never filled.
-        """
-        self._check_complete()
-        return EmbeddingResult(self._vectors, dtype, identity, self.usage)
+    def _result(self) -> EmbeddingResult:
+        return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage)
 
     def _put(self, part: EmbeddedBatch) -> None:
         if not self._vectors.shape[1]:
@@ -214,20 +223,14 @@ class ArrayBuilder(ResultBuilder):
         return self._vectors[indices]
 
 
-class ListBuilder(ResultBuilder):
+class ListBuilder(ResultBuilder[list[list[float]]]):
     """Builds lists of Python floats; parts are converted while later ones are on their way."""
 
     def __init__(self, total: int, dimensions: int) -> None:
         super().__init__(total, dimensions)
         self._lists: list[list[float]] = [[]] * total
 
-    def result(self) -> list[list[float]]:
-        """All vectors.
-
-        Raises:
-            InvalidResponseError: A row was never filled.
-        """
-        self._check_complete()
+    def _result(self) -> list[list[float]]:
         return self._lists
 
     def _put(self, part: EmbeddedBatch) -> None:

@@ -26,14 +26,16 @@ def documented(*options: type, defaults: Callable[[], Mapping[str, Any]]) -> Cal
     def signature() -> inspect.Signature:
         known = defaults()
         return inspect.Signature(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=known[name],
-                annotation=get_type_hints(each)[name],
-            )
-            for each in options
-            for name in each.__annotations__
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=known[name],
+                    annotation=get_type_hints(each)[name],
+                )
+                for each in options
+                for name in each.__annotations__
+            ]
         )
 
     def decorate(cls: T) -> T:

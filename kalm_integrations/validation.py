@@ -33,8 +33,8 @@ from kalm_integrations.errors import (
 from kalm_integrations.floats import widen
 
 if TYPE_CHECKING:
+    from kalm_integrations.config import ClientConfig
     from kalm_integrations.identity import SpaceIdentity
-    from kalm_integrations.options import ClientConfig
     from kalm_integrations.protocol import EmbedRequest, EmbedResponse, Truncate
 
 log = logging.getLogger(__name__)

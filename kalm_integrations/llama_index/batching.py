@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from kalm_integrations.client import Progress
 from kalm_integrations.errors import InvalidInputError, InvalidText
+from kalm_integrations.progress import Progress
 
 
 class _Call:

@@ -34,7 +34,7 @@ from kalm_integrations.transports import openai_compat
 from kalm_integrations.transports.http_connection import HttpConnection, HttpResponse
 
 if TYPE_CHECKING:
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
 
 _NUMBER_BYTES: Final = 32  # of one number, written out in JSON with its comma
 _MAX_DIMENSIONS: Final = 16_384

@@ -42,7 +42,7 @@ from kalm_integrations.protocol import (
 from kalm_integrations.transports.http import HttpTransport
 
 if TYPE_CHECKING:
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
 
 T = TypeVar("T")
 

@@ -23,6 +23,7 @@ from llama_index.core.vector_stores import SimpleVectorStore
 from scripted import ScriptedTransport, vector_of
 
 from kalm_integrations import llama_index, models
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
     IdentityMismatchError,
     InputTooLongError,
@@ -32,7 +33,6 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.llama_index import KalmModalEmbeddings
 from kalm_integrations.llama_index.cache import RoleCache
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.protocol import EmbedRequest
 
 FACTS = ["K2 is 8,611 metres high.", "The Nile is long.", "Bread rises because of yeast."]

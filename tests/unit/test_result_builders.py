@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import VectorDtype
 from kalm_integrations.result import ArrayBuilder, EmbeddedBatch, ListBuilder, Usage
 
 IDENTITY = VectorIdentity(space=EMBEDDED.space, dimensions=4, document_template="{text}")
@@ -21,8 +22,8 @@ def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
     return EmbeddedBatch(np.array(indices, dtype=np.int64), rows, Usage(len(indices), 1))
 
 
-def filled(total: int, *parts: EmbeddedBatch) -> ArrayBuilder:
-    assembly = ArrayBuilder(total, 4)
+def filled(total: int, *parts: EmbeddedBatch, dtype: VectorDtype = "float16") -> ArrayBuilder:
+    assembly = ArrayBuilder(total, 4, dtype, IDENTITY)
     for each in parts:
         assembly.add(each)
     return assembly
@@ -35,7 +36,7 @@ def filled(total: int, *parts: EmbeddedBatch) -> ArrayBuilder:
 def test_parts_in_any_order_give_each_text_its_vector(dtype, order, cuts):
     rows = np.split(np.array(order, dtype=np.int64), sorted(cuts))
     parts = [part(*row, dtype=dtype) for row in rows]
-    result = filled(len(order), *parts).result(dtype, IDENTITY)
+    result = filled(len(order), *parts, dtype=dtype).result()
     assert result.packed.dtype == dtype
     assert result.packed.tolist() == [[index] * 4 for index in range(len(order))]
     assert result.identity is IDENTITY
@@ -49,13 +50,13 @@ def test_a_text_without_a_vector_is_an_error_never_memory_that_happened_to_be_th
     assembly = filled(total, part(*indices))
     if missing:
         with pytest.raises(InvalidResponseError, match=rf"texts\[{missing[0]}\] got no vector"):
-            assembly.result("float16", IDENTITY)
+            assembly.result()
     else:
-        assert len(assembly.result("float16", IDENTITY)) == total
+        assert len(assembly.result()) == total
 
 
 def test_a_call_without_texts_has_a_result_of_the_right_width():
-    assert filled(0).result("float16", IDENTITY).packed.shape == (0, 4)
+    assert filled(0).result().packed.shape == (0, 4)
 
 
 def test_a_part_of_another_call_does_not_fit():
@@ -85,7 +86,7 @@ def test_what_failed_at_once_has_an_empty_partial():
 def test_a_missing_vector_itself_takes_along_the_others():
     assembly = filled(3, part(0, 2))
     with pytest.raises(InvalidResponseError) as caught, assembly.partial_on_error():
-        assembly.result("float16", IDENTITY)
+        assembly.result()
     assert caught.value.partial.missing.tolist() == [1]
 
 
@@ -152,7 +153,7 @@ def test_lists_that_failed_at_once_have_an_empty_partial():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_of_another_shape_are_an_error_never_repeated(shape, dtype):
     wrong = EmbeddedBatch(np.array([0, 1]), np.ones(shape, dtype=dtype), Usage())
-    assembly = ArrayBuilder(2, 4)
+    assembly = filled(2)
     with pytest.raises(InvalidResponseError):
         assembly.add(wrong)
     shard = np.full((2, 4), np.nan, dtype=dtype)

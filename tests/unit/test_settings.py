@@ -13,10 +13,10 @@ from pydantic import SecretStr
 
 from kalm_integrations import prompts
 from kalm_integrations.batching import RequestLimits
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.options import ClientConfig
 
 SPACE = EMBEDDED.space
 OTHER = replace(SPACE, revision="another")
