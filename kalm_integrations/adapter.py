@@ -1,4 +1,4 @@
-"""What both adapters share: they hold a `KalmClient` and pass on what frameworks do not know."""
+"""The base class of both adapters: it holds a `KalmClient` and forwards its methods."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def client_of(client: KalmClient | None, options: ClientOptions) -> KalmClient:
     """Return `client`, or a new one with `options`.
 
     Raises:
-        ConfigurationError: Both are given.
+        ConfigurationError: Both were passed.
     """
     try:
         if client is None:

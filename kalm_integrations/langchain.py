@@ -51,12 +51,12 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         return type(self)(client=self._client.with_options(**options))
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Embed texts to be found, with the document instruction; see `KalmClient.embed`."""
+        """Embed documents, with the document instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
             return self._client.embed_to_lists(texts, "document")
 
     def embed_query(self, text: str) -> list[float]:
-        """Embed a question, with the query instruction; see `KalmClient.embed`."""
+        """Embed a query, with the query instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
             return self._client.embed_to_lists([text], "query")[0]
 

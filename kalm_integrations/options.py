@@ -21,10 +21,10 @@ class ClientOptions(TypedDict, total=False):
     """Arguments of `KalmClient` and both `KalmModalEmbeddings`."""
 
     backend: Backend
-    """Where vectors come from. "modal": the app that `kalm deploy` made, over Modal's RPC. "http":
+    """Where vectors come from. "modal": the app of `kalm deploy`, over Modal's RPC. "http":
     the service at `base_url`, or that app's HTTP endpoint. "local": the embedded engine, in this
     process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
-    there, else an error; it never falls back to "local". Default: "auto"."""
+    present, else an error; it never falls back to "local". Default: "auto"."""
 
     base_url: str | None
     """URL of the service, with or without `/v1`: our server, or any with OpenAI's API. With

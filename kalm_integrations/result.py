@@ -1,4 +1,4 @@
-"""What a caller gets: numpy arrays, or the lists of Python floats that frameworks demand."""
+"""Results: numpy arrays, or the lists of Python floats that frameworks require."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a call cost. `tokens` are the model's own, instructions included; of identical texts
-    only the first is counted, since only the first is embedded."""
+    """Tokens and requests of a call. `tokens` are the model's own, instructions included; identical
+    texts are counted once, because they are embedded once."""
 
     tokens: int = 0
     requests: int = 0
@@ -41,8 +41,8 @@ class EmbeddingResult:
     Attributes:
         vectors: Shape (texts, dimensions), float32, each row of unit length.
         dtype: The type in which the vectors were sent.
-        identity: What these vectors may be compared with.
-        usage: What the call cost.
+        identity: Vectors with the same identity can be compared with these.
+        usage: Tokens and requests of the call.
     """
 
     vectors: NDArray[np.float32] = field(repr=False)
@@ -74,7 +74,7 @@ class EmbeddedBatch:
         indices: Index in the caller's texts of each row, shape (n,), int64. Identical texts have
             identical rows.
         packed: Shape (n, dimensions), in the type in which the vectors were sent.
-        usage: What this part cost.
+        usage: Tokens and requests of this part.
         rejected: With on_error="skip", the texts that have no vector, and why.
     """
 
@@ -135,7 +135,7 @@ class EmbeddedBatch:
 
 @dataclass(frozen=True, eq=False)
 class PartialResult:
-    """What a failed call had finished: `vectors[k]` belongs to the caller's text `indices[k]`."""
+    """The finished part of a failed call: `vectors[k]` belongs to the text `indices[k]`."""
 
     total: int
     indices: NDArray[np.int64] = field(repr=False)
@@ -155,7 +155,7 @@ class ResultBuilder(ABC, Generic[R]):
 
     Args:
         total: Number of texts.
-        dimensions: Of the vectors; 0 if the first part decides.
+        dimensions: Dimensions of the vectors; 0 if the first part decides.
     """
 
     def __init__(self, total: int, dimensions: int) -> None:
@@ -201,7 +201,7 @@ class ResultBuilder(ABC, Generic[R]):
 
 
 class ArrayBuilder(ResultBuilder[EmbeddingResult]):
-    """Builds one float32 array; parts are widened while later ones are on their way."""
+    """Builds one float32 array; parts are converted while others are in flight."""
 
     def __init__(
         self, total: int, dimensions: int, dtype: VectorDtype, identity: VectorIdentity
@@ -224,7 +224,7 @@ class ArrayBuilder(ResultBuilder[EmbeddingResult]):
 
 
 class ListBuilder(ResultBuilder[list[list[float]]]):
-    """Builds lists of Python floats; parts are converted while later ones are on their way."""
+    """Builds lists of Python floats; parts are converted while others are in flight."""
 
     def __init__(self, total: int, dimensions: int) -> None:
         super().__init__(total, dimensions)

@@ -40,8 +40,8 @@ def prove(settings: DeploySettings) -> None:
 
 
 def _client(settings: DeploySettings) -> KalmClient:
-    arguments: dict[str, Any] = dict(settings.client_arguments)
-    return KalmClient(backend="modal", **{"app_name": settings.app_name, **arguments})
+    arguments: dict[str, Any] = {"app_name": settings.app_name, **settings.client_arguments}
+    return KalmClient(backend="modal", **arguments)
 
 
 def _prove(client: KalmClient, settings: DeploySettings) -> None:
