@@ -38,12 +38,14 @@ def cached(embeddings: KalmModalEmbeddings, folder: Path) -> CacheBackedEmbeddin
     )
 
 
-def app(folder: Path, **settings: str) -> None:
+def app(folder: Path, instruction: str | None = None) -> None:
     """Index the recipes, search for the questions, and print the usage."""
     used: list[Usage] = []
     # A small model in this process, to learn with. In production, the service that you run:
     # KalmModalEmbeddings(base_url="https://...", api_key="...")
-    embeddings = KalmModalEmbeddings(backend="local", on_usage=used.append, **settings)
+    embeddings = KalmModalEmbeddings(
+        backend="local", query_instruction=instruction, on_usage=used.append
+    )
     store = InMemoryVectorStore(cached(embeddings, folder))
     store.add_texts(RECIPES)
     best = [store.similarity_search(question, k=1)[0].page_content for question in QUESTIONS]
@@ -60,7 +62,7 @@ def main() -> None:
     print("Second run: all from the disk")
     app(folder)
     print("Another query instruction: the documents' cache still serves")
-    app(folder, query_instruction="Search for a recipe: {text}")
+    app(folder, "Search for a recipe: {text}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
+from llama_index.core.schema import TransformComponent
 
 from kalm_integrations import Usage
 
@@ -42,12 +43,17 @@ def open_index(storage: Path, embeddings: KalmModalEmbeddings) -> VectorStoreInd
     Its id and folder are the fingerprint of its vectors, so another model gets another index.
     """
     index_id = storage.name
-    split = [MarkdownNodeParser(), SentenceSplitter(chunk_size=256, chunk_overlap=0)]
+    split: list[TransformComponent] = [
+        MarkdownNodeParser(),
+        SentenceSplitter(chunk_size=256, chunk_overlap=0),
+    ]
     if storage.exists():
         context = StorageContext.from_defaults(persist_dir=str(storage))
-        return load_index_from_storage(
+        index = load_index_from_storage(
             context, index_id=index_id, embed_model=embeddings, transformations=split
         )
+        assert isinstance(index, VectorStoreIndex)
+        return index
     index = VectorStoreIndex([], embed_model=embeddings, transformations=split)
     index.set_index_id(index_id)
     return index

@@ -11,7 +11,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,7 +26,7 @@ QUESTION = "Which mountain is the tallest?"
 
 
 @contextmanager
-def service() -> Iterator[tuple[str, str]]:
+def service() -> Generator[tuple[str, str]]:
     """Yield the URL and key of the service; start one if `KALM_BASE_URL` is not set."""
     if url := os.environ.get("KALM_BASE_URL"):
         yield url, os.environ.get("KALM_API_KEY", "")

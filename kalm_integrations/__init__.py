@@ -13,46 +13,62 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalm_integrations.client import KalmClient as KalmClient
-    from kalm_integrations.errors import ConfigurationError as ConfigurationError
-    from kalm_integrations.errors import DeadlineExceededError as DeadlineExceededError
-    from kalm_integrations.errors import IdentityMismatchError as IdentityMismatchError
-    from kalm_integrations.errors import InvalidInputError as InvalidInputError
-    from kalm_integrations.errors import KalmError as KalmError
-    from kalm_integrations.errors import ServiceUnavailableError as ServiceUnavailableError
-    from kalm_integrations.identity import SpaceIdentity as SpaceIdentity
-    from kalm_integrations.identity import VectorIdentity as VectorIdentity
-    from kalm_integrations.langchain import KalmModalEmbeddings as KalmModalEmbeddings
-    from kalm_integrations.result import EmbeddedBatch as EmbeddedBatch
-    from kalm_integrations.result import EmbeddingResult as EmbeddingResult
-    from kalm_integrations.result import PartialResult as PartialResult
-    from kalm_integrations.result import Usage as Usage
-    from kalm_integrations.version import __version__ as __version__
+    from kalm_integrations.client import KalmClient
+    from kalm_integrations.errors import (
+        ConfigurationError,
+        DeadlineExceededError,
+        IdentityMismatchError,
+        InvalidInputError,
+        KalmError,
+        ServiceUnavailableError,
+    )
+    from kalm_integrations.identity import SpaceIdentity, VectorIdentity
+    from kalm_integrations.langchain import KalmModalEmbeddings
+    from kalm_integrations.options import ClientOptions
+    from kalm_integrations.result import EmbeddedBatch, EmbeddingResult, PartialResult, Usage
+    from kalm_integrations.transports.base import Transport
+    from kalm_integrations.version import __version__
 
-_HOMES = {
-    "__version__": "version",
-    "KalmClient": "client",
-    "ConfigurationError": "errors",
-    "DeadlineExceededError": "errors",
-    "IdentityMismatchError": "errors",
-    "InvalidInputError": "errors",
-    "KalmError": "errors",
-    "ServiceUnavailableError": "errors",
-    "SpaceIdentity": "identity",
-    "VectorIdentity": "identity",
-    "KalmModalEmbeddings": "langchain",
+__all__ = [
+    "ClientOptions",
+    "ConfigurationError",
+    "DeadlineExceededError",
+    "EmbeddedBatch",
+    "EmbeddingResult",
+    "IdentityMismatchError",
+    "InvalidInputError",
+    "KalmClient",
+    "KalmError",
+    "KalmModalEmbeddings",
+    "PartialResult",
+    "ServiceUnavailableError",
+    "SpaceIdentity",
+    "Transport",
+    "Usage",
+    "VectorIdentity",
+    "__version__",
+]
+
+_OTHER_MODULES = {
+    "ClientOptions": "options",
     "EmbeddedBatch": "result",
     "EmbeddingResult": "result",
+    "KalmClient": "client",
+    "KalmModalEmbeddings": "langchain",
     "PartialResult": "result",
+    "SpaceIdentity": "identity",
+    "Transport": "transports.base",
     "Usage": "result",
+    "VectorIdentity": "identity",
+    "__version__": "version",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_OTHER_MODULES.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

@@ -1,25 +1,29 @@
-"""What both adapters share: they hold a `KalmClient` and pass on what frameworks do not know."""
+"""The base class of both adapters: it holds a `KalmClient` and forwards its methods."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable
-from inspect import Parameter
-from typing import Any, Final
+from typing import TypedDict
 
-from kalm_integrations.client import ContextManaged, KalmClient, OnError, Progress
+from kalm_integrations.client import KalmClient, OnError
+from kalm_integrations.client_base import ClientBase
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.options import ClientConfig, ClientOptions, forget
+from kalm_integrations.options import ClientOptions, forget
+from kalm_integrations.progress import Progress
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
 
-CLIENT: Final = Parameter(
-    "client", Parameter.KEYWORD_ONLY, default=None, annotation=KalmClient | None
-)
-"""The argument in front of the options."""
+
+class SharedClient(TypedDict, total=False):
+    """The argument that excludes those of `KalmClient`."""
+
+    client: KalmClient | None
+    """A client to share, instead of its arguments. Default: None."""
 
 
-class ClientAdapter(ContextManaged):
+class ClientAdapter(ClientBase):
     """A framework's embedding model that embeds with `client`.
 
     Adapters may share one client, and with it the connections and the limit on concurrent
@@ -30,28 +34,12 @@ class ClientAdapter(ContextManaged):
 
     @property
     def client(self) -> KalmClient:
-        """The client that embeds; its `config` has all arguments."""
+        """The client that embeds."""
         return self._client
 
     @property
-    def vector_dimensions(self) -> int:
-        """As `KalmClient.vector_dimensions`."""
-        return self._client.vector_dimensions
-
-    @property
-    def vector_identity(self) -> VectorIdentity:
-        """As `KalmClient.vector_identity`."""
-        return self._client.vector_identity
-
-    @property
-    def cache_namespace(self) -> str:
-        """As `KalmClient.cache_namespace`."""
-        return self._client.cache_namespace
-
-    @property
-    def query_cache_namespace(self) -> str:
-        """As `KalmClient.query_cache_namespace`."""
-        return self._client.query_cache_namespace
+    def config(self) -> ClientConfig:
+        return self._client.config
 
     def embed(
         self,
@@ -101,17 +89,12 @@ class ClientAdapter(ContextManaged):
         """As `KalmClient.aclose`."""
         await self._client.aclose()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ClientConfig.model_fields:
-            raise AttributeError(f"{name} is fixed: use with_options({name}=...)")
-        super().__setattr__(name, value)
-
 
 def client_of(client: KalmClient | None, options: ClientOptions) -> KalmClient:
     """Return `client`, or a new one with `options`.
 
     Raises:
-        ConfigurationError: Both are given.
+        ConfigurationError: Both were passed.
     """
     try:
         if client is None:

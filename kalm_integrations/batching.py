@@ -1,20 +1,24 @@
-"""Plan texts into requests, and put the answers back where they belong.
+"""Group texts into requests, and map the rows of responses back to the texts' indices.
 
-Plain functions and data: no I/O, no threads. Order is right by construction: every distinct text
-carries the positions of all its copies with it, from the plan to the answer.
+Plain functions and data: no I/O, no threads. Every distinct text keeps the positions of all
+its copies, from the plan to the response.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations import prompts
 from kalm_integrations.errors import InvalidText
+
+T = TypeVar("T")
+_BLOCK: Final = 8192  # texts that `iter_embed` reads ahead and searches for copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +30,9 @@ class RequestLimits:
             ones 1.9 MiB: under Modal's 2 MiB limit for an answer that needs no blob.
         bytes: UTF-8 bytes of all texts.
         tokens: Estimated tokens, about 2 s of one H100's time at 26,000 tokens/s, because a
-            request that runs cannot be cancelled everywhere.
-        text_tokens: No text counts for more, since the model takes no more of it.
-        characters: Where a text is cut, as the service would; None sends it whole.
+            running request cannot be cancelled everywhere.
+        text_tokens: The most that one text counts, because the model reads no more of it.
+        characters: Where a text is cut, as the service would do; None sends it whole.
     """
 
     texts: int = 128
@@ -43,9 +47,9 @@ class Batch:
     """One request's texts.
 
     Attributes:
-        texts: Distinct texts, the instruction set in.
+        texts: Distinct texts, with the instruction.
         positions: For each text, every index in the caller's list that holds it, first first.
-        rejected: Texts that were found invalid on the way here; their batch has no others.
+        rejected: Invalid texts; their batch has no others.
     """
 
     texts: list[str]
@@ -56,7 +60,7 @@ class Batch:
         return len(self.texts)
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The batch as two, for a service that takes no request of its size."""
+        """The batch as two, for a service that refuses requests of its size."""
         middle = len(self) // 2
         return (
             Batch(self.texts[:middle], self.positions[:middle]),
@@ -64,13 +68,13 @@ class Batch:
         )
 
     def without(self, rows: Iterable[int]) -> Batch:
-        """The batch less the texts of `rows`."""
+        """The batch without the texts of `rows`."""
         dropped = set(rows)
         kept = [row for row in range(len(self)) if row not in dropped]
         return Batch([self.texts[row] for row in kept], [self.positions[row] for row in kept])
 
     def locate(self, invalid: Iterable[InvalidText]) -> list[InvalidText]:
-        """Texts named by their row in this batch, named by every caller's index instead."""
+        """Translate rows of this batch to all indices of their texts in the caller's list."""
         located = [
             InvalidText(index, bad.reason) for bad in invalid for index in self.positions[bad.index]
         ]
@@ -79,7 +83,7 @@ class Batch:
     def scatter(
         self, vectors: NDArray[np.floating[Any]]
     ) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
-        """(indices, rows) in the caller's terms, copies included: rows[k] is of indices[k]."""
+        """(indices, rows) for the caller, copies included: rows[k] belongs to indices[k]."""
         copies = [len(places) for places in self.positions]
         flat = [index for places in self.positions for index in places]
         rows = vectors if len(flat) == len(copies) else np.repeat(vectors, copies, axis=0)
@@ -91,7 +95,7 @@ def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits)
 
     Args:
         texts: Texts with their indices in the caller's list.
-        template: What the texts are set into; see `prompts`.
+        template: Instruction with `{text}`; see `prompts`.
         limits: No request exceeds them, except one of a single text.
     """
     places: dict[str, list[int]] = {}
@@ -120,5 +124,12 @@ def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits)
 
 
 def estimate_tokens(utf8_bytes: int) -> int:
-    """About how many tokens a text has: 4 bytes a token fits English and Chinese alike."""
+    """Estimate the tokens of a text: 4 bytes per token fit both English and Chinese."""
     return utf8_bytes // 4 + 1
+
+
+def numbered_blocks(texts: Iterable[T]) -> Iterator[list[tuple[int, T]]]:
+    """Read `texts` in blocks, with their indices."""
+    numbered = enumerate(texts)
+    while block := list(islice(numbered, _BLOCK)):
+        yield block

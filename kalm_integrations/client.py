@@ -8,20 +8,22 @@ methods differ only in how they wait.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Never, Self, Unpack, get_args
+from typing import Any, Literal, Never, Self, TypeVar, Unpack, get_args
 
 from kalm_integrations import validation
-from kalm_integrations.batching import Batch, plan
+from kalm_integrations.batching import Batch, numbered_blocks, plan
+from kalm_integrations.client_base import ClientBase, defaults
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
-from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.errors import ConfigurationError, InvalidText
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
-from kalm_integrations.options import ClientConfig, ClientOptions, forget
+from kalm_integrations.options import ClientOptions, forget
+from kalm_integrations.progress import Progress, reporting
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import (
     ArrayBuilder,
@@ -33,45 +35,13 @@ from kalm_integrations.result import (
 from kalm_integrations.session import Call
 from kalm_integrations.signatures import documented, refuse_positional
 
-log = logging.getLogger(__name__)
-_BLOCK = 8192  # texts that `iter_embed` reads ahead and looks for copies in
-
 OnError = Literal["raise", "skip"]
-Progress = Callable[[int], object]
+R = TypeVar("R")
 _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
-def defaults() -> dict[str, Any]:
-    """The default of each argument."""
-    return {name: field.default for name, field in ClientConfig.model_fields.items()}
-
-
-class ContextManaged:
-    """Closes its connections when a `with` or `async with` block ends."""
-
-    def close(self) -> None:
-        """Close the connections. A later call opens new ones."""
-        raise NotImplementedError
-
-    async def aclose(self) -> None:
-        """`close`, without blocking the running event loop."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-
 @documented(ClientOptions, defaults=defaults)
-class KalmClient(ContextManaged):
+class KalmClient(ClientBase):
     """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
 
     Constructing it opens nothing. One object serves any number of threads and event loops. It
@@ -94,7 +64,6 @@ class KalmClient(ContextManaged):
 
     @property
     def config(self) -> ClientConfig:
-        """All arguments, validated, and what follows from them. It cannot be changed."""
         return self._config
 
     def with_options(self, **options: Unpack[ClientOptions]) -> Self:
@@ -111,26 +80,6 @@ class KalmClient(ContextManaged):
     def served_model(self) -> str:
         """Name of the model that requests name."""
         return self._config.served_model
-
-    @property
-    def vector_dimensions(self) -> int:
-        """Dimensions of the vectors; 0 until the first answer for a model without a profile."""
-        return self._config.vector_dimensions
-
-    @property
-    def vector_identity(self) -> VectorIdentity:
-        """What an index of this client's document vectors contains; see `ClientConfig`."""
-        return self._config.vector_identity
-
-    @property
-    def cache_namespace(self) -> str:
-        """Name for a cache of document vectors: changes exactly when they may."""
-        return self._config.cache_namespace
-
-    @property
-    def query_cache_namespace(self) -> str:
-        """Name for a cache of query vectors. Never share one cache between both roles."""
-        return self._config.query_cache_namespace
 
     def embed(
         self,
@@ -159,11 +108,7 @@ class KalmClient(ContextManaged):
             IdentityMismatchError: The vectors are of another space than expected.
             KalmError: Base class of all of them; `partial` has what was finished.
         """
-        checked = validation.check_texts(texts, self._config.truncate)
-        builder = ArrayBuilder(len(checked), self._config.vector_dimensions)
-        with builder.partial_on_error():
-            self._fill(builder, checked, role, on_progress)
-            return builder.result(self._config.vector_dtype, self.vector_identity)
+        return self._collect(self._array_builder, texts, role, on_progress)
 
     async def aembed(
         self,
@@ -173,11 +118,7 @@ class KalmClient(ContextManaged):
         on_progress: Progress | None = None,
     ) -> EmbeddingResult:
         """`embed`, without blocking the running event loop."""
-        checked = validation.check_texts(texts, self._config.truncate)
-        builder = ArrayBuilder(len(checked), self._config.vector_dimensions)
-        with builder.partial_on_error():
-            await self._afill(builder, checked, role, on_progress)
-            return builder.result(self._config.vector_dtype, self.vector_identity)
+        return await self._acollect(self._array_builder, texts, role, on_progress)
 
     def iter_embed(
         self,
@@ -233,13 +174,11 @@ class KalmClient(ContextManaged):
             DeadlineExceededError: `timeout` ran out; the message says where to look.
             KalmError: The service cannot be reached, or serves other vectors.
         """
-        ready = self._dispatcher.ensure_ready(self._ready_timeout(timeout))
-        return self._identity_in(ready.result())
+        return self._identity_in(self._ensure_ready(timeout).result())
 
     async def awarm_up(self, timeout: float | None = None) -> VectorIdentity:
         """`warm_up`, without blocking the running event loop."""
-        ready = self._dispatcher.ensure_ready(self._ready_timeout(timeout))
-        return self._identity_in(await asyncio.wrap_future(ready))
+        return self._identity_in(await asyncio.wrap_future(self._ensure_ready(timeout)))
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
@@ -248,28 +187,6 @@ class KalmClient(ContextManaged):
     async def aclose(self) -> None:
         """`close`, without blocking the running event loop."""
         await asyncio.wrap_future(self._dispatcher.close())
-
-    def __repr__(self) -> str:
-        config = vars(self).get("_config")  # absent while a traceback of the constructor is shown
-        return repr(config).replace("ClientConfig", type(self).__name__, 1)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._config == self._config
-
-    def __hash__(self) -> int:
-        return hash(self._config)
-
-    if not TYPE_CHECKING:  # type checkers know `config`
-
-        def __getattr__(self, name: str) -> Any:
-            if name in ClientConfig.model_fields:
-                return getattr(self._config, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ClientConfig.model_fields:
-            raise AttributeError(f"{name} is fixed: use with_options({name}=...) or a new client")
-        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_dispatcher"}
@@ -281,41 +198,59 @@ class KalmClient(ContextManaged):
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
         """`embed`, as the lists of floats that frameworks take; faster than `to_lists()`."""
-        checked = validation.check_texts(texts, self._config.truncate)
-        builder = ListBuilder(len(checked), self._config.vector_dimensions)
-        with builder.partial_on_error():
-            self._fill(builder, checked, role, on_progress)
-            return builder.result()
+        return self._collect(self._list_builder, texts, role, on_progress)
 
     async def aembed_to_lists(
         self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
         """`embed_to_lists`, without blocking the running event loop."""
-        checked = validation.check_texts(texts, self._config.truncate)
-        builder = ListBuilder(len(checked), self._config.vector_dimensions)
-        with builder.partial_on_error():
-            await self._afill(builder, checked, role, on_progress)
-            return builder.result()
+        return await self._acollect(self._list_builder, texts, role, on_progress)
 
-    def _fill(
-        self, builder: ResultBuilder, texts: list[str], role: Role, on_progress: Progress | None
-    ) -> None:
-        with self._progress(len(texts), role, on_progress) as advance:
-            call = self._call(role)
-            for part in self._dispatcher.run(self._plan(enumerate(texts), role), call):
+    def _check(self, texts: Iterable[str]) -> list[str]:
+        return validation.check_texts(texts, self._config.truncate)
+
+    def _array_builder(self, total: int) -> ArrayBuilder:
+        dimensions, dtype = self._config.vector_dimensions, self._config.vector_dtype
+        return ArrayBuilder(total, dimensions, dtype, self.vector_identity)
+
+    def _list_builder(self, total: int) -> ListBuilder:
+        return ListBuilder(total, self._config.vector_dimensions)
+
+    def _collect(
+        self,
+        new_builder: Callable[[int], ResultBuilder[R]],
+        texts: Iterable[str],
+        role: Role,
+        on_progress: Progress | None,
+    ) -> R:
+        checked, call = self._check(texts), self._call(role)
+        builder = new_builder(len(checked))
+        show = self._config.show_progress and role == "document"
+        progress = reporting(len(checked), on_progress, show)
+        with builder.partial_on_error(), progress as advance:
+            for part in self._dispatcher.run(self._plan(enumerate(checked), role), call):
                 builder.add(part)
                 advance(len(part))
+            return builder.result()
 
-    async def _afill(
-        self, builder: ResultBuilder, texts: list[str], role: Role, on_progress: Progress | None
-    ) -> None:
-        with self._progress(len(texts), role, on_progress) as advance:
-            call = self._call(role)
-            parts = self._dispatcher.arun(self._plan(enumerate(texts), role), call)
+    async def _acollect(
+        self,
+        new_builder: Callable[[int], ResultBuilder[R]],
+        texts: Iterable[str],
+        role: Role,
+        on_progress: Progress | None,
+    ) -> R:
+        checked, call = self._check(texts), self._call(role)
+        builder = new_builder(len(checked))
+        show = self._config.show_progress and role == "document"
+        progress = reporting(len(checked), on_progress, show)
+        with builder.partial_on_error(), progress as advance:
+            parts = self._dispatcher.arun(self._plan(enumerate(checked), role), call)
             async with aclosing(parts):
                 async for part in parts:
                     builder.add(part)
                     advance(len(part))
+            return builder.result()
 
     def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
         # A misspelt word must not lose the instruction or the error.
@@ -334,14 +269,16 @@ class KalmClient(ContextManaged):
         return plan(texts, self._config.template(role), self._config.request_limits)
 
     def _plan_stream(self, texts: Iterable[str], role: Role, on_error: OnError) -> Iterator[Batch]:
-        collection = validation.check_collection(texts)
-        if on_error == "raise" and isinstance(collection, Sequence):
-            collection = validation.check_texts(collection, self._config.truncate)
+        truncate = self._config.truncate
+        blocks: Iterator[tuple[list[tuple[int, str]], list[InvalidText]]]
+        if on_error == "raise" and isinstance(texts, Sequence):
+            blocks = ((block, []) for block in numbered_blocks(self._check(texts)))
+        else:
+            unchecked = numbered_blocks(validation.check_collection(texts))
+            blocks = (validation.partition_valid(block, truncate) for block in unchecked)
 
         def batches() -> Iterator[Batch]:
-            numbered = enumerate(collection)
-            while block := list(islice(numbered, _BLOCK)):
-                valid, invalid = validation.partition_valid(block, self._config.truncate)
+            for valid, invalid in blocks:
                 if invalid and on_error == "raise":
                     raise validation.invalid_input(invalid)
                 if invalid:
@@ -350,30 +287,11 @@ class KalmClient(ContextManaged):
 
         return batches()
 
-    def _ready_timeout(self, timeout: float | None) -> float:
+    def _ensure_ready(self, timeout: float | None) -> Future[SpaceIdentity | None]:
         seconds = self._config.timeout if timeout is None else timeout
         if not seconds > 0:
             raise ConfigurationError(f"timeout={timeout!r}: must be a number of seconds over 0.")
-        return seconds
+        return self._dispatcher.ensure_ready(seconds)
 
     def _identity_in(self, space: SpaceIdentity | None) -> VectorIdentity:
         return replace(self.vector_identity, space=space or self._config.expected_space)
-
-    @contextmanager
-    def _progress(self, total: int, role: Role, on_progress: Progress | None) -> Iterator[Progress]:
-        if on_progress is not None:
-            yield on_progress
-        elif self._config.show_progress and role == "document" and total > 1:
-            with progress_bar(total) as advance:
-                yield advance
-        else:
-            yield lambda _: None
-
-
-@contextmanager
-def progress_bar(total: int, what: str = "Embedding") -> Iterator[Progress]:
-    """A bar on stderr, or a widget in a notebook; yields what moves it on."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=what, unit=" texts") as bar:
-        yield bar.update

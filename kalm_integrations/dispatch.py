@@ -18,10 +18,10 @@ from contextlib import closing, suppress
 from functools import partial
 
 from kalm_integrations.batching import Batch
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.session import Call, Session
 from kalm_integrations.transports.base import open_transport
@@ -170,9 +170,10 @@ class Dispatcher:
 
     async def _close(self) -> None:
         session, self._session = self._session, None
-        if session is not None and self._loop is background_loop():
+        loop = background_loop()
+        if session is not None and self._loop is loop:
             self._finalizer.detach()  # otherwise every closed session would be kept alive
-            self._loop.resources.discard(session)
+            loop.resources.discard(session)
             await session.close()
 
 

@@ -1,4 +1,4 @@
-"""The documents of a folder: its Markdown and text files, without what is hidden or installed."""
+"""The documents of a folder: Markdown and text files that are neither hidden nor installed."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Final
 SUFFIXES: Final = (".md", ".markdown", ".txt", ".rst")
 
 _NOT_DOCUMENTS: Final = frozenset({"node_modules", "site-packages", "venv", "__pycache__"})
-_SHOWN: Final = 5  # files that could not be read
+_MAX_NAMES: Final = 5  # files that could not be read
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """In order of their names, folder by folder."""
+    """Yield them in order of their names, folder by folder."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(
             name for name in folders if name[0] != "." and name not in _NOT_DOCUMENTS
         )
         for name in sorted(names):
             path = Path(parent, name)
-            # a named pipe would be waited for
+            # opening a named pipe would block
             if name.lower().endswith(SUFFIXES) and name[0] != "." and path.is_file():
                 yield path
 
 
 def unread(name: str, error: OSError | UnicodeDecodeError) -> str:
-    """A file that could not be read, and why."""
+    """Describe a file that could not be read."""
     return f"{name} ({error.strerror if isinstance(error, OSError) else 'not UTF-8'})"
 
 
 def left_out(files: Sequence[str]) -> str:
-    """What to say, after all else, of files that could not be read."""
+    """The end of a message: which files could not be read."""
     if not files:
         return ""
-    more = len(files) - _SHOWN
-    shown = [*files[:_SHOWN], f"{more} more"] if more > 0 else files
-    return f"; left out: {', '.join(shown)}"
+    more = len(files) - _MAX_NAMES
+    names = [*files[:_MAX_NAMES], f"{more} more"] if more > 0 else files
+    return f"; left out: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Settings that are read from the argument, then from a variable, then from their default."""
+"""Settings, each read from its argument, then its environment variable, then its default."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ class EnvironmentSettings(BaseModel):
         if unknown := arguments.keys() - fields.keys():
             wrong = unknown_argument(min(unknown), fields)
         else:
-            # Saying the default is saying nothing.
-            given = [name for name in together if together[name] != fields[name].default]
+            # A default value counts as absent.
+            present = [name for name in together if together[name] != fields[name].default]
             pairs = (
                 (name, other)
-                for name in given
+                for name in present
                 for other in cls.excludes(name, together[name])
-                if other in given
+                if other in present
             )
             if pair := next(pairs, None):
                 wrong = "{}= and {}= contradict each other: leave one of them out.".format(*pair)

@@ -1,4 +1,4 @@
-"""The two conversions of vectors at which numpy is slow (docs/performance.md has the figures)."""
+"""Two conversions of vectors that are slow in numpy (figures: docs/performance.md)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What makes two vectors comparable.
+"""Identities: two vectors can be compared if theirs are equal.
 
-The *service* reads a `SpaceIdentity` off its loaded engine and sends it with every answer; the
-*client* declares the one it expects and compares. Neither is ever derived from the other.
+The *service* reads a `SpaceIdentity` from its loaded engine and sends it with every response. The
+*client* declares the one that it expects, and compares. Neither is derived from the other.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SpaceIdentity:
         pooling: How token states become one vector, e.g. "last".
         normalized: Whether vectors have unit length.
         attention: "causal", "bidirectional", or "none" where the model has no attention.
-        quantization: The scheme that the engine really runs, e.g. "bf16", not the one asked for.
-        profile: Version of our way of running this model; raised when vectors change with it.
+        quantization: The scheme that the engine runs, e.g. "bf16", not the requested one.
+        profile: Version of how we run this model; raised when that changes vectors.
     """
 
     model: str
@@ -47,7 +47,7 @@ class SpaceIdentity:
 
     @classmethod
     def undeclared(cls, model: str) -> Self:
-        """All that a client knows of a model that it has no profile of: its name."""
+        """The identity of a model without profile: only its name is known."""
         return cls(
             model=model,
             revision=_UNDECLARED,
@@ -60,7 +60,7 @@ class SpaceIdentity:
 
     @property
     def declared(self) -> bool:
-        """Whether this is more than a name."""
+        """Whether more than the name is known."""
         return self.revision != _UNDECLARED
 
     @property
@@ -100,8 +100,8 @@ class SpaceIdentity:
 class VectorIdentity:
     """What every vector of one index must share: the space, the dimensions (0: the native number
     of a model without profile), and the template that documents were embedded with. Queries may
-    be instructed anew at any time, so their template is not part of it; nor is the type in which
-    vectors travel."""
+    have another instruction at any time, so their template is not part of it; nor is the type in
+    which vectors are transferred."""
 
     space: SpaceIdentity
     dimensions: int
@@ -109,7 +109,7 @@ class VectorIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """Short form of the whole identity: 16 hex digits. Keep it beside your index."""
+        """Short form of the whole identity: 16 hex digits. Store it with your index."""
         return fingerprint(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,17 +125,16 @@ class VectorIdentity:
         """
         try:
             space = SpaceIdentity.from_dict(value["space"])
-            made = cls(
+            return cls(
                 space=space,
                 dimensions=int(value["dimensions"]),
                 document_template=str(value["document_template"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a vector identity: {error!r}") from error
-        return made
 
     def check(self, stored: VectorIdentity) -> None:
-        """Compare with the identity that was kept beside an index.
+        """Compare with the identity that was stored with an index.
 
         Raises:
             IdentityMismatchError: They differ; the message says in what.

@@ -14,16 +14,17 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from typing import TYPE_CHECKING, Any, Never, Self, Unpack
+from typing import Never, Self, Unpack
 
-from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
-from kalm_integrations.client import KalmClient, defaults
+from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
+from kalm_integrations.client import KalmClient
+from kalm_integrations.client_base import defaults
 from kalm_integrations.langchain_errors import raised_as_langchains
-from kalm_integrations.options import ClientConfig, ClientOptions
+from kalm_integrations.options import ClientOptions
 from kalm_integrations.signatures import documented, refuse_positional
 
 
-@documented(ClientOptions, CLIENT, defaults=defaults)
+@documented(SharedClient, ClientOptions, defaults=defaults)
 class KalmModalEmbeddings(ClientAdapter, Embeddings):
     """KaLM, or the embedded engine, as a LangChain embedding model.
 
@@ -50,12 +51,12 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         return type(self)(client=self._client.with_options(**options))
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Embed texts to be found, with the document instruction; see `KalmClient.embed`."""
+        """Embed documents, with the document instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
             return self._client.embed_to_lists(texts, "document")
 
     def embed_query(self, text: str) -> list[float]:
-        """Embed a question, with the query instruction; see `KalmClient.embed`."""
+        """Embed a query, with the query instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
             return self._client.embed_to_lists([text], "query")[0]
 
@@ -69,17 +70,6 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         with raised_as_langchains():
             return (await self._client.aembed_to_lists([text], "query"))[0]
 
-    if not TYPE_CHECKING:  # as LangChain's tests expect; type checkers know `client.config`
-
-        def __getattr__(self, name: str) -> Any:
-            if name in ClientConfig.model_fields:
-                return getattr(self._client.config, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __repr__(self) -> str:
-        client = vars(self).get("_client")  # absent while a traceback of the constructor is shown
-        return repr(client).replace("KalmClient", type(self).__name__, 1)
-
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this
         # it would wrap this class (sequential batches of 10), ask for an unrelated package, or
@@ -90,7 +80,6 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
                 "`from kalm_integrations.llama_index import KalmModalEmbeddings`, with the same "
                 "arguments"
             )
-        return type(other) is type(self) and other._client == self._client
+        return super().__eq__(other)
 
-    def __hash__(self) -> int:
-        return hash(self._client)
+    __hash__ = ClientAdapter.__hash__

@@ -1,4 +1,4 @@
-"""Our errors as LangChain's: what the LangChain adapter raises is both.
+"""Errors of the LangChain adapter: each is one of ours and one of LangChain's.
 
 Code that handles `langchain_core.exceptions.ModelRateLimitError` of any provider handles ours, and
 code that handles `kalm_integrations.errors.RateLimitError` still does. Each class here has the name
@@ -47,7 +47,7 @@ globals().update({both.__name__: both for both in _BOTH.values()})  # where pick
 
 @contextmanager
 def raised_as_langchains() -> Iterator[None]:
-    """A `KalmError` that leaves this block is LangChain's too, with all that it carried."""
+    """Make a `KalmError` that leaves this block an error of LangChain too."""
     try:
         yield
     except errors.KalmError as error:

@@ -10,10 +10,10 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import AS_IS, PLACEHOLDER, RETRIEVAL, RETRIEVAL_TASK
 
 DEFAULT_APP: Final = "vllm-embedding-snapshot"
-"""The Modal app that serves them unless another name is given."""
+"""Default name of the Modal app that serves them."""
 
 FP8: Final = "fp8 weights per tensor, inputs per token"
-"""What an identity says of weights that vLLM converted to fp8 while loading them."""
+"""Quantization of weights that vLLM converts to fp8 while loading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ EMBEDDED: Final = ModelProfile(
         profile=1,
     ),
     dimensions=(512,),
-    # The service's default for KaLM, so that a text that fits here fits there.
+    # The service's default for KaLM: a text that fits here fits there.
     max_tokens=8192,
     # This model is not instruction-tuned: an instruction only dilutes the question.
     query_template=AS_IS,
@@ -106,13 +106,13 @@ KALM_MINI: Final = ModelProfile(
 
 PROFILES: Final = (EMBEDDED, KALM, KALM_MINI)
 NAMED_SPACES: Final = {"kalm-bf16": KALM.space, "kalm-fp8": KALM_FP8.space}
-"""What `expected_identity` takes by name."""
+"""Names that `expected_identity` accepts."""
 
 _KNOWN: Final = {profile.space.model: profile for profile in PROFILES}
 
 
 def profile_of(model: str) -> ModelProfile:
-    """The profile of a model by its name; of an unknown model, only the name is known."""
+    """The profile of a model by its name; for an unknown model, one with only the name."""
     return _KNOWN.get(model) or ModelProfile(
         space=SpaceIdentity.undeclared(model),
         dimensions=(),

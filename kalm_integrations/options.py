@@ -1,101 +1,30 @@
-"""The arguments of the client and both adapters: `ClientOptions` documents them for callers and
-type checkers, `ClientConfig` holds them validated.
-
-Each is read from the argument, then from the variable `KALM_` + its name in capitals, then from
-its default. Construction validates all of them and opens nothing.
-"""
+"""The arguments of the client and both adapters, documented for callers and type checkers."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Collection, Mapping
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict, Unpack, cast
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypedDict, cast
 
-import numpy as np
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import SecretStr
 
-from kalm_integrations import prompts
-from kalm_integrations.batching import RequestLimits
-from kalm_integrations.environment import EnvironmentSettings
-from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
-from kalm_integrations.models import (
-    DEFAULT_APP,
-    EMBEDDED,
-    KALM,
-    NAMED_SPACES,
-    ModelProfile,
-    profile_of,
-)
+from kalm_integrations.backends import Backend
+from kalm_integrations.identity import SpaceIdentity, VectorIdentity
 from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.base import Transport
-from kalm_integrations.validation import MAX_CHARACTERS
 
-NO_BACKEND = (
-    'backend="auto" found no service to talk to. For a service on Modal install modal (the extra '
-    '"modal") and run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET. For an HTTP '
-    "service pass base_url= or set KALM_BASE_URL. For the embedded engine (a small model in this "
-    'process, for learning, tests and CI) pass backend="local" or set KALM_BACKEND=local.'
-)
-
-
-def modal_is_configured() -> bool:
-    """Whether Modal's package and a token are there; asks nobody, imports nothing."""
-    if find_spec("modal") is None:
-        return False
-    token = "MODAL_TOKEN_ID" in os.environ and "MODAL_TOKEN_SECRET" in os.environ
-    within = os.environ.get("MODAL_IS_REMOTE") == "1"
-    file = Path(os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml").expanduser()
-    return token or within or file.is_file()
-
-
-def _read_identity(value: Any) -> Any:
-    if isinstance(value, VectorIdentity):
-        return value.space
-    if isinstance(value, str):
-        if value.strip() in NAMED_SPACES:
-            return NAMED_SPACES[value.strip()]
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict):
-            raise ValueError(  # noqa: TRY004 (pydantic reports it)
-                "expected_identity is neither the JSON of a space identity nor one of "
-                f"{', '.join(NAMED_SPACES)}"
-            )
-    return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
-
-
-def _clean_secret(value: SecretStr | None) -> SecretStr | None:
-    """Without the white space that a file or a shell leaves around it; None if nothing is left."""
-    if value is None:
-        return None
-    secret = value.get_secret_value().strip()
-    if not secret.isprintable():
-        raise ValueError("it holds control characters")
-    return SecretStr(secret) if secret else None
-
-
-DEFAULT_CLASS = "VLLMEmbeddingSnapshot"
-FIRST_START = 1800.0
+FIRST_START: Final = 1800.0
 """Seconds that a start on Modal may take: the default of `kalm deploy --startup-timeout`."""
-Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret), Field(exclude=True)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ClientOptions(TypedDict, total=False):
     """Arguments of `KalmClient` and both `KalmModalEmbeddings`."""
 
-    backend: Literal["auto", "modal", "http", "local"]
-    """Where vectors come from. "modal": the app that `kalm deploy` made, over Modal's RPC. "http":
+    backend: Backend
+    """Where vectors come from. "modal": the app of `kalm deploy`, over Modal's RPC. "http":
     the service at `base_url`, or that app's HTTP endpoint. "local": the embedded engine, in this
     process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
-    there, else an error; it never falls back to "local". Default: "auto"."""
+    present, else an error; it never falls back to "local". Default: "auto"."""
 
     base_url: str | None
     """URL of the service, with or without `/v1`: our server, or any with OpenAI's API. With
@@ -181,252 +110,6 @@ class ClientOptions(TypedDict, total=False):
     exceptions are logged and lose no vectors. Default: None."""
 
 
-_APP_ON_MODAL = ("app_name", "class_name", "environment_name")
-_SERVICE = ("base_url", *_APP_ON_MODAL)
-_CREDENTIALS = ("api_key", "modal_key", "modal_secret")
-
-
-class ClientConfig(EnvironmentSettings):
-    """`ClientOptions`, complete and validated. It cannot be changed.
-
-    Raises:
-        ConfigurationError: An argument is unknown, has a wrong type or value, or contradicts
-            another. The message names the argument, its source and the remedy.
-    """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-    variable_prefix = "KALM_"
-    arguments_only = frozenset({"on_usage", "transport"})
-
-    backend: Literal["auto", "modal", "http", "local"] = "auto"
-    base_url: str | None = None
-    app_name: Annotated[str, Field(min_length=1)] = DEFAULT_APP
-    class_name: Annotated[str, Field(min_length=1)] = DEFAULT_CLASS
-    environment_name: str | None = None
-    api_key: Secret = None
-    modal_key: Secret = None
-    modal_secret: Secret = None
-    transport: Annotated[Transport | None, Field(exclude=True)] = None
-    model: str | None = None
-    dimensions: int | None = None
-    query_instruction: str | None = None
-    document_instruction: str | None = None
-    truncate: Truncate = "error"
-    batch_size: Annotated[int, Field(ge=1, le=2048)] = 128
-    max_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
-    timeout: Seconds = 600.0
-    connect_timeout: Seconds = 10.0
-    keepalive_timeout: Seconds = 15.0
-    max_retries: Annotated[int, Field(ge=0, le=100)] = 6
-    vector_dtype: VectorDtype = "float16"
-    show_progress: bool = False
-    expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
-    on_usage: Annotated[Callable[[Usage], object] | None, Field(exclude=True)] = None
-
-    def __init__(self, **options: Unpack[ClientOptions]) -> None:
-        try:
-            super().__init__(**options)  # type: ignore[misc]
-        finally:
-            forget(options)
-
-    @classmethod
-    def excludes(cls, name: str, value: Any) -> Collection[str]:
-        match name, value:
-            case _, None | "auto":
-                return ()
-            case "backend", "local":
-                return _SERVICE
-            case "backend", "modal":
-                return ("base_url",)
-            case "base_url", _:
-                return _APP_ON_MODAL
-            case "transport", _:
-                return ("backend", *_SERVICE, *_CREDENTIALS)
-        return ()
-
-    def unused(self) -> set[str]:
-        """Names of the arguments that have no effect beside the others."""
-        return {
-            other for name, value in self.__dict__.items() for other in self.excludes(name, value)
-        }
-
-    def _kept(self) -> dict[str, Any]:
-        return {"backend": self.backend, "transport": self.transport}
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object = None) -> Self:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickles lie in files and travel: they hold no secret. Unpickling reads those from the
-        # environment again.
-        fields = self.__dict__.items()
-        return _restored, ({n: value for n, value in fields if not isinstance(value, SecretStr)},)
-
-    def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        """Arguments that differ from their defaults; no secrets, no callback."""
-        fields = type(self).model_fields
-        return [
-            (name, value)
-            for name, value in self.__dict__.items()
-            if value != fields[name].default
-            and not isinstance(value, SecretStr)
-            and name != "on_usage"
-        ]
-
-    @model_validator(mode="after")
-    def _check_values(self) -> Self:
-        self._check_url()
-        backend, profile = self.resolved_backend, self.profile
-        if backend == "http" and self.base_url is None and not modal_is_configured():
-            raise ValueError(
-                'backend="http" needs base_url= or KALM_BASE_URL, or Modal\'s package and a token '
-                "to look it up"
-            )
-        if backend == "local" and self.model not in (None, EMBEDDED.space.model):
-            raise ValueError(f'model={self.model!r}: backend="local" runs {EMBEDDED.space.model!r}')
-        if (self.modal_key is None) != (self.modal_secret is None):
-            raise ValueError("modal_key and modal_secret go together: pass both or neither")
-        if self.dimensions is not None and self.dimensions < 1:
-            raise ValueError(f"dimensions={self.dimensions}: a positive number")
-        if profile.dimensions and self.dimensions not in (None, *profile.dimensions):
-            offered = ", ".join(map(str, profile.dimensions))
-            raise ValueError(
-                f"dimensions={self.dimensions}: {profile.space.model} has {offered}; "
-                "leave dimensions out for its native number"
-            )
-        for name in ("query_instruction", "document_instruction"):
-            if (instruction := getattr(self, name)) is not None:
-                try:
-                    prompts.resolve(instruction)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-        return self
-
-    def _check_url(self) -> None:
-        if self.base_url is None:
-            return
-        url = urlsplit(self.base_url)
-        _ = url.port  # raises for one that is none
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-            raise ValueError("base_url is not like https://host or http://host:8000/v1")
-        if url.username is not None or url.password is not None:
-            raise ValueError("base_url holds a credential, which logs would show: use api_key=")
-
-    @property
-    def resolved_backend(self) -> Literal["modal", "http", "local", "transport"]:
-        """The backend, "auto" resolved; "transport" if one was passed.
-
-        Raises:
-            ValueError: It is "auto", and no service is configured.
-        """
-        if self.transport is not None:
-            return "transport"
-        if self.backend != "auto":
-            return self.backend
-        if self.base_url is not None:
-            return "http"
-        if not modal_is_configured():
-            raise ValueError(NO_BACKEND)
-        return "modal"
-
-    @property
-    def served_model(self) -> str:
-        """The model that is asked for."""
-        default = EMBEDDED if self.resolved_backend == "local" else KALM
-        return self.model or default.space.model
-
-    @property
-    def profile(self) -> ModelProfile:
-        """What this client declares of the model behind its backend."""
-        return profile_of(self.served_model)
-
-    @property
-    def expected_space(self) -> SpaceIdentity:
-        """The space that every answer is compared with."""
-        return self.expected_identity or self.profile.space
-
-    @property
-    def vector_dimensions(self) -> int:
-        """Dimensions that every answer must have; 0 for what the model has, if that is unknown."""
-        return self.dimensions or (*self.profile.dimensions, 0)[0]
-
-    @property
-    def query_template(self) -> str:
-        """What queries are set into, with `{text}` where the query goes."""
-        if self.query_instruction is None:
-            return self.profile.query_template
-        return prompts.resolve(self.query_instruction)
-
-    @property
-    def document_template(self) -> str:
-        """What documents are set into, with `{text}` where the document goes."""
-        if self.document_instruction is not None:
-            return prompts.resolve(self.document_instruction)
-        if self.query_instruction is not None and prompts.is_symmetric(self.query_instruction):
-            return self.query_template
-        return prompts.AS_IS
-
-    @property
-    def vector_identity(self) -> VectorIdentity:
-        """What an index of this client's document vectors holds. Declared: asks no service."""
-        return VectorIdentity(
-            space=self.expected_space,
-            dimensions=self.vector_dimensions,
-            document_template=self.document_template,
-        )
-
-    @property
-    def cache_namespace(self) -> str:
-        """A name that changes exactly when document vectors may: for `CacheBackedEmbeddings` and
-        the like. Letters, digits and "-" only. Asks no service: so over HTTP another revision under
-        the same name shows only where `expected_identity` is given."""
-        return self._cache_namespace("document", self.document_template)
-
-    @property
-    def query_cache_namespace(self) -> str:
-        """The same for queries. Never share one cache namespace between both roles."""
-        return self._cache_namespace("query", self.query_template)
-
-    @property
-    def request_limits(self) -> RequestLimits:
-        """How much goes into one request."""
-        tokens, cut = self.profile.max_tokens, None
-        if self.truncate == "end":
-            cut = MAX_CHARACTERS
-        if self.resolved_backend != "modal":
-            return RequestLimits(texts=self.batch_size, text_tokens=tokens, characters=cut)
-        # Over 2 MiB, a request or an answer takes Modal's way through blob storage: two more
-        # round trips. 64 KiB are for what is around vectors and texts.
-        inline = 2 * 2**20 - 2**16
-        row = np.dtype(self.vector_dtype).itemsize * self.vector_dimensions
-        texts = min(self.batch_size, inline // row) if row else self.batch_size
-        return RequestLimits(texts=texts, bytes=inline, text_tokens=tokens, characters=cut)
-
-    def template(self, role: prompts.Role) -> str:
-        """What texts of `role` are set into."""
-        return self.query_template if role == "query" else self.document_template
-
-    def _cache_namespace(self, role: prompts.Role, template: str) -> str:
-        # Truncation moves the vectors of long texts only, and never the space: cache keys only.
-        cut = self.profile.max_tokens if self.truncate == "end" else None
-        key = {
-            "space": self.expected_space.to_dict(),
-            "dimensions": self.vector_dimensions,
-            "template": template,
-            "cut_at": cut,
-        }
-        return f"kalm-{role}-{fingerprint(key)}"
-
-
 def forget(options: object) -> None:
     """Empty the arguments of a call: tracebacks may show them, and some are secret."""
     cast(dict[str, Any], options).clear()
-
-
-def _restored(fields: dict[str, Any]) -> ClientConfig:
-    config = ClientConfig.__new__(ClientConfig)
-    config._validate(fields, config._variables(fields))
-    return config

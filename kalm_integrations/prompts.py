@@ -1,7 +1,7 @@
 """Instructions: from a preset's name, a task sentence or a template to the text that is embedded.
 
 KaLM is instruction-tuned: queries carry an instruction, documents carry none, except in symmetric
-tasks, where both sides carry the same. The wording follows the model card and MTEB's dictionary
+tasks, where both carry the same. The wording follows the model card and MTEB's dictionary
 of tasks for this model, to the byte.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Role = Literal["query", "document"]
-"""Which side of a search a text stands on. It chooses the instruction and the priority."""
+"""The side of a search that a text is on. It chooses the instruction and the priority."""
 
 PLACEHOLDER: Final = "{text}"
 AS_IS: Final = PLACEHOLDER
@@ -49,7 +49,7 @@ PRESETS: Final[dict[str, Preset]] = {
     ),
     "sts": Preset("Retrieve semantically similar text", symmetric=True),
     "bitext": Preset("Retrieve parallel sentences", symmetric=True),
-    # "retrieval" is the dictionary's own spelling, and the model saw it so.
+    # "retrieval" is the dictionary's own spelling, which the model was trained with.
     "code": Preset(
         "Given a question about coding, retrieval code or passage that can solve user's question"
     ),
@@ -67,13 +67,13 @@ PRESETS: Final[dict[str, Preset]] = {
         "Given a medical question, retrieve user replies that best answer the question"
     ),
 }
-"""Name → task. Beside them, "retrieval" is the model card's default and "none" adds nothing."""
+"""Name → task. In addition, "retrieval" is the model card's default and "none" adds nothing."""
 
 _NAMES: Final = ("retrieval", "none", *PRESETS)
 
 
 def apply(template: str, text: str) -> str:
-    """`text` set into `template`. Braces in the text mean nothing."""
+    """`template` with `text` at its placeholder. Braces in the text mean nothing."""
     return template.replace(PLACEHOLDER, text, 1)
 
 
@@ -88,7 +88,7 @@ def mteb_template(task: str) -> str:
 
 
 def resolve(instruction: str) -> str:
-    """The template that an instruction argument stands for.
+    """The template for an instruction argument.
 
     Args:
         instruction: A preset's name ("web_search"), a task sentence ("Given a ticket, find
@@ -134,8 +134,8 @@ def _task(name_or_sentence: str) -> str:
         return RETRIEVAL_TASK
     if preset := PRESETS.get(name_or_sentence):
         return preset.task
-    # A misspelt name is no task: taken for a sentence it would go unnoticed. So is one word in
-    # Latin letters; other scripts may put no spaces between words.
+    # A misspelt name must not become a task without notice; nor must one word in Latin letters.
+    # Other scripts may have no spaces between words.
     plain = re.sub(r"[\W_]+", "_", name_or_sentence.casefold()).strip("_")
     one_word = (
         not re.search(r"\s", name_or_sentence)

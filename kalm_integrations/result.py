@@ -1,4 +1,4 @@
-"""What a caller gets: numpy arrays, or the lists of Python floats that frameworks demand."""
+"""Results: numpy arrays, or the lists of Python floats that frameworks require."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from kalm_integrations.protocol import VectorDtype
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a call cost. `tokens` are the model's own, instructions included; of identical texts
-    only the first is counted, since only the first is embedded."""
+    """Tokens and requests of a call. `tokens` are the model's own, instructions included; identical
+    texts are counted once, because they are embedded once."""
 
     tokens: int = 0
     requests: int = 0
@@ -38,8 +41,8 @@ class EmbeddingResult:
     Attributes:
         vectors: Shape (texts, dimensions), float32, each row of unit length.
         dtype: The type in which the vectors were sent.
-        identity: What these vectors may be compared with.
-        usage: What the call cost.
+        identity: Vectors with the same identity can be compared with these.
+        usage: Tokens and requests of the call.
     """
 
     vectors: NDArray[np.float32] = field(repr=False)
@@ -71,7 +74,7 @@ class EmbeddedBatch:
         indices: Index in the caller's texts of each row, shape (n,), int64. Identical texts have
             identical rows.
         packed: Shape (n, dimensions), in the type in which the vectors were sent.
-        usage: What this part cost.
+        usage: Tokens and requests of this part.
         rejected: With on_error="skip", the texts that have no vector, and why.
     """
 
@@ -132,7 +135,7 @@ class EmbeddedBatch:
 
 @dataclass(frozen=True, eq=False)
 class PartialResult:
-    """What a failed call had finished: `vectors[k]` belongs to the caller's text `indices[k]`."""
+    """The finished part of a failed call: `vectors[k]` belongs to the text `indices[k]`."""
 
     total: int
     indices: NDArray[np.int64] = field(repr=False)
@@ -147,12 +150,12 @@ class PartialResult:
         return len(self.indices)
 
 
-class ResultBuilder(ABC):
+class ResultBuilder(ABC, Generic[R]):
     """Collects the parts of one call, which arrive in any order.
 
     Args:
         total: Number of texts.
-        dimensions: Of the vectors; 0 if the first part decides.
+        dimensions: Dimensions of the vectors; 0 if the first part decides.
     """
 
     def __init__(self, total: int, dimensions: int) -> None:
@@ -176,11 +179,19 @@ class ResultBuilder(ABC):
             error.partial = PartialResult(len(self._filled), indices, self._rows(indices))
             raise
 
-    def _check_complete(self) -> None:
-        # Uninitialized memory is never handed out.
+    def result(self) -> R:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled: uninitialized memory is not returned.
+        """
         if not self._filled.all():
             missing = int(np.flatnonzero(~self._filled)[0])
             raise InvalidResponseError(f"texts[{missing}] got no vector.")
+        return self._result()
+
+    @abstractmethod
+    def _result(self) -> R: ...
 
     @abstractmethod
     def _put(self, part: EmbeddedBatch) -> None: ...
@@ -189,21 +200,19 @@ class ResultBuilder(ABC):
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]: ...
 
 
-class ArrayBuilder(ResultBuilder):
-    """Builds one float32 array; parts are widened while later ones are on their way."""
+class ArrayBuilder(ResultBuilder[EmbeddingResult]):
+    """Builds one float32 array; parts are converted while others are in flight."""
 
-    def __init__(self, total: int, dimensions: int) -> None:
+    def __init__(
+        self, total: int, dimensions: int, dtype: VectorDtype, identity: VectorIdentity
+    ) -> None:
         super().__init__(total, dimensions)
         self._vectors = np.empty((total, dimensions), dtype=np.float32)
+        self._dtype: VectorDtype = dtype
+        self._identity = identity
 
-    def result(self, dtype: VectorDtype, identity: VectorIdentity) -> EmbeddingResult:
-        """All vectors.
-
-        Raises:
-            InvalidResponseError: A row was never filled.
-        """
-        self._check_complete()
-        return EmbeddingResult(self._vectors, dtype, identity, self.usage)
+    def _result(self) -> EmbeddingResult:
+        return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage)
 
     def _put(self, part: EmbeddedBatch) -> None:
         if not self._vectors.shape[1]:
@@ -214,20 +223,14 @@ class ArrayBuilder(ResultBuilder):
         return self._vectors[indices]
 
 
-class ListBuilder(ResultBuilder):
-    """Builds lists of Python floats; parts are converted while later ones are on their way."""
+class ListBuilder(ResultBuilder[list[list[float]]]):
+    """Builds lists of Python floats; parts are converted while others are in flight."""
 
     def __init__(self, total: int, dimensions: int) -> None:
         super().__init__(total, dimensions)
         self._lists: list[list[float]] = [[]] * total
 
-    def result(self) -> list[list[float]]:
-        """All vectors.
-
-        Raises:
-            InvalidResponseError: A row was never filled.
-        """
-        self._check_complete()
+    def _result(self) -> list[list[float]]:
         return self._lists
 
     def _put(self, part: EmbeddedBatch) -> None:

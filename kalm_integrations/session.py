@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from kalm_integrations.batching import Batch
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
     DeadlineExceededError,
     InvalidInputError,
@@ -29,7 +30,7 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.options import FIRST_START, ClientConfig
+from kalm_integrations.options import FIRST_START
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import EmbeddedBatch, Usage

@@ -1,7 +1,7 @@
-"""Signatures and docstrings of classes whose arguments are a `TypedDict`.
+"""Signatures and docstrings of classes whose arguments are `TypedDict`s.
 
-Type checkers read `**options: Unpack[ClientOptions]`. `help()` and `inspect.signature` do not, so
-`documented` lists every argument for them, from the same place, when they ask.
+Type checkers read `**options: Unpack[ClientOptions]`. `help()` and `inspect.signature` do not:
+`documented` lists every argument for them, from the same place, when they need it.
 """
 
 from __future__ import annotations
@@ -10,69 +10,61 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, Never, TypeVar, get_type_hints
 
 T = TypeVar("T", bound=type)
 
 
-def documented(
-    options: type, *others: inspect.Parameter, defaults: Callable[[], Mapping[str, Any]]
-) -> Callable[[T], T]:
+def documented(*options: type, defaults: Callable[[], Mapping[str, Any]]) -> Callable[[T], T]:
     """Give a class the signature and the docstring that list its arguments.
 
     Args:
-        options: A `TypedDict` with a docstring under each key.
-        others: Further arguments, in front of the options.
-        defaults: Returns the options' defaults.
+        options: `TypedDict`s with a docstring under each key, without their bases.
+        defaults: Returns the default of each argument.
     """
 
-    def signature(_: type) -> inspect.Signature:
-        hints = get_type_hints(options)
+    def signature() -> inspect.Signature:
         known = defaults()
-        named = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=known[name], annotation=hint
-            )
-            for name, hint in hints.items()
-        ]
-        return inspect.Signature([*others, *named])
+        return inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=known[name],
+                    annotation=get_type_hints(each)[name],
+                )
+                for each in options
+                for name in each.__annotations__
+            ]
+        )
 
     def decorate(cls: T) -> T:
-        plain = inspect.cleandoc(cls.__doc__ or "")
+        summary = inspect.cleandoc(cls.__doc__ or "")
 
-        def docstring(owner: type) -> str | None:
-            if owner is not cls:
-                return None
-            listed = "\n".join(
-                textwrap.indent(f"{name}: {text}", "    ")
-                for name, text in option_docs(options).items()
-            )
-            return f"{plain}\n\nArgs:\n{listed}" if listed else plain
+        def docstring() -> str:
+            lines = [f"    {name}: {text}" for each in options for name, text in _docs(each)]
+            return "\n".join([summary, "", "Args:", *lines])
 
         setattr(cls, "__signature__", _Computed(cls, signature))  # noqa: B010
-        cls.__doc__ = _Computed(cls, docstring)  # type: ignore[assignment]
+        setattr(cls, "__doc__", _Computed(cls, docstring))  # noqa: B010
         return cls
 
     return decorate
 
 
-@cache
-def option_docs(options: type) -> dict[str, str]:
-    """The docstring under each key of a `TypedDict`; empty where its source is not at hand."""
-    docs: dict[str, str] = {}
-    for base in getattr(options, "__orig_bases__", ()):
-        docs |= option_docs(base) if isinstance(base, type) else {}
+def _docs(options: type) -> list[tuple[str, str]]:
+    """The keys of a `TypedDict`, with their docstrings; empty where its source is missing."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(options)))
-    except (OSError, TypeError, SyntaxError):
-        return docs
+    except OSError:
+        return []
     (declared,) = tree.body
     assert isinstance(declared, ast.ClassDef)
-    for key, text in zip(declared.body, declared.body[1:], strict=False):
-        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
-            docs[ast.unparse(key.target)] = " ".join(ast.literal_eval(text.value).split())
-    return docs
+    return [
+        (ast.unparse(key.target), " ".join(ast.literal_eval(text.value).split()))
+        for key, text in zip(declared.body, declared.body[1:], strict=False)
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
+    ]
 
 
 def refuse_positional(cls: type, values: tuple[Never, ...]) -> None:
@@ -85,13 +77,13 @@ def refuse_positional(cls: type, values: tuple[Never, ...]) -> None:
 
 
 class _Computed:
-    """A class attribute that is computed when it is read."""
+    """A class attribute, computed when it is read; subclasses with other arguments lack it."""
 
-    def __init__(self, cls: type, compute: Callable[[type], Any]) -> None:
+    def __init__(self, cls: type, compute: Callable[[], Any]) -> None:
         self._cls = cls
         self._compute = compute
 
     def __get__(self, instance: object, owner: type) -> Any:
         if owner.__init__ is not self._cls.__init__:  # type: ignore[misc]
             raise AttributeError
-        return self._compute(owner)
+        return self._compute()

@@ -12,13 +12,13 @@ _PLAIN: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
 
 def write(text: str, stream: TextIO | None = None) -> None:
     """Print a line and flush; replace check marks and arrows that the stream cannot encode."""
-    stream = stream or sys.stdout
+    output = stream or sys.stdout
     try:
-        "".join(map(chr, _PLAIN)).encode(stream.encoding or "ascii")
+        "".join(map(chr, _PLAIN)).encode(output.encoding or "ascii")
     except UnicodeEncodeError:
         text = text.translate(_PLAIN)
-    stream.write(f"{text}\n")
-    stream.flush()
+    output.write(f"{text}\n")
+    output.flush()
 
 
 def width() -> int:

@@ -33,8 +33,8 @@ from kalm_integrations.errors import (
 from kalm_integrations.floats import widen
 
 if TYPE_CHECKING:
+    from kalm_integrations.config import ClientConfig
     from kalm_integrations.identity import SpaceIdentity
-    from kalm_integrations.options import ClientConfig
     from kalm_integrations.protocol import EmbedRequest, EmbedResponse, Truncate
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def partition_valid(
         elif type(text) is str:
             valid.append((index, text))
         else:  # a subclass may redefine its length, comparison or pickling
+            assert isinstance(text, str)
             valid.append((index, str.__str__(text)))
     return valid, invalid
 

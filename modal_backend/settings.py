@@ -73,11 +73,11 @@ class DeploySettings(EnvironmentSettings):
     """Repository of the model that vLLM runs. Any embedding model works; KaLM and KaLM mini have a
     profile here."""
 
-    revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")
+    revision: Annotated[str | None, Field(pattern="^[0-9a-f]{40}$")] = None
     """Its commit, all 40 digits. Default: the pinned commit of a known model, or the newest
     downloaded one."""
 
-    app_name: str = Field(DEFAULT_APP, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    app_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = DEFAULT_APP
     """The app's name on Modal."""
 
     environment_name: str | None = None
@@ -90,37 +90,37 @@ class DeploySettings(EnvironmentSettings):
     """"fp8" halves the weights and is 1.5 times as fast, on GPUs that support it. It is another
     vector space."""
 
-    max_model_len: int | None = Field(None, ge=256, le=32_768)
+    max_model_len: Annotated[int | None, Field(ge=256, le=32_768)] = None
     """Longest text in tokens. Default: 8192 for KaLM, 512 for KaLM mini, the model's own limit for
     others."""
 
     enforce_eager: bool = False
     """No compilation and no CUDA graphs: a faster first start, but slower embedding."""
 
-    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1)] = None
     """Share of the GPU for weights and KV cache. Default: the KV cache of two steps, which is
     enough for embedding and keeps snapshots small."""
 
     snapshot: Snapshot = "asleep"
     """State of the engine in the snapshot: "asleep" is the smallest; "off" loads in each start."""
 
-    min_containers: int = Field(0, ge=0, le=100)
+    min_containers: Annotated[int, Field(ge=0, le=100)] = 0
     """Containers that stay up, and are billed, when idle."""
 
-    max_containers: int = Field(1, ge=1, le=100)
+    max_containers: Annotated[int, Field(ge=1, le=100)] = 1
     """Most containers; limits the $ an hour."""
 
-    scaledown_window: int = Field(300, ge=WINDOWS[0], le=WINDOWS[1])
+    scaledown_window: Annotated[int, Field(ge=WINDOWS[0], le=WINDOWS[1])] = 300
     """Seconds that an idle container waits for the next call."""
 
-    concurrency: int = Field(128, ge=8, le=1000)
+    concurrency: Annotated[int, Field(ge=8, le=1000)] = 128
     """Concurrent calls of a container, at most three quarters of them over HTTP. From half of them
     on, another container starts, up to `max_containers`."""
 
-    timeout: int = Field(600, ge=10, le=86_400)
+    timeout: Annotated[int, Field(ge=10, le=86_400)] = 600
     """Seconds for a call."""
 
-    startup_timeout: int = Field(1800, ge=60, le=3600)
+    startup_timeout: Annotated[int, Field(ge=60, le=3600)] = 1800
     """Seconds for the start of a container, then Modal kills it and starts another. At least 1080
     with vLLM, for two attempts to load."""
 

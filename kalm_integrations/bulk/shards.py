@@ -168,19 +168,15 @@ def write_table(path: Path, table: pa.Table) -> int:
     """Write a Parquet file that is there whole or not at all; its size."""
     temporary = path.with_name(f".{path.name}.tmp")
     others = [name for name in table.schema.names if name != VECTOR]
+    # Numbers that look like noise take longer to compress than to write.
+    compression: dict[str, Any] = {
+        "compression": {name: "none" if name == VECTOR else "zstd" for name in table.schema.names},
+        "use_dictionary": others,
+        "write_statistics": others,
+    }
     try:
         with temporary.open("wb") as file:
-            pq.write_table(
-                table,
-                file,
-                row_group_size=_ROWS_OF_A_GROUP,
-                # Numbers that look like noise take longer to compress than to write.
-                compression={VECTOR: "none", **dict.fromkeys(others, "zstd")}
-                if VECTOR in table.schema.names
-                else "zstd",
-                use_dictionary=others,
-                write_statistics=others,
-            )
+            pq.write_table(table, file, row_group_size=_ROWS_OF_A_GROUP, **compression)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()

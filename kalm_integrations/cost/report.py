@@ -11,7 +11,7 @@ from kalm_integrations.cost.corpus import Corpus
 from kalm_integrations.terminal import width, wrapped
 from modal_backend import gpus
 from modal_backend.costs import API_PRICES, MONTH, Choice
-from modal_backend.gpus import HOST_GIB, MEASURED, REFERENCE
+from modal_backend.gpus import HOST_GIB, MEASURED, REFERENCE, Quantization
 
 _TYPES: Final = {"none": "bf16", "fp8": "fp8"}
 _WHO: Final = "Modal's list prices of November 2026, without a region"
@@ -147,7 +147,9 @@ def _prices(choices: Sequence[Choice], utilization: float) -> str:
 
 
 def _notes(choices: Sequence[Choice]) -> Iterator[str]:
-    kinds = sorted({choice.quantization for choice in choices}, key=gpus.QUANTIZATIONS.index)
+    kinds: list[Quantization] = sorted(
+        {choice.quantization for choice in choices}, key=gpus.QUANTIZATIONS.index
+    )
     if any(not choice.rate.measured for choice in choices):
         known = [gpus.measured_reference(kind) for kind in kinds]
         shares = ", ".join(

@@ -21,8 +21,8 @@ from kalm_integrations.errors import (
 
 if TYPE_CHECKING:
     from kalm_integrations.client import KalmClient
+    from kalm_integrations.config import ClientConfig
     from kalm_integrations.identity import SpaceIdentity
-    from kalm_integrations.options import ClientConfig
     from kalm_integrations.protocol import ServiceWarning
 
 Status = Literal["ok", "warn", "fail", "skipped"]

@@ -20,7 +20,7 @@ from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.install_hints import NAME
 
 if TYPE_CHECKING:
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
 
 _EXTRAS: Final = ("langchain", "llama-index", "modal")
 """Whose packages are looked at where they are installed; the core's must be."""
@@ -80,7 +80,7 @@ def packages(_: Patient) -> Finding:
 
 def variables(_: Patient) -> Finding:
     """Names that nobody reads."""
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
     from modal_backend.settings import DeploySettings
 
     known = [*ClientConfig.variables().values(), *DeploySettings.variables().values()]
@@ -100,7 +100,8 @@ def variables(_: Patient) -> Finding:
 
 def settings(patient: Patient) -> Finding:
     """What `KalmClient()` makes of them."""
-    from kalm_integrations.options import NO_BACKEND, ClientConfig
+    from kalm_integrations.backends import NO_BACKEND
+    from kalm_integrations.config import ClientConfig
 
     try:
         patient.configured = made = ClientConfig()

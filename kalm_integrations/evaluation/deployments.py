@@ -60,7 +60,12 @@ class Deployment:
             KalmError: The service failed, or serves another space than before.
         """
         client = self.client
-        assembly = ArrayBuilder(len(texts), client.vector_dimensions)
+        assembly = ArrayBuilder(
+            len(texts),
+            client.vector_dimensions,
+            client.config.vector_dtype,
+            client.vector_identity,
+        )
         with self.blamed():
             try:
                 # Not embed(): its timeout is for the whole call, and a corpus may take longer.
@@ -71,7 +76,7 @@ class Deployment:
                 if not error.invalid:
                     raise
                 raise texts.refuse(error.invalid) from error
-            return assembly.result(client.config.vector_dtype, client.vector_identity).packed
+            return assembly.result().packed
 
     @contextmanager
     def blamed(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.client import progress_bar
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.evaluation import agreement, report, texts
 from kalm_integrations.evaluation.agreement import Vectored
@@ -19,7 +19,7 @@ from kalm_integrations.evaluation.deployments import Deployment, connect, may_sl
 from kalm_integrations.evaluation.report import Comparison
 from kalm_integrations.evaluation.texts import Texts
 from kalm_integrations.lines import check_column
-from kalm_integrations.options import ClientConfig
+from kalm_integrations.progress import progress_bar
 from kalm_integrations.terminal import wrapped, write
 
 USUAL_KS: Final = (1, 10, 100)

@@ -14,40 +14,29 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, Self, Unpack, cast
+from typing import Annotated, Any, Final, Never, NoReturn, Self, Unpack
 
-from llama_index.core.callbacks import CallbackManager
-from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation import (  # type: ignore[attr-defined]
-    Dispatcher,
-    get_dispatcher,
-)
-from llama_index.core.instrumentation.event_handlers import NullEventHandler
-from llama_index.core.instrumentation.events.embedding import (
-    EmbeddingEndEvent,
-    EmbeddingStartEvent,
-)
 from llama_index.core.storage.kvstore.types import BaseKVStore
+from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from kalm_integrations import client as clients
 from kalm_integrations import validation
-from kalm_integrations.adapter import CLIENT, ClientAdapter, client_of
-from kalm_integrations.client import KalmClient, Progress, progress_bar
-from kalm_integrations.environment import explain, unknown_argument
+from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
+from kalm_integrations.client import KalmClient
+from kalm_integrations.client_base import defaults
+from kalm_integrations.config import ClientConfig
+from kalm_integrations.environment import explain
 from kalm_integrations.errors import ConfigurationError, IdentityMismatchError
 from kalm_integrations.llama_index.batching import batch, batches_of, join_call
 from kalm_integrations.llama_index.cache import RoleCache, looking_up
-from kalm_integrations.options import ClientConfig, ClientOptions, forget
+from kalm_integrations.llama_index.events import observed
+from kalm_integrations.llama_index.options import OWN, LlamaIndexOptions, OwnOptions, split
+from kalm_integrations.options import ClientOptions
+from kalm_integrations.progress import Progress, progress_bar
 from kalm_integrations.prompts import Role
 from kalm_integrations.signatures import documented, refuse_positional
-
-if TYPE_CHECKING:
-    from llama_index.core.rate_limiter import BaseRateLimiter
-else:  # older versions of llama-index-core lack it
-    BaseRateLimiter = Any
 
 dispatcher = get_dispatcher(__name__)
 
@@ -75,40 +64,12 @@ _DUMPED: Final = frozenset(
 )
 
 
-class LlamaIndexOptions(ClientOptions, total=False):
-    """Arguments of `KalmClient`, and LlamaIndex's own."""
-
-    model_name: str
-    """Must agree with `model`; leave it out. Default: ""."""
-
-    embed_batch_size: int
-    """Number of texts that LlamaIndex looks up in its cache at once, or that its rate limiter
-    counts as one call, 1 to 2048. Requests hold `batch_size` texts. Default: 2048."""
-
-    embeddings_cache: BaseKVStore | None
-    """Store of vectors; it keeps queries, documents and models apart. Default: None."""
-
-    callback_manager: CallbackManager
-    """LlamaIndex's callbacks. Default: one without handlers."""
-
-    num_workers: int | None
-    """Number of batches under way at a time in LlamaIndex's async calls. Default: None."""
-
-    rate_limiter: BaseRateLimiter | None
-    """Called before each batch of `embed_batch_size` texts. Default: None."""
-
-
-_LLAMA_INDEX: Final = LlamaIndexOptions.__annotations__.keys() - ClientOptions.__annotations__
-
-
 def _defaults() -> dict[str, Any]:
     fields = KalmModalEmbeddings.model_fields
-    return clients.defaults() | {
-        name: fields[name].get_default(call_default_factory=True) for name in _LLAMA_INDEX
-    }
+    return defaults() | {name: fields[name].get_default(call_default_factory=True) for name in OWN}
 
 
-@documented(LlamaIndexOptions, CLIENT, defaults=_defaults)
+@documented(SharedClient, ClientOptions, OwnOptions, defaults=_defaults)
 class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     """KaLM, or the embedded engine, as a LlamaIndex embedding model.
 
@@ -126,9 +87,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     # Derived from `model`, so that a dump names it once.
-    model_name: str = Field(default="", exclude=True)
-    embed_batch_size: int = Field(default=2048, gt=0, le=2048)
-    embeddings_cache: Any = Field(default=None, exclude=True)
+    model_name: Annotated[str, Field(exclude=True)] = ""
+    embed_batch_size: Annotated[int, Field(gt=0, le=2048)] = 2048
+    embeddings_cache: Annotated[Any, Field(exclude=True)] = None
     _client: KalmClient = PrivateAttr()
 
     def __init__(
@@ -138,7 +99,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         **options: Unpack[LlamaIndexOptions],
     ) -> None:
         refuse_positional(type(self), positional)
-        own, others = _split(options)
+        own, others = split(options)
         client = client_of(client, others)
         model, name = client.served_model, own.pop("model_name", "")
         if name not in ("", model):
@@ -171,16 +132,27 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
 
     def with_options(self, **options: Unpack[LlamaIndexOptions]) -> Self:
         """Return an embedding model with some arguments changed, and connections of its own."""
-        own, others = _split(options)
-        kept = {name: getattr(self, name) for name in _LLAMA_INDEX - {"model_name"}}
+        own, others = split(options)
+        kept = {name: getattr(self, name) for name in OWN - {"model_name"}}
         return type(self)(client=self._client.with_options(**others), **{**kept, **own})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy; with `update`, `with_options`."""
         return self.with_options(**update) if update else super().model_copy(deep=deep)
 
-    def __hash__(self) -> int:
-        return hash(self._client)
+    __eq__ = BaseEmbedding.__eq__
+    __hash__ = ClientAdapter.__hash__
+    __repr__ = BaseEmbedding.__repr__
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Arguments that differ from their defaults."""
+        private = getattr(self, "__pydantic_private__", None)  # absent if the constructor failed
+        if private and "_client" in private:
+            yield from private["_client"].config.__repr_args__()
+            for name in sorted(OWN - {"model_name", "callback_manager"}):
+                value = getattr(self, name, None)
+                if value != type(self).model_fields[name].default:
+                    yield name, value
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # leaves out what cannot be pickled
@@ -231,8 +203,8 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         if self._by_llama_index:
             with looking_up("query"):
                 return super().get_query_embedding(query)
-        with self._observed([query]) as seen:
-            seen([embedding := self._client.embed_to_lists([query], "query")[0]])
+        with observed(self, dispatcher, [query]) as report:
+            report([embedding := self._client.embed_to_lists([query], "query")[0]])
         return embedding
 
     @dispatcher.span
@@ -241,8 +213,8 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         if self._by_llama_index:
             with looking_up("query"):
                 return await super().aget_query_embedding(query)
-        with self._observed([query]) as seen:
-            seen([embedding := (await self._client.aembed_to_lists([query], "query"))[0]])
+        with observed(self, dispatcher, [query]) as report:
+            report([embedding := (await self._client.aembed_to_lists([query], "query"))[0]])
         return embedding
 
     def _get_query_embedding(self, query: str) -> Embedding:
@@ -279,13 +251,13 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        texts = validation.check_texts(texts, self._client.config.truncate)
-        with self._bar(len(texts), show_progress) as advance:
+        with self._bar(texts, show_progress) as advance:
             if self._by_llama_index:
+                texts = validation.check_texts(texts, self._client.config.truncate)
                 with batches_of(texts, advance):
                     return super().get_text_embedding_batch(texts, **kwargs)
-            with self._observed(texts) as seen:
-                seen(embeddings := self._client.embed_to_lists(texts, "document", advance))
+            with observed(self, dispatcher, texts) as report:
+                report(embeddings := self._client.embed_to_lists(texts, "document", advance))
             return embeddings
 
     @dispatcher.span
@@ -293,13 +265,13 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        texts = validation.check_texts(texts, self._client.config.truncate)
-        with self._bar(len(texts), show_progress) as advance:
+        with self._bar(texts, show_progress) as advance:
             if self._by_llama_index:
+                texts = validation.check_texts(texts, self._client.config.truncate)
                 with batches_of(texts, advance):
                     return await super().aget_text_embedding_batch(texts, **kwargs)
-            with self._observed(texts) as seen:
-                seen(embeddings := await self._client.aembed_to_lists(texts, "document", advance))
+            with observed(self, dispatcher, texts) as report:
+                report(embeddings := await self._client.aembed_to_lists(texts, "document", advance))
             return embeddings
 
     @property
@@ -309,54 +281,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         return self.embeddings_cache is not None or getattr(self, "rate_limiter", None) is not None
 
     @contextmanager
-    def _observed(self, texts: list[str]) -> Iterator[Callable[[list[Embedding]], None]]:
-        """What LlamaIndex tells whoever observes a batch; the block says its result."""
-        if not (self.callback_manager.handlers or _is_heard(dispatcher)):
-            yield lambda _: None
-            return
-        described = {
-            "class_name": self.class_name(),
-            "model_name": self.model_name,
-            "embed_batch_size": self.embed_batch_size,
-        }
-        dispatcher.event(EmbeddingStartEvent(model_dict=described))
-        with self.callback_manager.event(
-            CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: described}
-        ) as event:
-            result: list[Embedding] = []
-            yield result.extend
-            event.on_end({EventPayload.CHUNKS: texts, EventPayload.EMBEDDINGS: result})
-        ended = EmbeddingEndEvent(chunks=[], embeddings=[])
-        # A copy takes them as they are; validated, every vector would be copied.
-        dispatcher.event(ended.model_copy(update={"chunks": texts, "embeddings": result}))
-
-    @contextmanager
-    def _bar(self, total: int, show_progress: bool) -> Iterator[Progress | None]:
+    def _bar(self, texts: list[str], show_progress: bool) -> Iterator[Progress | None]:
         if not (show_progress or self._client.config.show_progress):
             yield None
             return
-        with progress_bar(total) as advance:
+        with progress_bar(len(texts)) as advance:
             yield advance
-
-
-def _split(options: LlamaIndexOptions) -> tuple[dict[str, Any], ClientOptions]:
-    """LlamaIndex's arguments and ours."""
-    own = {name: value for name, value in options.items() if name in _LLAMA_INDEX}
-    ours = {name: value for name, value in options.items() if name not in _LLAMA_INDEX}
-    forget(options)
-    if unknown := ours.keys() - ClientConfig.model_fields.keys():
-        forget(ours)
-        raise ConfigurationError(
-            unknown_argument(min(unknown), (*ClientConfig.model_fields, *sorted(_LLAMA_INDEX)))
-        )
-    return own, cast(ClientOptions, ours)
-
-
-def _is_heard(where: Dispatcher) -> bool:
-    """Whether an event that is dispatched here reaches anybody: making one takes longer than all
-    else that LlamaIndex does for a query."""
-    while all(type(handler) is NullEventHandler for handler in where.event_handlers):
-        if not where.propagate:
-            return False
-        where = where.parent
-    return True

@@ -1,8 +1,7 @@
-"""What LlamaIndex's own loop over batches does not tell them: whose they are.
+"""Connects the batches of LlamaIndex's own loop with the call that they belong to.
 
-The loop is used where its cache or its rate limiter is. It shows a batch neither its place in the
-caller's list nor the caller's progress bar, and lets the others run on, unseen and paid for, when
-one fails.
+The loop is used with LlamaIndex's cache or rate limiter. It passes a batch neither its position in
+the caller's list nor the progress bar, and it does not cancel other batches when one fails.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from kalm_integrations.client import Progress
 from kalm_integrations.errors import InvalidInputError, InvalidText
+from kalm_integrations.progress import Progress
 
 
 class _Call:
-    """One call of the caller's, and the tasks in which LlamaIndex runs its batches."""
+    """One call, and the tasks in which LlamaIndex runs its batches."""
 
     def __init__(self, texts: list[str], advance: Progress | None) -> None:
         self.texts = texts
@@ -27,14 +26,14 @@ class _Call:
         self._over = False
 
     def join(self) -> None:
-        """Count the running task among them."""
+        """Add the running task."""
         if self._over:
             raise asyncio.CancelledError
         if task := asyncio.current_task():
             self._tasks.add(task)
 
     def end(self) -> None:
-        """Cancel those that still run, or have yet to."""
+        """Cancel tasks that are running or start later."""
         self._over = True
         if self._tasks:
             for task in self._tasks - {asyncio.current_task()}:
@@ -46,7 +45,7 @@ _call: ContextVar[_Call | None] = ContextVar("kalm_call", default=None)
 
 @contextmanager
 def batches_of(texts: list[str], advance: Progress | None) -> Iterator[None]:
-    """Inside, batches are parts of `texts`, and end with the block."""
+    """In this block, batches are parts of `texts`; at its end, they are cancelled."""
     call = _Call(texts, advance)
     token = _call.set(call)
     try:
@@ -58,10 +57,10 @@ def batches_of(texts: list[str], advance: Progress | None) -> Iterator[None]:
 
 @contextmanager
 def batch(texts: list[str]) -> Iterator[Progress | None]:
-    """One batch; yields what moves the caller's bar on.
+    """One batch; yields the function that reports progress.
 
     Raises:
-        InvalidInputError: Names a bad text by its places in the caller's list.
+        InvalidInputError: Names an invalid text by its indices in the caller's list.
     """
     call = _call.get()
     try:
@@ -75,6 +74,6 @@ def batch(texts: list[str]) -> Iterator[Progress | None]:
 
 
 def join_call() -> None:
-    """The running task ends with the call, if there is one."""
+    """Cancel the running task when its call ends, if there is one."""
     if call := _call.get():
         call.join()

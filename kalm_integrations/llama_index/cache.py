@@ -1,7 +1,7 @@
-"""LlamaIndex's `embeddings_cache`, made safe.
+"""LlamaIndex's `embeddings_cache`, with a collection for each kind of vector.
 
-LlamaIndex looks vectors up by the text alone: a query finds the vector of a document with the same
-words, and one model the vectors of another. So every kind of vector gets a collection of its own.
+LlamaIndex's key is the text alone: a query would get the vector of a document with the same words,
+and one model the vectors of another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _role: ContextVar[Role] = ContextVar("kalm_cached_role", default="document")
 
 @contextmanager
 def looking_up(role: Role) -> Iterator[None]:
-    """Whose vectors the cache is asked for in this block; documents' outside of it."""
+    """The role of the vectors that are looked up in this block; outside of it, documents."""
     token = _role.set(role)
     try:
         yield

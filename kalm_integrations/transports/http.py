@@ -34,7 +34,7 @@ from kalm_integrations.transports import openai_compat
 from kalm_integrations.transports.http_connection import HttpConnection, HttpResponse
 
 if TYPE_CHECKING:
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
 
 _NUMBER_BYTES: Final = 32  # of one number in JSON, with its comma
 _MAX_DIMENSIONS: Final = 16_384
@@ -45,7 +45,7 @@ _JSON: Final = json.JSONEncoder(ensure_ascii=False)
 class HttpTransport:
     """Sends requests to the server at one base URL."""
 
-    can_be_cold: Final = True
+    can_be_cold = True
 
     def __init__(self, config: ClientConfig) -> None:
         assert config.base_url is not None

@@ -26,7 +26,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
 
 if TYPE_CHECKING:
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
 
 _MAX_REDIRECTS: Final = 50  # Modal redirects every 150 s while a container starts
 _READ_BUFFER: Final = 2**20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from kalm_integrations.event_loop import background_loop
@@ -25,7 +25,7 @@ class InProcessTransport:
             clients of a process share.
     """
 
-    can_be_cold: Final = False
+    can_be_cold = False
 
     def __init__(self, service: EmbeddingService | None = None) -> None:
         self._service = service

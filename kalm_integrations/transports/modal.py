@@ -41,7 +41,7 @@ from kalm_integrations.protocol import (
 from kalm_integrations.transports.http import HttpTransport
 
 if TYPE_CHECKING:
-    from kalm_integrations.options import ClientConfig
+    from kalm_integrations.config import ClientConfig
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class ModalTransport:
     """Calls the method `embed_packed` of the app's class. Modal's client, one per process, owns the
     connections."""
 
-    can_be_cold: Final = True
+    can_be_cold = True
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
@@ -108,7 +108,7 @@ class ModalTransport:
 class ModalHttpTransport:
     """backend="http" without a base_url: the HTTP endpoint of the app, whose URL Modal knows."""
 
-    can_be_cold: Final = True
+    can_be_cold = True
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config

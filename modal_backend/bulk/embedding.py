@@ -15,9 +15,9 @@ from kalm_integrations.batching import plan
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import Filling
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import BadRowsError, InvalidInputError, InvalidText
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import Call, Session
 from kalm_integrations.transports.in_process import InProcessTransport

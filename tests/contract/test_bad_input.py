@@ -64,7 +64,7 @@ def _alone(text: str) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("row", REFUSED)
 class TestRefused:
-    def test_named_by_index_and_the_others_are_obtainable(self, row: str) -> None:
+    def test_invalid_texts_are_named_by_index_and_others_can_be_embedded(self, row: str) -> None:
         text, message = REFUSED[row]
         texts: list[Any] = ["first", text, "last"]
         with pytest.raises(InvalidInputError, match=message) as caught:
@@ -117,7 +117,7 @@ def test_embedded_as_it_is(row: str, over: Callable[..., KalmClient]) -> None:
 
 
 @pytest.mark.parametrize("row", WRONG_ARGUMENTS)
-def test_an_argument_that_is_no_list_of_texts(row: str) -> None:
+def test_an_argument_that_is_not_a_list_of_texts_is_refused(row: str) -> None:
     argument, message = WRONG_ARGUMENTS[row]
     for call in (client.embed, client.iter_embed, client.aiter_embed):
         with pytest.raises(InvalidArgumentError, match=message):

@@ -82,7 +82,9 @@ TEXTS = [f"text {i}" for i in range(10)]
 
 class TestOrder:
     @every_way
-    def test_each_vector_is_of_its_text_whatever_lands_first(self, over: Over, way: Way) -> None:
+    def test_each_text_gets_its_vector_in_any_order_of_responses(
+        self, over: Over, way: Way
+    ) -> None:
         slow_first = ScriptedTransport(delay=lambda r: 0.05 if "text 0" in r.texts else 0.0)
         client = over(slow_first, batch_size=2)
         assert np.array_equal(way(client, TEXTS), vectors_of(TEXTS))
@@ -104,7 +106,7 @@ class TestOrder:
             assert np.array_equal(way(client, texts), vectors_of(texts))
         assert transport.most_in_flight <= max_concurrency
 
-    def test_the_iterator_yields_what_lands_first(self, over: Over) -> None:
+    def test_the_iterator_yields_in_order_of_responses(self, over: Over) -> None:
         slow_first = ScriptedTransport(delay=lambda r: 0.2 if "text 0" in r.texts else 0.0)
         parts = list(over(slow_first, batch_size=5).iter_embed(TEXTS))
         assert [part.indices.tolist() for part in parts] == [[5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
@@ -128,7 +130,7 @@ class TestPlanning:
         assert [request.role for request in transport.requests] == ["query", "document"]
 
     @every_way
-    def test_a_role_that_is_none_is_refused(self, over: Over, way: Way) -> None:
+    def test_an_unknown_role_is_refused(self, over: Over, way: Way) -> None:
         transport = ScriptedTransport()
         with pytest.raises(ConfigurationError, match=r"role='passage': must be one of \('query', "):
             way(over(transport), ["a"], role="passage")
@@ -151,7 +153,7 @@ class TestPlanning:
         assert result.usage == Usage(tokens=100_000, requests=196)
 
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
-    def test_vectors_are_float32_however_they_travelled(self, over: Over, dtype: str) -> None:
+    def test_vectors_are_float32_with_any_vector_dtype(self, over: Over, dtype: str) -> None:
         result = over(ScriptedTransport(), vector_dtype=dtype).embed(["a"])
         assert result.packed.dtype == dtype
         assert result.vectors.dtype == np.float32
@@ -241,7 +243,7 @@ class TestChecks:
 
     @every_way
     @pytest.mark.parametrize("fault", [other_space, anonymous])
-    def test_a_changed_identity_raises_even_in_mid_call(
+    def test_a_changed_identity_raises_during_a_call(
         self, over: Over, way: Way, fault: Fault
     ) -> None:
         with pytest.raises(IdentityMismatchError, match=r"identity|revision: .*'another'"):
@@ -262,7 +264,7 @@ class TestChecks:
 
 class TestFailures:
     @whole_calls
-    def test_partial_has_exactly_what_was_finished(self, over: Over, way: Way) -> None:
+    def test_partial_has_the_finished_vectors(self, over: Over, way: Way) -> None:
         late = ScriptedTransport(
             [None, ValueError("boom"), None], delay=lambda r: 0.05 if "text 3" in r.texts else 0.0
         )
@@ -292,7 +294,7 @@ class TestFailures:
         assert seen == [0, 1, 2, 3, 4, 5]
 
     @whole_calls
-    def test_texts_that_the_service_refuses_are_named_and_the_rest_in_flight_is_kept(
+    def test_texts_that_the_service_refuses_are_named_and_others_are_kept(
         self, over: Over, way: Way
     ) -> None:
         def refuse(request: EmbedRequest) -> None:
@@ -323,14 +325,14 @@ class TestFailures:
 @pytest.mark.usefixtures("quick_retries")
 class TestRetries:
     @every_way
-    def test_failures_that_pass_are_retried(self, over: Over, way: Way) -> None:
+    def test_temporary_failures_are_retried(self, over: Over, way: Way) -> None:
         faults: list[Fault] = [ServiceUnavailableError("busy")] * 3
         transport = ScriptedTransport(faults)
         assert np.array_equal(way(over(transport), TEXTS), vectors_of(TEXTS))
         assert len(transport.requests) == 4
 
     @whole_calls
-    def test_only_max_retries_times(self, over: Over, way: Way) -> None:
+    def test_at_most_max_retries_times(self, over: Over, way: Way) -> None:
         transport = ScriptedTransport(itertools.repeat(ServiceUnavailableError("busy")))
         with pytest.raises(ServiceUnavailableError, match="busy"):
             way(over(transport, max_retries=2), ["a"])
@@ -342,7 +344,7 @@ class TestRetries:
         over(transport).embed(["a"])
         assert time.monotonic() - start >= 0.2
 
-    def test_no_wait_goes_past_the_deadline(self, over: Over) -> None:
+    def test_no_wait_exceeds_the_deadline(self, over: Over) -> None:
         transport = ScriptedTransport([ServiceUnavailableError("busy", retry_after=60)])
         with pytest.raises(ServiceUnavailableError):
             over(transport, timeout=5).embed(["a"])
@@ -387,7 +389,7 @@ class TestDeadline:
 
 
 class TestColdStart:
-    def test_one_log_line_says_that_the_service_may_be_starting(
+    def test_a_slow_first_response_is_logged_once_as_a_possible_start(
         self, over: Over, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr("kalm_integrations.session.COLD_START_HINT", 0.05)
@@ -396,7 +398,7 @@ class TestColdStart:
         client.embed(TEXTS)
         assert caplog.text.count("the service may be starting") == 1
 
-    def test_a_service_that_has_answered_is_not_starting(
+    def test_a_service_that_has_responded_is_not_logged_as_starting(
         self, over: Over, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr("kalm_integrations.session.COLD_START_HINT", 0.1)
@@ -415,7 +417,7 @@ class NeverReady(ScriptedTransport):
 
 
 class TestStillStarting:
-    def test_a_timeout_says_where_to_look_and_what_waits_longer(self, over: Over) -> None:
+    def test_a_timeout_names_the_log_and_warm_up(self, over: Over) -> None:
         client = over(NeverReady(delay=lambda _: 30), timeout=0.1)
         for call in (client.warm_up, lambda: client.embed(["a"])):
             with pytest.raises(DeadlineExceededError) as caught:
@@ -423,7 +425,7 @@ class TestStillStarting:
             assert "modal app logs vllm-embedding-snapshot" in str(caught.value)
             assert "warm_up(timeout=1800)" in str(caught.value)
 
-    def test_warm_up_has_a_time_of_its_own(self, over: Over) -> None:
+    def test_warm_up_has_its_own_timeout(self, over: Over) -> None:
         client = over(NeverReady(), timeout=600)
         with pytest.raises(DeadlineExceededError, match=r"timeout=0\.1 s"):
             client.warm_up(timeout=0.1)
@@ -432,7 +434,9 @@ class TestStillStarting:
         with pytest.raises(ConfigurationError, match="timeout=0"):
             client.warm_up(timeout=0)
 
-    def test_a_service_that_has_answered_is_not_said_to_start(self, over: Over) -> None:
+    def test_a_timeout_of_a_service_that_has_responded_does_not_mention_a_start(
+        self, over: Over
+    ) -> None:
         transport = ScriptedTransport(delay=lambda r: 0.0 if "quick" in r.texts else 30)
         client = over(transport, timeout=2)
         client.embed(["quick"])
@@ -514,7 +518,7 @@ class TestStreaming:
                 start(over(transport), [*TEXTS, ""])
         assert transport.requests == []
 
-    def test_an_iterator_that_fails_costs_nothing_that_was_sent(self, over: Over) -> None:
+    def test_an_iterator_that_fails_loses_no_finished_vector(self, over: Over) -> None:
         def texts() -> Iterator[str]:
             yield from (f"text {i}" for i in range(8192))
             raise OSError("the file ended in the middle")
@@ -561,7 +565,7 @@ class TestSlots:
 
 
 class TestCallersSide:
-    def test_context_variables_travel_with_the_call(self, over: Over) -> None:
+    def test_context_variables_are_those_of_the_call(self, over: Over) -> None:
         transport = ScriptedTransport()
         client = over(transport)
 
@@ -577,7 +581,7 @@ class TestCallersSide:
         client.embed(["c"])
         assert sorted(transport.request_ids) == ["a", "b", "sync"]
 
-    def test_usage_is_reported_on_the_callers_thread_and_cannot_cost_vectors(
+    def test_usage_is_reported_on_the_callers_thread_and_its_errors_lose_no_vectors(
         self, over: Over, caplog: pytest.LogCaptureFixture
     ) -> None:
         seen: list[tuple[Usage, threading.Thread]] = []
@@ -650,7 +654,7 @@ class TestLife:
             thread.join()
         assert wrong == []
 
-    def test_closing_is_not_the_end(self, over: Over) -> None:
+    def test_a_closed_client_opens_new_connections(self, over: Over) -> None:
         transport = ScriptedTransport()
         with over(transport) as client:
             client.embed(["a"])
@@ -666,7 +670,7 @@ class TestLife:
         client.close()
         client.close()
 
-    def test_a_changed_copy_has_connections_of_its_own(self, over: Over) -> None:
+    def test_a_changed_copy_has_its_own_connections(self, over: Over) -> None:
         transport = ScriptedTransport()
         client = over(transport)
         client.embed(["a"])

@@ -52,7 +52,7 @@ def test_nothing_is_loaded_before_it_is_needed(code: str, loads: set[str]) -> No
     assert set(loaded.split()) - {"httpx", "requests"} == loads
 
 
-def test_the_bare_import_loads_not_even_numpy() -> None:
+def test_the_bare_import_does_not_load_numpy() -> None:
     code = "import kalm_integrations, sys; print('numpy' in sys.modules, 'pydantic' in sys.modules)"
     assert run(code).split() == ["False", "False"]
 
@@ -129,12 +129,12 @@ class TestWrongClassForLlamaIndex:
             "VectorStoreIndex([TextNode(text='x')], embed_model=embeddings)",
         ],
     )
-    def test_it_says_which_class_to_take(self, use: str) -> None:
+    def test_it_names_the_right_class(self, use: str) -> None:
         message = run(self.CODE + use)
         assert "TypeError: this is the LangChain class; LlamaIndex takes the other one" in message
         assert LLAMA_INDEX_IMPORT in message
 
-    def test_it_compares_as_ever_with_anything_else(self) -> None:
+    def test_it_compares_with_anything_else(self) -> None:
         code = (
             "print(embeddings == KalmModalEmbeddings(backend='local'), "
             "embeddings == KalmModalEmbeddings(backend='local', truncate='end'), "
@@ -143,7 +143,7 @@ class TestWrongClassForLlamaIndex:
         assert run(self.CODE + code).split() == ["True", "False", "False", "False"]
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_the_packages_are_marked_as_typed() -> None:
     import kalm_integrations
     import modal_backend
 

@@ -42,8 +42,9 @@ class TestStandardUnit(EmbeddingsUnitTests):
 
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-        environment = {"KALM_BACKEND": "local", "KALM_BATCH_SIZE": "32", "KALM_TRUNCATE": "end"}
-        return environment, {}, {"backend": "local", "batch_size": 32, "truncate": "end"}
+        environment = {"KALM_BACKEND": "local", "KALM_TRUNCATE": "end"}
+        namespace = KalmClient(backend="local", truncate="end").cache_namespace
+        return environment, {}, {"vector_dimensions": 512, "cache_namespace": namespace}
 
 
 class TestStandardIntegration(EmbeddingsIntegrationTests):
@@ -114,13 +115,13 @@ class TestStores:
         assert retriever.invoke("Warum geht Brot auf?")[0].page_content == FACTS[2]
         assert (await retriever.ainvoke("Which river?"))[0].page_content == FACTS[1]
 
-    def test_one_bad_text_leaves_the_store_as_it_was(self) -> None:
+    def test_an_invalid_text_leaves_the_store_unchanged(self) -> None:
         store = InMemoryVectorStore(KalmModalEmbeddings(backend="local", batch_size=1))
         with pytest.raises(InvalidInputError, match=r"texts\[1\] is empty"):
             store.add_documents([Document("a"), Document(""), Document("b")])
         assert store.store == {}
 
-    def test_a_wrong_service_leaves_the_store_as_it_was(self, over: Any) -> None:
+    def test_a_wrong_service_leaves_the_store_unchanged(self, over: Any) -> None:
         store = InMemoryVectorStore(
             over(
                 ScriptedTransport(space=replace(EMBEDDED.space, revision="x")), KalmModalEmbeddings
@@ -203,18 +204,18 @@ class TestObject:
             assert twin.client.config.batch_size == 7
             assert twin.embed_query("x") == embeddings.embed_query("x")
 
-    def test_a_pickle_holds_no_secret_and_reads_the_environment_again(
+    def test_a_pickle_has_no_secret_and_reads_the_environment_again(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made = KalmModalEmbeddings(base_url="http://there", api_key="hunter2", batch_size=7)
-        pickled = pickle.dumps(made)
+        embeddings = KalmModalEmbeddings(base_url="http://there", api_key="hunter2", batch_size=7)
+        pickled = pickle.dumps(embeddings)
         assert b"hunter2" not in pickled
-        assert copy.deepcopy(made).client.config.api_key == made.client.config.api_key
+        assert copy.deepcopy(embeddings).client.config.api_key == embeddings.client.config.api_key
         assert pickle.loads(pickled).client.config.api_key is None
         monkeypatch.setenv("KALM_API_KEY", "hunter3")
         twin = pickle.loads(pickled).client.config
         assert (twin.api_key.get_secret_value(), twin.batch_size) == ("hunter3", 7)
 
-    def test_settings_are_fixed(self) -> None:
+    def test_arguments_cannot_be_changed(self) -> None:
         with pytest.raises(AttributeError, match="batch_size is fixed: use with_options"):
             KalmModalEmbeddings(backend="local").batch_size = 3  # type: ignore[misc]

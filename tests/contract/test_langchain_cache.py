@@ -119,13 +119,13 @@ class TestRoles:
             assert cached.embed_query(TEXT) == AS_QUERY
         assert transport.sent == [TEXT, "b", RETRIEVAL.format(text=TEXT)]
 
-    def test_nor_a_document_the_querys(self, reach: Reach, right: Any) -> None:
+    def test_a_document_never_gets_the_querys_vector(self, reach: Reach, right: Any) -> None:
         cached = right(reach(scripted()))
         for _ in range(2):
             assert cached.embed_query(TEXT) == AS_QUERY
             assert cached.embed_documents([TEXT]) == [AS_DOCUMENT]
 
-    async def test_the_async_ways_share_it(self, reach: Reach, right: Any) -> None:
+    async def test_async_methods_share_the_cache(self, reach: Reach, right: Any) -> None:
         transport = scripted()
         cached = right(reach(transport))
         for _ in range(2):
@@ -139,7 +139,7 @@ class TestRoles:
         assert transport.sent == [RETRIEVAL.format(text=TEXT), "b", TEXT]
 
     @pytest.mark.parametrize("query_cache", [lambda _: True, lambda store: store])
-    def test_the_wrong_way_a_query_gets_the_documents_vector(
+    def test_pitfall_without_a_query_cache_a_query_gets_the_documents_vector(
         self, reach: Reach, query_cache: Callable[[ByteStore], Any]
     ) -> None:
         embeddings, store = reach(scripted()), InMemoryByteStore()
@@ -153,7 +153,9 @@ class TestRoles:
         cached.embed_documents([TEXT])
         assert cached.embed_query(TEXT) == AS_DOCUMENT != AS_QUERY
 
-    def test_the_wrong_way_a_new_instruction_gets_the_old_querys_vector(self, reach: Reach) -> None:
+    def test_pitfall_a_fixed_namespace_returns_vectors_of_the_old_instruction(
+        self, reach: Reach
+    ) -> None:
         documents, queries = InMemoryByteStore(), InMemoryByteStore()
 
         def cached(**settings: Any) -> CacheBackedEmbeddings:
@@ -188,7 +190,7 @@ class TestNamespaces:
         ],
         ids=" ".join,
     )
-    def test_what_moves_document_vectors_is_embedded_again(
+    def test_arguments_that_change_document_vectors_embed_again(
         self, reach: Reach, right: Any, change: dict[str, Any]
     ) -> None:
         old = right(reach(scripted())).embed_documents([TEXT])
@@ -219,7 +221,7 @@ class TestNamespaces:
         ],
         ids=" ".join,
     )
-    def test_what_moves_nothing_is_not(
+    def test_other_arguments_use_the_cache(
         self, reach: Reach, right: Any, change: dict[str, Any]
     ) -> None:
         cached = right(reach(scripted()))
@@ -238,7 +240,7 @@ class TestNamespaces:
         ],
         ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
     )
-    def test_queries_have_a_namespace_of_their_own(
+    def test_queries_have_their_own_namespace(
         self, reach: Reach, right: Any, change: dict[str, Any], embedded_again: bool
     ) -> None:
         right(reach(scripted())).embed_query(TEXT)
@@ -272,7 +274,7 @@ class TestStoring:
         assert np.array_equal(embed(), vectors_of(texts))
         assert transport.sent == list("abcdef") + list("efgh")
 
-    def test_without_a_batch_size_nothing_does(self, reach: Reach) -> None:
+    def test_without_a_batch_size_no_batch_survives(self, reach: Reach) -> None:
         transport = scripted(faults=[None, AuthenticationError("no")])
         cached = memory(reach(transport, batch_size=2, max_concurrency=1))
         with pytest.raises(AuthenticationError) as caught:
@@ -282,7 +284,7 @@ class TestStoring:
         cached.embed_documents(list("abcd"))
         assert transport.sent == list("abcd") * 2
 
-    def test_a_batch_of_theirs_travels_as_our_requests_at_once(self, reach: Reach) -> None:
+    def test_a_batch_is_sent_as_concurrent_requests(self, reach: Reach) -> None:
         transport = scripted(delay=lambda _: 0.02)
         cached = memory(reach(transport, batch_size=2, max_concurrency=3), batch_size=6)
         texts = [f"text {i}" for i in range(18)]
@@ -302,9 +304,7 @@ class TestStoring:
         with pytest.warns(UserWarning, match="SHA-1"):
             CacheBackedEmbeddings.from_bytes_store(reach(scripted()), InMemoryByteStore())
 
-    def test_a_file_half_written_is_an_error_and_never_a_vector(
-        self, reach: Reach, tmp_path: Path
-    ) -> None:
+    def test_a_truncated_file_is_an_error(self, reach: Reach, tmp_path: Path) -> None:
         # LocalFileStore writes in place: this is what another thread reads meanwhile, and what
         # a process that dies leaves behind.
         cached = folder_a_role(reach(scripted()), LocalFileStore(tmp_path))
@@ -337,7 +337,7 @@ print(json.dumps([cached.embed_documents(texts), cached.embed_query(texts[0])]))
 """
 
 
-def test_another_process_finds_it_on_disk_and_asks_no_service(tmp_path: Path) -> None:
+def test_another_process_reads_the_cache_without_a_service(tmp_path: Path) -> None:
     texts = ["猫が好き", "Bread rises.", TEXT]
     settings = {"model": EMBEDDED.space.model, "query_instruction": "retrieval"}
 
@@ -361,9 +361,9 @@ def test_another_process_finds_it_on_disk_and_asks_no_service(tmp_path: Path) ->
             first = [cached.embed_documents(texts), cached.embed_query(texts[0])]
         assert np.array_equal(first[0], vectors_of(texts))
         assert np.array_equal(first[1], vector_of(RETRIEVAL.format(text=texts[0])))
-        asked = len(server.received)
+        before = len(server.received)
         assert second_process(server.url, *texts) == first
-        assert len(server.received) == asked
+        assert len(server.received) == before
         second_process(server.url, *texts, "one more")
         assert [request.texts for request in server.posted[2:]] == [["one more"]]
     assert len(list(tmp_path.rglob("*"))) == 2 + 4 + 1  # folders, documents, query

@@ -79,10 +79,10 @@ class TestIndexing:
                     documents_of(texts), records, store, cleanup="full", key_encoder=key_of
                 )
             assert transport.sent == ["a", "b", "c"]
-            found = await store.asimilarity_search("b", k=3)
-            assert {document.page_content for document in found} == {"a", "c"}
+            stored = await store.asimilarity_search("b", k=3)
+            assert {document.page_content for document in stored} == {"a", "c"}
 
-    def test_a_failure_leaves_records_and_store_in_step(
+    def test_a_failure_leaves_records_and_store_consistent(
         self, over: Any, kind: str, records: RecordManager, tmp_path: Path
     ) -> None:
         transport = ScriptedTransport([None, None, AuthenticationError("no")])
@@ -94,15 +94,15 @@ class TestIndexing:
                 index_all(documents_of(texts), records, store, batch_size=2)
             assert documents_sent(transport) == ["old", "a", "b", "c", "d"]
             # What is in the store is on record, and nothing was deleted for what failed.
-            found = {document.page_content for document in store.similarity_search("a", k=9)}
-            assert found == {"old", "a", "b"}
+            stored = {document.page_content for document in store.similarity_search("a", k=9)}
+            assert stored == {"old", "a", "b"}
             on_record = records.exists([key_of(d) for d in documents_of(["old", *texts])])
             assert on_record == [True, True, True, False, False, False]
             result = index_all(documents_of(texts), records, store, batch_size=2)
             assert result == {"num_added": 3, "num_skipped": 2, "num_deleted": 1}
             assert documents_sent(transport)[5:] == ["c", "d", "e"]
-            found = {document.page_content for document in store.similarity_search("a", k=9)}
-            assert found == set(texts)
+            stored = {document.page_content for document in store.similarity_search("a", k=9)}
+            assert stored == set(texts)
 
     def test_another_process_embeds_only_what_is_new_to_it(self, tmp_path: Path) -> None:
         with FaultyServer() as server:
@@ -114,7 +114,7 @@ class TestIndexing:
             assert changed == {"num_added": 1, "num_skipped": 1, "num_deleted": 1}
             assert [request.texts for request in server.posted] == [["a", "b"], ["c"]]
 
-    def test_the_wrong_way_records_of_the_old_vectors_leave_the_new_store_empty(
+    def test_pitfall_records_of_old_vectors_leave_the_new_store_empty(
         self, over: Any, tmp_path: Path
     ) -> None:
         old = over(ScriptedTransport(), KalmModalEmbeddings)
@@ -128,7 +128,7 @@ class TestIndexing:
             own = InMemoryRecordManager(name_of(new))
             assert index_all(documents, own, store) == {"num_added": 5}
 
-    def test_100_documents_at_a_time_unless_told_otherwise(self, over: Any, tmp_path: Path) -> None:
+    def test_100_documents_at_a_time_by_default(self, over: Any, tmp_path: Path) -> None:
         for options, sizes in (({}, [100, 50]), ({"batch_size": 2048}, [128, 22])):
             transport = ScriptedTransport()
             with opened("in memory", tmp_path, over(transport, KalmModalEmbeddings)) as store:
@@ -136,9 +136,7 @@ class TestIndexing:
                 index_all(documents, InMemoryRecordManager("facts"), store, **options)
             assert [len(request.texts) for request in transport.requests] == sizes
 
-    def test_the_wrong_way_faiss_is_broken_by_an_id_that_it_has(
-        self, over: Any, tmp_path: Path
-    ) -> None:
+    def test_pitfall_a_duplicate_id_breaks_faiss(self, over: Any, tmp_path: Path) -> None:
         records = InMemoryRecordManager("facts")
         with opened("faiss", tmp_path, over(ScriptedTransport(), KalmModalEmbeddings)) as store:
             index_all(documents_of(["a", "b"]), records, store)
@@ -147,7 +145,7 @@ class TestIndexing:
             with pytest.raises(KeyError):  # the vectors are in, the documents are not
                 store.similarity_search("a", k=4)
 
-    def test_the_wrong_way_a_hash_is_no_id_for_qdrant(self, over: Any, tmp_path: Path) -> None:
+    def test_pitfall_qdrant_refuses_a_hash_as_id(self, over: Any, tmp_path: Path) -> None:
         with opened("qdrant", tmp_path, over(ScriptedTransport(), KalmModalEmbeddings)) as store:
             with pytest.raises(ValueError, match="is not a valid UUID"):
                 index(

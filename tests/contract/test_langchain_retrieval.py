@@ -57,10 +57,10 @@ class TestRetrieval:
         with opened(kind, tmp_path, embeddings) as store:
             await store.aadd_texts(FACTS)
             retriever = store.as_retriever(search_type=search_type, search_kwargs=options)
-            found = [retriever.invoke(question)[0].page_content for question in QUESTIONS]
-            assert found == ANSWERS
-            found = [(await retriever.ainvoke(q))[0].page_content for q in QUESTIONS]
-            assert found == ANSWERS
+            results = [retriever.invoke(question)[0].page_content for question in QUESTIONS]
+            assert results == ANSWERS
+            results = [(await retriever.ainvoke(q))[0].page_content for q in QUESTIONS]
+            assert results == ANSWERS
             batched = await retriever.abatch(QUESTIONS)
             assert [documents[0].page_content for documents in batched] == ANSWERS
 
@@ -73,7 +73,7 @@ class TestRetrieval:
         ],
         ids=["chroma", "qdrant", "faiss"],
     )
-    async def test_a_threshold_keeps_the_near(
+    async def test_a_threshold_keeps_similar_documents(
         self, kind: str, relevance: Callable[[float], float], tmp_path: Path
     ) -> None:
         with opened(kind, tmp_path, KalmModalEmbeddings(backend="local")) as store:
@@ -92,19 +92,21 @@ class TestRetrieval:
             ):
                 assert [document.page_content for document in documents] == ANSWERS[:1]
 
-    def test_the_wrong_way_faiss_takes_the_far_for_the_near(self, tmp_path: Path) -> None:
+    def test_pitfall_faiss_reverses_relevance_scores_of_inner_products(
+        self, tmp_path: Path
+    ) -> None:
         embeddings = KalmModalEmbeddings(backend="local")
         strategy = {"distance_strategy": DistanceStrategy.MAX_INNER_PRODUCT}
         store = FAISS.from_texts(FACTS[:3], embeddings, **strategy)
-        found = store.similarity_search_with_relevance_scores(QUESTIONS[0], k=3)
-        assert found[0][0].page_content == ANSWERS[0]
-        assert found[0][1] < found[1][1] < found[2][1]
+        results = store.similarity_search_with_relevance_scores(QUESTIONS[0], k=3)
+        assert results[0][0].page_content == ANSWERS[0]
+        assert results[0][1] < results[1][1] < results[2][1]
         retriever = store.as_retriever(
             search_type="similarity_score_threshold",
             search_kwargs={"k": 3, "score_threshold": 0.8},
         )
         kept = [document.page_content for document in retriever.invoke(QUESTIONS[0])]
-        assert kept == [document.page_content for document, _ in found[1:]]
+        assert kept == [document.page_content for document, _ in results[1:]]
         store.save_local(str(tmp_path))
         again = FAISS.load_local(str(tmp_path), embeddings, allow_dangerous_deserialization=True)
         assert again.distance_strategy == DistanceStrategy.EUCLIDEAN_DISTANCE  # of an inner product
@@ -122,8 +124,8 @@ def fan_out(store: VectorStore) -> Runnable[list[str], dict[str, list[Document]]
 
 
 def each_its_own(answers: dict[str, list[Document]]) -> bool:
-    found = {name: documents[0].page_content for name, documents in answers.items()}
-    return found == {str(i): query for i, query in enumerate(QUERIES)}
+    results = {name: documents[0].page_content for name, documents in answers.items()}
+    return results == {str(i): query for i, query in enumerate(QUERIES)}
 
 
 class Patient(ScriptedTransport):
@@ -133,17 +135,19 @@ class Patient(ScriptedTransport):
     def __init__(self, at_once: int) -> None:
         super().__init__(delay=lambda _: random.uniform(0, 0.01))
         self.at_once = at_once
-        self.turns = self.held = self.most_held = 0
+        self.iterations = self.held = self.most_held = 0
         self.gave_up = False
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         if request.role == "document":
             return await super().embed(request)
-        turns = self.turns
+        iterations = self.iterations
         self.held += 1
         self.most_held = max(self.most_held, self.held)
         try:
-            while not self.gave_up and (self.most_held < self.at_once or self.turns == turns):
+            while not self.gave_up and (
+                self.most_held < self.at_once or self.iterations == iterations
+            ):
                 await asyncio.sleep(0.001)
             return await super().embed(request)
         except asyncio.CancelledError:
@@ -155,7 +159,7 @@ class Patient(ScriptedTransport):
     async def count_turns(self) -> None:
         while True:
             await asyncio.sleep(0.001)
-            self.turns += 1
+            self.iterations += 1
 
 
 class TestParallel:
@@ -171,9 +175,7 @@ class TestParallel:
         assert [len(request.texts) for request in transport.requests[1:]] == [1] * 50
         assert transport.at_once <= transport.most_held <= 8
 
-    async def test_more_than_the_loop_has_threads_by_vector(
-        self, over: Any, tmp_path: Path
-    ) -> None:
+    async def test_more_queries_than_the_loop_has_threads(self, over: Any, tmp_path: Path) -> None:
         transport = Patient(at_once=40)
         embeddings = over(transport, KalmModalEmbeddings, max_concurrency=40, timeout=15)
         turning = asyncio.create_task(transport.count_turns())
@@ -214,7 +216,7 @@ class TestParallel:
 
 
 class TestThreads:
-    def test_16_threads_on_one_object_get_each_its_own(self, over: Any) -> None:
+    def test_16_threads_share_one_object(self, over: Any) -> None:
         transport = ScriptedTransport(delay=lambda _: random.uniform(0, 0.01))
         embeddings = over(transport, KalmModalEmbeddings, batch_size=3, max_concurrency=4)
         everyone = threading.Barrier(16)
@@ -247,18 +249,16 @@ class TestThreads:
         assert transport.most_in_flight <= 8  # documents' slots and queries'
         assert transport.closed == 0
 
-    def test_16_threads_on_one_store(self, kind: str, tmp_path: Path) -> None:
+    def test_16_threads_share_one_store(self, kind: str, tmp_path: Path) -> None:
         with opened(kind, tmp_path, KalmModalEmbeddings(backend="local")) as store:
             store.add_texts(FACTS)
             retriever = store.as_retriever(search_kwargs={"k": 1})
-            found = retriever.batch(QUESTIONS * 16, {"max_concurrency": 16})
-        assert [documents[0].page_content for documents in found] == ANSWERS * 16
+            results = retriever.batch(QUESTIONS * 16, {"max_concurrency": 16})
+        assert [documents[0].page_content for documents in results] == ANSWERS * 16
 
 
 class TestCopies:
-    def test_a_retriever_pickled_with_its_vectors_answers_in_another_process(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_pickled_retriever_works_in_another_process(self, tmp_path: Path) -> None:
         embeddings = KalmModalEmbeddings(backend="local", **SECRETS)
         store = InMemoryVectorStore(embeddings)
         store.add_texts(FACTS)
@@ -269,19 +269,19 @@ class TestCopies:
             "import json, pathlib, pickle, sys\n"
             "path, *questions = sys.argv[1:]\n"
             "retriever = pickle.loads(pathlib.Path(path).read_bytes())\n"
-            "found = [retriever.invoke(question)[0].page_content for question in questions]\n"
-            "print(json.dumps(found))"
+            "results = [retriever.invoke(question)[0].page_content for question in questions]\n"
+            "print(json.dumps(results))"
         )
         assert second_process("-c", code, tmp_path / "retriever", *QUESTIONS) == ANSWERS
 
-    def test_a_spawned_worker_embeds_with_the_one_it_is_handed(self) -> None:
+    def test_a_spawned_worker_embeds_with_pickled_embeddings(self) -> None:
         embeddings = KalmModalEmbeddings(backend="local", query_instruction="question")
         here = [embeddings.embed_query(question) for question in QUESTIONS]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             assert pool.map(embeddings.embed_query, QUESTIONS) == here
 
     @pytest.mark.parametrize("used", [False, True])
-    def test_a_deep_copy_of_a_store_is_a_store_of_its_own(
+    def test_a_deep_copy_of_a_store_is_independent(
         self, monkeypatch: pytest.MonkeyPatch, used: bool
     ) -> None:
         sessions: list[ScriptedTransport] = []
@@ -299,8 +299,8 @@ class TestCopies:
         assert twin.embedding == store.embedding
         for number, each in enumerate((twin, store), start=2):
             each.add_texts(FACTS[number : number + 1])
-            found = each.similarity_search(FACTS[number], k=1)
-            assert found[0].page_content == FACTS[number]
+            results = each.similarity_search(FACTS[number], k=1)
+            assert results[0].page_content == FACTS[number]
         assert len(store.store) == len(twin.store) == 1 + 2 * used
         assert len(sessions) == 2
         twin.embedding.close()

@@ -36,7 +36,7 @@ pytestmark = quiet_chroma
 
 
 class TestPersistence:
-    def test_another_process_finds_the_same(self, tmp_path: Path) -> None:
+    def test_another_process_gets_the_same_results(self, tmp_path: Path) -> None:
         settings: dict[str, Any] = {"backend": "local", "query_instruction": "question"}
         embeddings, here = KalmModalEmbeddings(**settings), {}
         for kind in STORES:
@@ -50,13 +50,13 @@ class TestPersistence:
         client = embeddings.client
         cosines = client.embed(QUESTIONS, role="query").vectors @ client.embed(FACTS).vectors.T
         for kind, process in ((kind, process) for kind in STORES for process in (here, there)):
-            for found, right in zip(process[kind], cosines, strict=True):
+            for results, right in zip(process[kind], cosines, strict=True):
                 order = np.argsort(-right)[:3]
-                assert [text for text, _ in found] == [FACTS[i] for i in order], kind
-                assert np.allclose([score for _, score in found], right[order], atol=1e-5), kind
+                assert [text for text, _ in results] == [FACTS[i] for i in order], kind
+                assert np.allclose([score for _, score in results], right[order], atol=1e-5), kind
         for kind in STORES:
             scores = [
-                [score for found in process[kind] for _, score in found]
+                [score for results in process[kind] for _, score in results]
                 for process in (here, there)
             ]
             assert np.allclose(*scores, atol=1e-6), kind
@@ -71,9 +71,9 @@ class TestPersistence:
             assert hits(store) == [[]] * 3
         again = KalmModalEmbeddings(backend="local", query_instruction="web_search", batch_size=1)
         with opened(kind, tmp_path, again) as store:
-            assert {len(found) for found in hits(store)} == {3}
+            assert {len(results) for results in hits(store)} == {3}
 
-    def test_a_collection_says_what_its_vectors_are(self, tmp_path: Path) -> None:
+    def test_a_collection_stores_the_identity_of_its_vectors(self, tmp_path: Path) -> None:
         embeddings = KalmModalEmbeddings(backend="local")
         for _ in range(2):
             for kind in ("chroma", "qdrant"):
@@ -87,9 +87,7 @@ class TestPersistence:
         with pytest.raises((TypeError, ValueError)):
             Chroma("nested", client=chroma, collection_metadata={"kalm": identity})
 
-    def test_one_add_texts_of_chroma_has_a_limit_that_it_finds_after_embedding(
-        self, over: Any, tmp_path: Path
-    ) -> None:
+    def test_chroma_checks_its_batch_limit_after_embedding(self, over: Any, tmp_path: Path) -> None:
         transport = ScriptedTransport()
         embeddings = over(transport, KalmModalEmbeddings)
         store = open_chroma(tmp_path, embeddings)
@@ -100,7 +98,7 @@ class TestPersistence:
         assert len(transport.sent) == len(texts)
         assert store.get()["ids"] == []
 
-    def test_opening_a_qdrant_collection_embeds_a_dummy_unless_told_not_to(
+    def test_opening_a_qdrant_collection_embeds_a_dummy_by_default(
         self, over: Any, tmp_path: Path
     ) -> None:
         transport = ScriptedTransport()
@@ -111,9 +109,7 @@ class TestPersistence:
             QdrantVectorStore(store.client, name_of(embeddings), embeddings)
             assert transport.sent == ["dummy_text"]
 
-    def test_qdrant_embeds_64_texts_at_a_time_unless_told_otherwise(
-        self, over: Any, tmp_path: Path
-    ) -> None:
+    def test_qdrant_embeds_64_texts_at_a_time_by_default(self, over: Any, tmp_path: Path) -> None:
         for options, sizes in (({}, [64, 36]), ({"batch_size": 2048}, [100])):
             transport = ScriptedTransport()
             embeddings = over(transport, KalmModalEmbeddings)

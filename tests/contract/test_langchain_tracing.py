@@ -79,10 +79,10 @@ class Seen(BaseCallbackHandler):
 
 def chain_over(store: VectorStore) -> Runnable[str, str]:
     retriever = store.as_retriever(search_kwargs={"k": 1})
-    found: Runnable[str, dict[str, Any]] = RunnableParallel(
+    retrieval: Runnable[str, dict[str, Any]] = RunnableParallel(
         documents=retriever, question=RunnablePassthrough()
     )
-    return found | RunnableLambda(lambda step: step["documents"][0].page_content)
+    return retrieval | RunnableLambda(lambda step: step["documents"][0].page_content)
 
 
 def way_of(chain: Runnable[Any, Any], asynchronous: bool) -> Callable[..., Any]:
@@ -127,7 +127,7 @@ class TestTracing:
         assert retrieved.extra["metadata"]["ls_embedding_provider"] == "KalmModalEmbeddings"
         assert secrets_in(seen.payloads, root.model_dump(), dumpd(embeddings), dumpd(store)) == []
 
-    def test_an_error_reaches_them_as_it_is(
+    def test_callbacks_receive_the_error_unchanged(
         self, over: Any, tmp_path: Path, asynchronous: bool
     ) -> None:
         transport = ScriptedTransport([None, AuthenticationError("no")])
@@ -142,7 +142,7 @@ class TestTracing:
         assert isinstance(caught.value, KalmError)
         assert secrets_in(seen.payloads) == []
 
-    def test_langsmiths_own_client_sends_whole_runs_and_no_secret(
+    def test_langsmiths_client_sends_whole_runs_and_no_secret(
         self, tmp_path: Path, asynchronous: bool
     ) -> None:
         sent: list[tuple[str, dict[str, Any]]] = []

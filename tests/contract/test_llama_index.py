@@ -123,7 +123,7 @@ class TestFramework:
         )
         assert [len(node.embedding or []) for node in nodes] == [512] * 3
 
-    def test_one_bad_text_leaves_the_index_as_it_was(self, local: KalmModalEmbeddings) -> None:
+    def test_an_invalid_text_leaves_the_index_unchanged(self, local: KalmModalEmbeddings) -> None:
         index = VectorStoreIndex([TextNode(text=FACTS[0])], embed_model=local)
         with pytest.raises(InvalidInputError, match=r"texts\[1\] is white space only"):
             index.insert_nodes([TextNode(text=FACTS[1]), TextNode(text="   ")])
@@ -198,9 +198,9 @@ class TestFramework:
             return capsys.readouterr().err
 
         assert embed() == ""
-        shown = embed(show_progress=True)
-        assert "6/6" in shown
-        assert shown.count("Embedding:") >= 2
+        output = embed(show_progress=True)
+        assert "6/6" in output
+        assert output.count("Embedding:") >= 2
         model = over(ScriptedTransport(), KalmModalEmbeddings, show_progress=True)
         assert "6/6" in embed()
 
@@ -215,7 +215,7 @@ class TestObject:
         with pytest.raises(ConfigurationError, match=r"model_name='other': .* with model="):
             KalmModalEmbeddings(backend="local", model_name="other")
 
-    def test_our_settings_are_fixed_and_llama_indexs_are_not(
+    def test_arguments_of_the_client_cannot_be_changed_but_llama_indexs_can(
         self, local: KalmModalEmbeddings
     ) -> None:
         with pytest.raises(AttributeError, match="truncate is fixed: use with_options"):
@@ -227,13 +227,13 @@ class TestObject:
         with pytest.raises(ConfigurationError, match="batchsize"):
             KalmModalEmbeddings(backend="local", batchsize=3)  # type: ignore[call-arg]
 
-    def test_langchain_is_told_which_class_it_takes(self, local: KalmModalEmbeddings) -> None:
+    def test_langchains_methods_name_the_right_class(self, local: KalmModalEmbeddings) -> None:
         store = InMemoryVectorStore(local)  # type: ignore[arg-type]
         for use in (lambda: store.add_texts(["a"]), lambda: store.similarity_search("a")):
             with pytest.raises(TypeError, match="from kalm_integrations import KalmModalEmbedd"):
                 use()
 
-    def test_no_dump_and_no_pickle_holds_a_secret(self) -> None:
+    def test_dumps_and_pickles_have_no_secret(self) -> None:
         model = KalmModalEmbeddings(base_url="http://there", api_key="hunter2")
         for dump in (model.to_json(), repr(model), str(model.to_payload()), pickle.dumps(model)):
             assert "hunter2" not in str(dump)

@@ -23,6 +23,7 @@ from llama_index.core.vector_stores import SimpleVectorStore
 from scripted import ScriptedTransport, vector_of
 
 from kalm_integrations import llama_index, models
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
     IdentityMismatchError,
     InputTooLongError,
@@ -32,7 +33,6 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.llama_index import KalmModalEmbeddings
 from kalm_integrations.llama_index.cache import RoleCache
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.protocol import EmbedRequest
 
 FACTS = ["K2 is 8,611 metres high.", "The Nile is long.", "Bread rises because of yeast."]
@@ -64,20 +64,20 @@ class TestPipelineCache:
         {"on_usage": print},
         {"vector_dtype": "float32"},
         {"model_name": "universal-sentence-encoder-multilingual-3"},
-        # What the default says, said aloud.
+        # The default, passed explicitly.
         {"model": "universal-sentence-encoder-multilingual-3"},
         {"dimensions": 512},
         {"expected_identity": models.EMBEDDED.space},
     )
 
     @pytest.mark.parametrize("tuning", TUNING, ids=lambda tuning: next(iter(tuning)))
-    def test_tuning_keeps_it(self, over: Any, tuning: dict[str, Any]) -> None:
+    def test_tuning_keeps_the_cache(self, over: Any, tuning: dict[str, Any]) -> None:
         cache, transport = IngestionCache(), ScriptedTransport()
         ingest(over(transport, KalmModalEmbeddings), cache)
         ingest(over(transport, KalmModalEmbeddings, **tuning), cache)
         assert len(transport.requests) == 1
 
-    def test_a_new_key_in_the_environment_keeps_it(
+    def test_a_new_key_in_the_environment_keeps_the_cache(
         self, over: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cache, transport = IngestionCache(), ScriptedTransport()
@@ -100,22 +100,24 @@ class TestPipelineCache:
         ],
         ids=lambda arguments: ",".join(map(str, list(arguments.values())[-1:]))[:20],
     )
-    def test_what_decides_the_vectors_busts_it(
+    def test_arguments_that_decide_vectors_invalidate_the_cache(
         self, before: dict[str, Any], after: dict[str, Any]
     ) -> None:
         assert _keys(KalmModalEmbeddings(**before)) != _keys(KalmModalEmbeddings(**after))
 
-    def test_a_release_with_another_model_busts_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_release_with_another_model_invalidates_the_cache(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         before = _keys(KalmModalEmbeddings(backend="local"))
         _release_another_model(monkeypatch)
         assert _keys(KalmModalEmbeddings(backend="local")) != before
 
-    def test_every_argument_is_known_to_decide_vectors_or_not(self) -> None:
+    def test_every_argument_is_classified(self) -> None:
         # A new one must be put into TUNING above, or into a dump.
         tuning = {name for arguments in self.TUNING for name in arguments}
         assert tuning | llama_index._DUMPED | {"transport"} >= ClientConfig.model_fields.keys()
 
-    def test_it_survives_the_process(self, over: Any, tmp_path: Path) -> None:
+    def test_the_cache_survives_the_process(self, over: Any, tmp_path: Path) -> None:
         path, transport = str(tmp_path / "cache.json"), ScriptedTransport()
         cache = IngestionCache()
         ingest(over(transport, KalmModalEmbeddings), cache)
@@ -161,7 +163,7 @@ class TestEmbeddingsCache:
                 assert model.get_text_embedding_batch(["K2"]) == [document]
         assert transport.sent == ["K2", "Q: K2"]
 
-    def test_two_configurations_share_a_store_and_no_vector(self, over: Any) -> None:
+    def test_two_configurations_share_a_store_but_no_vector(self, over: Any) -> None:
         store, transport = SimpleKVStore(), ScriptedTransport()
         for template in ("{text}", "title: {text}"):
             model = over(
@@ -172,9 +174,7 @@ class TestEmbeddingsCache:
             )
             assert model.get_text_embedding("K2") == vector_of(template.format(text="K2")).tolist()
 
-    def test_what_another_model_left_in_the_store_is_neither_used_nor_touched(
-        self, over: Any
-    ) -> None:
+    def test_entries_of_another_model_are_neither_used_nor_changed(self, over: Any) -> None:
         store = SimpleKVStore()
         store.put("K2", {"id": [1.0, 2.0]}, collection="embeddings")
         model = over(ScriptedTransport(), KalmModalEmbeddings, embeddings_cache=store)
@@ -184,7 +184,7 @@ class TestEmbeddingsCache:
         assert model.embeddings_cache.delete("K2")
         assert store.get("K2", collection=model.cache_namespace) is None
 
-    def test_an_updated_copy_has_namespaces_of_its_own(self, over: Any) -> None:
+    def test_an_updated_copy_has_its_own_namespaces(self, over: Any) -> None:
         model = over(ScriptedTransport(), KalmModalEmbeddings, embeddings_cache=SimpleKVStore())
         model.get_query_embedding("K2")
         model.get_text_embedding("K2")
@@ -195,7 +195,7 @@ class TestEmbeddingsCache:
         assert copied.get_text_embedding("K2") == vector_of("D: K2").tolist()
         assert model.get_text_embedding("K2") == vector_of("K2").tolist()
 
-    def test_a_store_that_is_set_later_is_kept_apart_too(self, over: Any) -> None:
+    def test_a_store_that_is_assigned_later_has_namespaces_too(self, over: Any) -> None:
         model = over(ScriptedTransport(), KalmModalEmbeddings)
         model.embeddings_cache = SimpleKVStore()
         assert isinstance(model.embeddings_cache, RoleCache)
@@ -204,7 +204,7 @@ class TestEmbeddingsCache:
         with pytest.raises(TypeError, match="BaseKVStore"):
             KalmModalEmbeddings(backend="local", embeddings_cache={})
 
-    def test_it_is_shared_between_processes(self, tmp_path: Path) -> None:
+    def test_the_store_is_shared_between_processes(self, tmp_path: Path) -> None:
         """A second process finds the vectors of the first, through the store's own file."""
         path = tmp_path / "vectors.json"
         code = (
@@ -260,7 +260,7 @@ class TestDumps:
         assert dumped.keys() == llama_index._DUMPED | {"cache_namespace", "modal_class"}
         assert dumped["cache_namespace"] == model.cache_namespace
 
-    def test_what_is_not_dumped_comes_from_the_environment_again(
+    def test_arguments_that_are_not_dumped_are_read_from_the_environment_again(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dumped = KalmModalEmbeddings(**KALM, api_key="old").to_dict()
@@ -289,7 +289,7 @@ class TestDumps:
 
 class TestBatches:
     @pytest.mark.parametrize("asynchronous", [False, True])
-    def test_a_bad_text_is_named_by_its_place_in_the_callers_list(
+    def test_an_invalid_text_is_named_by_the_callers_index(
         self, over: Any, asynchronous: bool
     ) -> None:
         transport = ScriptedTransport()
@@ -306,7 +306,9 @@ class TestBatches:
         assert transport.sent == sent
 
     @pytest.mark.parametrize("asynchronous", [False, True])
-    def test_so_is_one_that_only_the_model_can_refuse(self, over: Any, asynchronous: bool) -> None:
+    def test_a_text_that_the_service_refuses_is_named_by_the_callers_index(
+        self, over: Any, asynchronous: bool
+    ) -> None:
         def refuse(request: EmbedRequest) -> None:
             if "long" in request.texts:
                 raise InputTooLongError.of([InvalidText(request.texts.index("long"), "is long")])
@@ -327,7 +329,7 @@ class TestBatches:
         assert [bad.index for bad in caught.value.invalid] == [3, 5]
 
     @pytest.mark.parametrize("num_workers", [None, 2])
-    async def test_a_failing_batch_ends_its_siblings(self, over: Any, num_workers: Any) -> None:
+    async def test_a_failing_batch_cancels_the_others(self, over: Any, num_workers: Any) -> None:
         transport = ScriptedTransport(
             [NotFoundError("gone")],
             delay=lambda request: 0.05 if request.texts[0] == "text 0" else 0.2,
@@ -343,9 +345,9 @@ class TestBatches:
         with pytest.raises(NotFoundError):
             await model.aget_text_embedding_batch([f"text {i}" for i in range(40)])
         await asyncio.sleep(0.1)  # cancelling takes a moment; all 40 would take 2 s
-        asked = len(transport.requests)
+        before = len(transport.requests)
         await asyncio.sleep(0.5)
-        assert (len(transport.requests), transport.in_flight) == (asked, 0)
+        assert (len(transport.requests), transport.in_flight) == (before, 0)
 
 
 WORKERS = """

@@ -17,9 +17,9 @@ from serving import FaultyServer, Step, reply, reset, stall
 
 from kalm_integrations import KalmClient, KalmModalEmbeddings
 from kalm_integrations import llama_index as ours_for_llama_index
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.transports.http import HttpTransport
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from kalm_integrations import evaluation, langchain_errors, prompts, validation
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.evaluation import report
 from kalm_integrations.evaluation.quantization import USUAL_KS
 from kalm_integrations.evaluation.texts import MOST_DERIVED
 from kalm_integrations.lines import TEXT_COLUMN
-from kalm_integrations.options import ClientConfig
 from modal_backend import admission, service
 from modal_backend.http import app as http_app
 from modal_backend.http import schema

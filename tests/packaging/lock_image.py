@@ -38,8 +38,8 @@ HEADER = """\
 
 def pins(lines: Iterable[str]) -> dict[str, str]:
     """The exact version of each package that is pinned, by its normalized name."""
-    found = (re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+)", line) for line in lines)
-    return {re.sub(r"[-_.]+", "-", pin[1]).lower(): pin[2] for pin in found if pin}
+    matches = (re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+)", line) for line in lines)
+    return {re.sub(r"[-_.]+", "-", pin[1]).lower(): pin[2] for pin in matches if pin}
 
 
 def as_tested() -> dict[str, str]:

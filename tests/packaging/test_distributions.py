@@ -1,7 +1,7 @@
-"""What is built from this tree, and that each extra, installed alone, works.
+"""The distributions that are built from this tree, and each extra, installed alone.
 
-Each environment is new: a venv without even pip, into which go the wheel, one extra, and what they
-ask for. Two extras are not installed here: `vllm` is 2 GB and wants CUDA, so only its pin is
+Each environment is new: a venv without even pip, with the wheel, one extra, and their
+requirements. Two extras are not installed here: `vllm` is 2 GB and wants CUDA, so only its pin is
 compared; `dev` is the environment that runs this.
 """
 
@@ -116,9 +116,9 @@ class Environment:
         """What a program prints; where it has to fail, the last line of why."""
         command = [self.folder / "bin/python", "-W", "error", "-c", dedent(code)]
         done = run(command, self.home, status, HOME=str(self.home), **variables)
-        # How long a container takes to start is this machine's matter; all else is a complaint.
-        said = [line for line in done.stderr.splitlines() if "may be starting" not in line]
-        assert status or not said
+        # A slow start depends on this machine; any other line is a warning.
+        warnings = [line for line in done.stderr.splitlines() if "may be starting" not in line]
+        assert status or not warnings
         return (done.stderr.splitlines()[-1:] if status else []) + done.stdout.splitlines()
 
     def kalm(self, *arguments: str | Path, status: int = 0, **variables: str) -> str:
@@ -129,25 +129,25 @@ class Environment:
 
 
 class Environments:
-    """One for each extra; two are made at a time, while tests run in those that are ready."""
+    """One for each extra; two are created at a time, while tests run in those that are ready."""
 
     def __init__(self, folder: Path, wheel: Path) -> None:
         self._pool = ThreadPoolExecutor(2)
-        self._made: dict[str, Future[Environment]] = {
-            extra: self._pool.submit(self._make, folder / (extra or "core"), extra, wheel)
+        self._environments: dict[str, Future[Environment]] = {
+            extra: self._pool.submit(self._create, folder / (extra or "core"), extra, wheel)
             for extra in INSTALLED
         }
 
     @staticmethod
-    def _make(folder: Path, extra: str, wheel: Path) -> Environment:
-        made = Environment(folder / "venv", folder / "home")
-        made.home.mkdir(parents=True)
-        venv.create(made.folder, symlinks=True)
-        made.install(f"{wheel}[{extra}]" if extra else wheel)
-        return made
+    def _create(folder: Path, extra: str, wheel: Path) -> Environment:
+        environment = Environment(folder / "venv", folder / "home")
+        environment.home.mkdir(parents=True)
+        venv.create(environment.folder, symlinks=True)
+        environment.install(f"{wheel}[{extra}]" if extra else wheel)
+        return environment
 
     def __getitem__(self, extra: str) -> Environment:
-        return self._made[extra].result()
+        return self._environments[extra].result()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -155,9 +155,9 @@ class Environments:
 
 @pytest.fixture(scope="module")
 def environments(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environments]:
-    made = Environments(tmp_path_factory.mktemp("environments"), built.wheel)
-    yield made
-    made.close()
+    environments = Environments(tmp_path_factory.mktemp("environments"), built.wheel)
+    yield environments
+    environments.close()
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def service() -> Iterator[Mapping[str, str]]:
 
 
 class TestBuilt:
-    def test_the_wheel_holds_both_packages_typed_and_nothing_else(self, built: Built) -> None:
+    def test_the_wheel_has_both_packages_typed_and_nothing_else(self, built: Built) -> None:
         sources = {
             path.relative_to(ROOT).as_posix()
             for package in PACKAGES
@@ -191,7 +191,7 @@ class TestBuilt:
         assert files(built.wheel) == files(built.straight)
 
     @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only git knows what is ours")
-    def test_the_sdist_holds_all_that_git_does(self, built: Built) -> None:
+    def test_the_sdist_has_all_files_of_git(self, built: Built) -> None:
         def listed(*options: str) -> set[str]:
             names = run(["git", "ls-files", "-z", *options], ROOT).stdout.split("\0")
             return {name for name in names if name and (ROOT / name).exists()}
@@ -215,14 +215,14 @@ class TestBuilt:
         assert first is not None
         assert first[1].split()[0] == __version__
 
-    def test_what_decides_a_vector_is_pinned_as_in_the_container(self) -> None:
+    def test_packages_that_decide_vectors_are_pinned_as_in_the_container(self) -> None:
         (vllm,) = EXTRAS["vllm"]
         assert vllm in image.VLLM
         tested = (ROOT / "tests/vllm/requirements.txt").read_text().splitlines()
         assert vllm.replace("==", "-cpu==") in tested
         assert EXTRAS["local"] == list(ENGINES["embedded"].packages)
 
-    def test_no_extra_is_forgotten_here(self) -> None:
+    def test_every_extra_is_tested(self) -> None:
         assert {*INSTALLED, "vllm", "dev"} == {"", *EXTRAS}
         assert any("extra == 'dev'" in each.replace('"', "'") for each in requires(NAME) or [])
 
@@ -281,9 +281,9 @@ class TestCoreAlone:
         self, core: Environment, command: str, extra: str
     ) -> None:
         verb, *options = command.split()
-        shown = core.kalm(verb, *options, status=1, KALM_API_KEY=KEY)
+        output = core.kalm(verb, *options, status=1, KALM_API_KEY=KEY)
         needs = f"This command needs more: pip install '{NAME}[{extra}]'\n"
-        assert re.fullmatch(rf"kalm {verb}: .*{re.escape(needs)}", shown)
+        assert re.fullmatch(rf"kalm {verb}: .*{re.escape(needs)}", output)
 
 
 class TestEachExtraAlone:
@@ -319,16 +319,16 @@ class TestEachExtraAlone:
         """
         with local() as service:
             assert environments["local"].python(code, **service.environment) == ["True"]
-            said = environments["local"].kalm("doctor", "--wake", **service.environment)
-        assert "All good" in said
+            output = environments["local"].kalm("doctor", "--wake", **service.environment)
+        assert "All good" in output
 
     def test_modal(self, environments: Environments) -> None:
         """To a local stand-in for Modal's cloud, with the real Modal client."""
         alone = environments["modal"]
         assert "Run `modal setup`" in alone.kalm("deploy", "--engine", "embedded", status=1)
         with Emulator() as cloud:
-            shown = alone.kalm("deploy", "--engine", "embedded", **cloud.client_env)
-            snippet = "\n".join(re.findall(r"^    (.*)$", shown.partition("over RPC:")[2], re.M))
+            output = alone.kalm("deploy", "--engine", "embedded", **cloud.client_env)
+            snippet = "\n".join(re.findall(r"^    (.*)$", output.partition("over RPC:")[2], re.M))
             assert "KalmClient(" in snippet
             (vector,) = alone.python(snippet, **cloud.client_env)
         assert vector.count(",") == 2
@@ -336,8 +336,8 @@ class TestEachExtraAlone:
     def test_bulk(self, environments: Environments, service: Mapping[str, str]) -> None:
         alone = environments["bulk"]
         (alone.home / "in.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
-        said = alone.kalm("embed", "in.jsonl", "--output", "out", **service)
-        assert f"{len(TEXTS)} rows in 1 shard," in said
+        output = alone.kalm("embed", "in.jsonl", "--output", "out", **service)
+        assert f"{len(TEXTS)} rows in 1 shard," in output
         code = """
             from kalm_integrations.bulk import read
 
@@ -362,13 +362,15 @@ class TestEachExtraAlone:
                                 model=ScriptedEngine.identity.model) as client:
                     print(client.embed(["x", "y"]).vectors.shape)
         """
-        shown = environments["server"].python(code, PYTHONPATH=str(ROOT / "tests"))
-        assert shown == ["(2, 512)"]
+        output = environments["server"].python(code, PYTHONPATH=str(ROOT / "tests"))
+        assert output == ["(2, 512)"]
 
-    def test_server_then_local_as_it_says(self, environments: Environments, built: Built) -> None:
+    def test_server_then_local_as_the_message_suggests(
+        self, environments: Environments, built: Built
+    ) -> None:
         alone = environments["server"]
-        said = alone.kalm("serve", "--insecure-no-auth", status=1)
-        named = re.search(r"pip install '(.*?)'", said)
+        output = alone.kalm("serve", "--insecure-no-auth", status=1)
+        named = re.search(r"pip install '(.*?)'", output)
         assert named is not None
         alone.install(named[1], "--find-links", built.wheel.parent)
         with subprocess.Popen(
@@ -381,12 +383,12 @@ class TestEachExtraAlone:
             assert server.stderr is not None
             ready = next(line for line in server.stderr if "kalm serve: ready: " in line)
             url = ready.split(" on ")[-1].strip()
-            said = alone.kalm("doctor", "--wake", KALM_BASE_URL=url, KALM_MODEL=SMALL)
+            output = alone.kalm("doctor", "--wake", KALM_BASE_URL=url, KALM_MODEL=SMALL)
             server.terminate()
-        assert "All good" in said
+        assert "All good" in output
 
     def test_quickstart(self, environments: Environments) -> None:
         page = ROOT / "tests" / "modal" / "modal_emulator"  # one, for the packages are what counts
-        shown = environments["quickstart"].kalm("quickstart", "--corpus", page)
-        assert "LangChain, QdrantVectorStore" in shown
-        assert "LlamaIndex, VectorStoreIndex" in shown
+        output = environments["quickstart"].kalm("quickstart", "--corpus", page)
+        assert "LangChain, QdrantVectorStore" in output
+        assert "LlamaIndex, VectorStoreIndex" in output

@@ -22,7 +22,7 @@ from modal_backend.engines.registry import ENGINES
 LOCKED = pins(image.LOCK.read_text().splitlines())
 
 
-def test_the_lock_has_what_the_image_names_and_what_the_tests_run() -> None:
+def test_the_lock_has_the_packages_of_the_image_and_of_the_tests() -> None:
     assert pins(INPUTS).items() <= LOCKED.items()
     both = as_tested().keys() & LOCKED.keys()
     assert {"transformers", "tokenizers", "safetensors", "numpy"} <= both
@@ -53,7 +53,7 @@ def test_the_base_image_has_the_cuda_of_torch() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "embedded"])
-def test_what_needs_no_gpu_is_imported_with_the_image_s_packages(
+def test_modules_without_gpu_import_with_the_packages_of_the_image(
     engine: str, tmp_path: Path
 ) -> None:
     python = tmp_path / "venv" / "bin" / "python"

@@ -47,14 +47,14 @@ def fits(texts: list[str], limits: RequestLimits) -> bool:
 
 
 @CASES
-def test_every_index_is_in_exactly_one_place(texts, limits):
+def test_every_index_is_in_exactly_one_batch(texts, limits):
     batches = plan(enumerate(texts), TEMPLATE, limits)
     indices = [index for batch in batches for places in batch.positions for index in places]
     assert sorted(indices) == list(range(len(texts)))
 
 
 @CASES
-def test_a_request_holds_the_callers_texts_with_the_instruction_set_in(texts, limits):
+def test_requests_contain_the_callers_texts_with_the_instruction(texts, limits):
     for batch in plan(enumerate(texts), TEMPLATE, limits):
         for prompted, places in zip(batch.texts, batch.positions, strict=True):
             assert {f"q: {texts[index]}." for index in places} == {prompted}
@@ -74,7 +74,7 @@ def test_no_request_exceeds_a_limit_except_one_of_a_single_text(texts, limits):
 
 
 @CASES
-def test_requests_are_as_full_as_the_limits_allow_and_never_empty(texts, limits):
+def test_requests_are_as_full_as_the_limits_allow(texts, limits):
     batches = list(plan(enumerate(texts), TEMPLATE, limits))
     assert all(batch.texts for batch in batches)
     for batch, following in pairwise(batches):
@@ -93,7 +93,7 @@ def test_scatter_puts_each_vector_at_every_index_of_its_text(texts, limits):
     assert answer.tolist() == [vector(text) for text in texts]
 
 
-def test_scatter_of_texts_without_copies_copies_nothing():
+def test_scatter_of_distinct_texts_copies_nothing():
     vectors = np.eye(2, dtype=np.float16)
     _, rows = Batch(["a", "b"], [[0], [1]]).scatter(vectors)
     assert rows is vectors
@@ -104,7 +104,7 @@ def test_indices_need_not_be_consecutive():
     assert batch == Batch(["a", "b"], [[7, 12], [9]])
 
 
-def test_no_texts_make_no_request():
+def test_an_empty_list_needs_no_request():
     assert list(plan([], AS_IS, RequestLimits())) == []
 
 
@@ -134,12 +134,12 @@ def test_the_instruction_counts_towards_the_limits():
 
 
 @pytest.mark.parametrize(("utf8_bytes", "tokens"), [(0, 1), (3, 1), (4, 2), (400, 101)])
-def test_a_token_is_estimated_at_four_bytes_and_no_text_at_none(utf8_bytes, tokens):
+def test_tokens_are_estimated_at_four_bytes_each(utf8_bytes, tokens):
     assert estimate_tokens(utf8_bytes) == tokens
 
 
 @given(texts=st.lists(st.text(), min_size=2, unique=True))
-def test_halves_are_two_smaller_batches_that_make_up_the_whole(texts):
+def test_halves_together_contain_the_whole_batch(texts):
     positions = [[index, index + 100] for index in range(len(texts))]
     first, second = Batch(texts, positions).halves()
     assert first.texts + second.texts == texts
@@ -148,13 +148,13 @@ def test_halves_are_two_smaller_batches_that_make_up_the_whole(texts):
 
 
 @given(texts=st.lists(st.text(), unique=True), dropped=st.sets(st.integers(0, 20)))
-def test_without_drops_the_rows_named_and_keeps_the_others_with_their_places(texts, dropped):
+def test_without_drops_rows_and_keeps_the_positions_of_others(texts, dropped):
     rest = Batch(texts, [[index] for index in range(len(texts))]).without(iter(dropped))
     kept = [row for row in range(len(texts)) if row not in dropped]
     assert rest == Batch([texts[row] for row in kept], [[row] for row in kept])
 
 
-def test_locate_names_every_copy_of_a_refused_text_by_the_callers_index_in_order():
+def test_locate_names_every_copy_of_an_invalid_text_in_order():
     batch = Batch(["a", "b", "c"], [[4, 9], [5], [1, 6]])
     refused = [InvalidText(0, "is long"), InvalidText(2, "is odd")]
     assert batch.locate(refused) == [

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from kalm_integrations import dispatch
 from kalm_integrations.batching import Batch
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
 from kalm_integrations.errors import (
     DeadlineExceededError,
@@ -30,7 +31,6 @@ from kalm_integrations.errors import (
     ServiceUnavailableError,
     TransportError,
 )
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.session import Call
 

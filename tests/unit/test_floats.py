@@ -18,7 +18,7 @@ def test_every_finite_float16_becomes_the_same_float32():
     assert widen(FINITE).tobytes() == FINITE.astype(np.float32).tobytes()
 
 
-def test_what_is_not_finite_stays_far_from_any_unit_vector():
+def test_numbers_that_are_not_finite_are_far_from_a_unit_vector():
     assert (np.abs(widen(EVERY_FLOAT16[~np.isfinite(EVERY_FLOAT16)])) >= 2**16).all()
 
 
@@ -34,7 +34,7 @@ def test_a_view_with_gaps_is_widened_like_its_copy():
     assert widen(vectors).tolist() == vectors.tolist()
 
 
-def test_what_was_read_from_odd_places_is_widened_like_its_copy():
+def test_unaligned_vectors_are_widened_like_their_copy():
     body = b"x" + FINITE.tobytes()
     assert np.array_equal(widen(np.frombuffer(body, np.float16, offset=1)), widen(FINITE))
 
@@ -55,7 +55,7 @@ def test_lists_of_other_types_have_the_exact_values_too(dtype):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 15, 16, 17, 700])
-def test_no_row_is_lost_at_the_seams_of_the_conversion(rows):
+def test_no_row_is_lost_between_steps_of_the_conversion(rows):
     vectors = np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)
     assert to_lists(vectors) == vectors.tolist()
 
@@ -70,13 +70,13 @@ def test_lists_of_float16_share_their_floats_and_take_about_8_bytes_a_number():
     to_lists(vectors)  # the shared floats themselves are made once a process
     tracemalloc.start()
     lists = to_lists(vectors)
-    taken, _ = tracemalloc.get_traced_memory()
+    allocated, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert taken < 8.5 * vectors.size
+    assert allocated < 8.5 * vectors.size
     assert len({id(number) for row in lists for number in row}) == len(np.unique(vectors))
 
 
-def test_rows_are_lists_of_the_callers_own():
+def test_rows_are_separate_lists():
     vectors = np.ones((2, 2), dtype=np.float16)
     to_lists(vectors)[0][0] = 7.0
     assert to_lists(vectors) == [[1.0, 1.0], [1.0, 1.0]]

@@ -45,7 +45,7 @@ def test_a_fingerprint_is_the_sha256_of_canonical_json(value, expected):
     assert fingerprint(value) == expected
 
 
-def test_fingerprints_are_kept_beside_indexes_and_so_never_change_between_releases():
+def test_fingerprints_are_the_same_in_every_release():
     assert (SPACE.fingerprint, VECTORS.fingerprint) == ("22552c4ba6ea2721", "057f40593052b3e7")
 
 
@@ -72,7 +72,7 @@ def test_two_spaces_have_one_fingerprint_exactly_if_they_are_equal(one, other):
 
 
 @given(SPACES)
-def test_an_identity_survives_the_journey_through_json(space):
+def test_a_space_identity_survives_json(space):
     assert SpaceIdentity.from_dict(json.loads(json.dumps(space.to_dict()))) == space
 
 
@@ -119,14 +119,14 @@ def test_differences_list_every_field_that_differs():
     assert SPACE.differences(other) == "pooling: 'last' != 'mean'; profile: 1 != 2"
 
 
-def test_a_vector_identity_survives_the_journey_through_json_and_agrees_with_itself():
+def test_a_vector_identity_survives_json():
     kept = VectorIdentity.from_dict(json.loads(json.dumps(VECTORS.to_dict())))
     assert kept == VECTORS
     VECTORS.check(kept)
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "message"),
     [
         (replace(VECTORS, dimensions=256), "dimensions: 3840 != 256"),
         (
@@ -136,14 +136,14 @@ def test_a_vector_identity_survives_the_journey_through_json_and_agrees_with_its
         (replace(VECTORS, space=replace(SPACE, pooling="mean")), "pooling: 'last' != 'mean'"),
     ],
 )
-def test_an_index_of_other_vectors_is_refused_with_what_differs(other, said):
+def test_an_index_of_other_vectors_is_refused_with_what_differs(other, message):
     with pytest.raises(IdentityMismatchError) as caught:
         VECTORS.check(other)
-    for part in (said, VECTORS.fingerprint, other.fingerprint):
+    for part in (message, VECTORS.fingerprint, other.fingerprint):
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [{}, {"space": {}}, {**VECTORS.to_dict(), "dimensions": None}, 3])
-def test_what_is_no_vector_identity_is_refused(value):
+def test_an_invalid_vector_identity_is_refused(value):
     with pytest.raises(ValueError, match="not a"):
         VectorIdentity.from_dict(value)

@@ -33,7 +33,7 @@ TASKS = {
 }
 
 
-def test_the_default_prompt_has_the_model_cards_spaces_before_the_newline_and_after_the_colon():
+def test_the_default_prompt_is_the_model_cards():
     assert prompts.apply(prompts.resolve("retrieval"), "How tall is K2?").encode() == (
         b"Instruct: Given a query, retrieve documents that answer the query \n"
         b"Query: How tall is K2?"
@@ -75,12 +75,12 @@ def test_every_preset_has_the_wording_of_the_models_dictionary_of_tasks(name, ta
     assert prompts.resolve(f"mteb:{name}") == f"Instruct: {task} \n Query: {{text}}"
 
 
-def test_no_preset_is_missing_above():
+def test_every_preset_is_tested():
     assert TASKS.keys() == prompts.PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_in_symmetric_tasks_alone_documents_carry_the_instruction_too(name):
+def test_documents_have_the_instruction_in_symmetric_tasks_only(name):
     symmetric = name in {"argument", "duplicates", "sts", "bitext"}
     assert prompts.is_symmetric(name) == prompts.is_symmetric(f"mteb:{name}") == symmetric
 
@@ -88,12 +88,12 @@ def test_in_symmetric_tasks_alone_documents_carry_the_instruction_too(name):
 @pytest.mark.parametrize(
     "instruction", ["retrieval", "none", "Retrieve parallel sentences", "{text}"]
 )
-def test_only_a_presets_name_makes_documents_carry_the_instruction(instruction):
+def test_only_a_presets_name_is_symmetric(instruction):
     assert not prompts.is_symmetric(instruction)
 
 
 @pytest.mark.parametrize("sentence", ["检索能够回答问题的文档", "质問に答える文書を探す", "поиск"])
-def test_a_sentence_of_a_script_without_spaces_is_a_task_not_a_misspelt_name(sentence):
+def test_a_sentence_in_a_script_without_spaces_is_a_task(sentence):
     assert prompts.resolve(sentence) == f"Instruct: {sentence}\nQuery:{{text}}"
 
 
@@ -117,25 +117,25 @@ def test_a_sentence_of_a_script_without_spaces_is_a_task_not_a_misspelt_name(sen
         ("{text} or {text}", "exactly once"),
     ],
 )
-def test_an_instruction_that_would_go_wrong_unnoticed_is_refused(instruction, complaint):
+def test_an_ambiguous_instruction_is_refused(instruction, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         prompts.resolve(instruction)
 
 
-def test_a_name_without_a_near_preset_gets_the_list_but_no_suggestion():
+def test_an_unknown_name_lists_the_presets():
     with pytest.raises(ValueError, match="The presets are") as caught:
         prompts.resolve("xyzzy")
     assert "did you mean" not in str(caught.value)
 
 
 @given(before=BRACED, text=BRACED, after=BRACED)
-def test_a_text_stays_as_it_is_whatever_braces_and_placeholders_it_has(before, text, after):
+def test_braces_in_a_text_mean_nothing(before, text, after):
     before = before.replace("{text}", "")
     assert prompts.apply(before + "{text}" + after, text) == before + text + after
 
 
 @given(WORDS.map(str.strip).filter(bool), WORDS.map(str.strip).filter(bool))
-def test_a_task_sentence_is_taken_word_for_word(first, second):
+def test_a_task_sentence_is_used_verbatim(first, second):
     sentence = f"{first} {second}"
     # "web search" and "| NONE" are presets, misspelt: the next test's matter.
     words = re.findall(r"[^\W_]+", sentence.casefold())
@@ -146,6 +146,6 @@ def test_a_task_sentence_is_taken_word_for_word(first, second):
 @pytest.mark.parametrize(
     "misspelt", ["web search", "Web-Search.", "| NONE", "text to SQL", "STS !"]
 )
-def test_a_preset_in_other_letters_and_signs_is_no_task(misspelt):
+def test_a_misspelt_preset_is_not_a_task(misspelt):
     with pytest.raises(ValueError, match=f"unknown preset {re.escape(repr(misspelt))}"):
         prompts.resolve(misspelt)

@@ -12,7 +12,7 @@ from scripted_engine import ScriptedEngine
 from kalm_integrations import cli
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.models import DEFAULT_APP, EMBEDDED, KALM, KALM_FP8
-from kalm_integrations.options import DEFAULT_APP as CLIENTS_DEFAULT_APP
+from kalm_integrations.models import DEFAULT_APP as CLIENTS_DEFAULT_APP
 from kalm_integrations.protocol import EmbedRequest
 from modal_backend import tags
 from modal_backend.engines import registry

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
     CorruptedAnswerError,
     IdentityMismatchError,
@@ -16,7 +17,6 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import Usage
 from kalm_integrations.validation import ResponseValidator
@@ -25,7 +25,8 @@ SPACE = EMBEDDED.space
 
 
 def validator_of(**arguments):
-    settings = {"backend": "local", "model": None, "expected_identity": None, "dimensions": None}
+    settings = {"backend": "local", "base_url": "http://there", "model": None}
+    settings |= {"expected_identity": None, "dimensions": None}
     return ResponseValidator(ClientConfig.model_construct(**(settings | arguments)))
 
 

@@ -42,7 +42,7 @@ def batch(*indices: int) -> EmbeddedBatch:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_result_is_an_array_of_float32_to_numpy_whatever_travelled(dtype):
+def test_numpy_reads_a_result_as_float32(dtype):
     res = result(dtype)
     assert np.asarray(res).dtype == res.vectors.dtype == np.float32
     assert np.array_equal(res, np.eye(3, 4))
@@ -58,19 +58,19 @@ def test_asarray_of_a_result_shares_its_memory_and_array_copies():
     assert np.shares_memory(res.__array__(copy=False), res.vectors)
 
 
-def test_asarray_converts_to_the_type_asked_for():
+def test_asarray_converts_to_the_requested_type():
     assert np.asarray(result("float16"), dtype=np.float64).dtype == np.float64
     assert result("float16").__array__(np.float64).dtype == np.float64
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_packed_is_what_travelled(dtype):
+def test_packed_has_the_type_of_the_transfer(dtype):
     packed = result(dtype).packed
     assert packed.dtype == dtype
     assert np.array_equal(packed, np.eye(3, 4))
 
 
-def test_vectors_of_a_part_are_converted_once_and_float32_not_at_all():
+def test_vectors_of_a_batch_are_converted_at_most_once():
     def make(dtype: str) -> EmbeddedBatch:
         return EmbeddedBatch(np.arange(3), np.eye(3, dtype=dtype), Usage())
 
@@ -81,14 +81,14 @@ def test_vectors_of_a_part_are_converted_once_and_float32_not_at_all():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_vectors_may_be_changed_though_they_came_in_a_read_only_body(dtype):
+def test_vectors_are_writable(dtype):
     packed = np.frombuffer(np.eye(3, dtype=dtype).tobytes(), dtype=dtype).reshape(3, 3)
     part = EmbeddedBatch(np.arange(3), packed, Usage())
     part.vectors[0] = 7
     assert part.vectors[0].tolist() == [7, 7, 7]
 
 
-def test_printing_an_answer_prints_no_vectors():
+def test_repr_contains_no_vectors():
     vectors = np.full((2, 4), 0.625, dtype=np.float32)
     answers = (
         EmbeddingResult(vectors, "float32", IDENTITY, Usage()),
@@ -99,7 +99,7 @@ def test_printing_an_answer_prints_no_vectors():
     assert all("0.625" not in repr(answer) for answer in answers)
 
 
-def test_a_part_gives_index_and_vector_pairs():
+def test_a_batch_iterates_over_index_and_vector_pairs():
     pairs = list(batch(7, 2))
     assert [(index, vector.tolist()) for index, vector in pairs] == [
         (7, [1, 0, 0, 0]),
@@ -108,13 +108,13 @@ def test_a_part_gives_index_and_vector_pairs():
     assert all(type(index) is int and vector.dtype == np.float32 for index, vector in pairs)
 
 
-def test_a_part_whose_indices_and_rows_differ_in_number_is_not_read_short():
+def test_a_batch_with_too_few_rows_is_an_error():
     part = EmbeddedBatch(np.arange(3), np.eye(2, dtype=np.float16), Usage())
     with pytest.raises(ValueError, match="shorter"):
         list(part)
 
 
-def test_the_length_of_a_part_counts_vectors_not_rejected_texts():
+def test_the_length_of_a_batch_counts_vectors_only():
     part = EmbeddedBatch(np.arange(0), np.empty((0, 4)), Usage(), (InvalidText(3, "is empty"),))
     assert len(batch(4, 5)) == 2
     assert len(part) == 0
@@ -126,7 +126,7 @@ def test_the_length_of_a_part_counts_vectors_not_rejected_texts():
         lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)) if n else st.just(set()))
     )
 )
-def test_what_is_missing_is_exactly_what_was_not_finished(case):
+def test_missing_has_the_indices_that_are_not_finished(case):
     total, finished = case
     indices = np.array(sorted(finished), dtype=np.int64)
     partial = PartialResult(total, indices, np.zeros((len(indices), 4), dtype=np.float32))
@@ -139,7 +139,7 @@ def test_usage_adds_up():
     assert sum([Usage(10, 1), Usage(5, 2)], Usage()) == Usage(tokens=15, requests=3)
 
 
-def test_no_part_waits_for_another_one():
+def test_a_fork_while_vectors_are_converted_blocks_nothing():
     """A lock that they share would stay taken for ever in a process that is forked meanwhile."""
 
     class Slow(np.ndarray):  # type: ignore[type-arg]

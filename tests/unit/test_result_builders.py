@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import VectorDtype
 from kalm_integrations.result import ArrayBuilder, EmbeddedBatch, ListBuilder, Usage
 
 IDENTITY = VectorIdentity(space=EMBEDDED.space, dimensions=4, document_template="{text}")
@@ -21,8 +22,8 @@ def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
     return EmbeddedBatch(np.array(indices, dtype=np.int64), rows, Usage(len(indices), 1))
 
 
-def filled(total: int, *parts: EmbeddedBatch) -> ArrayBuilder:
-    assembly = ArrayBuilder(total, 4)
+def filled(total: int, *parts: EmbeddedBatch, dtype: VectorDtype = "float16") -> ArrayBuilder:
+    assembly = ArrayBuilder(total, 4, dtype, IDENTITY)
     for each in parts:
         assembly.add(each)
     return assembly
@@ -32,10 +33,10 @@ def filled(total: int, *parts: EmbeddedBatch) -> ArrayBuilder:
     st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), st.lists(st.integers(0, 40))
 )
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_parts_in_any_order_give_each_text_its_vector(dtype, order, cuts):
+def test_batches_in_any_order_give_each_text_its_vector(dtype, order, cuts):
     rows = np.split(np.array(order, dtype=np.int64), sorted(cuts))
     parts = [part(*row, dtype=dtype) for row in rows]
-    result = filled(len(order), *parts).result(dtype, IDENTITY)
+    result = filled(len(order), *parts, dtype=dtype).result()
     assert result.packed.dtype == dtype
     assert result.packed.tolist() == [[index] * 4 for index in range(len(order))]
     assert result.identity is IDENTITY
@@ -43,28 +44,28 @@ def test_parts_in_any_order_give_each_text_its_vector(dtype, order, cuts):
 
 
 @given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
-def test_a_text_without_a_vector_is_an_error_never_memory_that_happened_to_be_there(case):
+def test_a_text_without_a_vector_is_an_error(case):
     total, indices = case
     missing = sorted(set(range(total)) - indices)
     assembly = filled(total, part(*indices))
     if missing:
         with pytest.raises(InvalidResponseError, match=rf"texts\[{missing[0]}\] got no vector"):
-            assembly.result("float16", IDENTITY)
+            assembly.result()
     else:
-        assert len(assembly.result("float16", IDENTITY)) == total
+        assert len(assembly.result()) == total
 
 
-def test_a_call_without_texts_has_a_result_of_the_right_width():
-    assert filled(0).result("float16", IDENTITY).packed.shape == (0, 4)
+def test_an_empty_call_has_a_result_of_the_right_width():
+    assert filled(0).result().packed.shape == (0, 4)
 
 
-def test_a_part_of_another_call_does_not_fit():
+def test_a_batch_of_another_call_is_an_error():
     with pytest.raises(IndexError):
         filled(2, part(2))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_an_error_takes_along_what_was_finished_by_the_callers_index(dtype):
+def test_an_error_carries_the_finished_vectors(dtype):
     assembly = filled(6, part(4, 1, dtype=dtype), part(3, dtype=dtype))
     with pytest.raises(ServiceUnavailableError) as caught, assembly.partial_on_error():
         raise ServiceUnavailableError("The service is busy.")
@@ -75,21 +76,21 @@ def test_an_error_takes_along_what_was_finished_by_the_callers_index(dtype):
     assert partial.missing.tolist() == [0, 2, 5]
 
 
-def test_what_failed_at_once_has_an_empty_partial():
+def test_partial_is_empty_if_nothing_was_finished():
     with pytest.raises(KalmError) as caught, filled(2).partial_on_error():
         raise KalmError("It happened.")
     assert caught.value.partial.vectors.shape == (0, 4)
     assert caught.value.partial.missing.tolist() == [0, 1]
 
 
-def test_a_missing_vector_itself_takes_along_the_others():
+def test_the_error_of_a_missing_vector_carries_the_others():
     assembly = filled(3, part(0, 2))
     with pytest.raises(InvalidResponseError) as caught, assembly.partial_on_error():
-        assembly.result("float16", IDENTITY)
+        assembly.result()
     assert caught.value.partial.missing.tolist() == [1]
 
 
-def test_what_a_partial_holds_does_not_change_afterwards():
+def test_partial_does_not_change_afterwards():
     assembly = filled(2, part(0, dtype="float32"))
     with pytest.raises(KalmError) as caught, assembly.partial_on_error():
         raise KalmError("It happened.")
@@ -98,7 +99,7 @@ def test_what_a_partial_holds_does_not_change_afterwards():
 
 
 @pytest.mark.parametrize("error", [ValueError("theirs"), KeyboardInterrupt()])
-def test_errors_that_are_not_ours_pass_untouched(error):
+def test_other_errors_are_unchanged(error):
     with pytest.raises(type(error)) as caught, filled(1).partial_on_error():
         raise error
     assert not hasattr(caught.value, "partial")
@@ -118,21 +119,21 @@ def listed(total: int, *parts: EmbeddedBatch) -> ListBuilder:
     st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), st.lists(st.integers(0, 40))
 )
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_parts_in_any_order_give_each_text_its_list(dtype, order, cuts):
+def test_batches_in_any_order_give_each_text_its_list(dtype, order, cuts):
     rows = np.split(np.array(order, dtype=np.int64), sorted(cuts))
     result = listed(len(order), *(part(*row, dtype=dtype) for row in rows)).result()
     assert result == [[index] * 4 for index in range(len(order))]
     assert {type(number) for row in result for number in row} <= {float}
 
 
-def test_copies_of_a_text_have_lists_of_their_own():
+def test_copies_of_a_text_have_separate_lists():
     twice = EmbeddedBatch(np.array([0, 1]), np.ones((2, 4), dtype=np.float16), Usage())
     result = listed(2, twice).result()
     result[0][0] = 7
     assert result[1] == [1] * 4
 
 
-def test_a_text_without_a_list_is_an_error_that_takes_along_the_others():
+def test_a_text_without_a_list_is_an_error_that_carries_the_others():
     assembly = listed(3, part(0, 2))
     with pytest.raises(InvalidResponseError, match=r"texts\[1\] got no") as caught:
         with assembly.partial_on_error():
@@ -142,7 +143,7 @@ def test_a_text_without_a_list_is_an_error_that_takes_along_the_others():
     assert caught.value.partial.missing.tolist() == [1]
 
 
-def test_lists_that_failed_at_once_have_an_empty_partial():
+def test_partial_of_lists_is_empty_if_nothing_was_finished():
     with pytest.raises(KalmError) as caught, listed(2).partial_on_error():
         raise KalmError("It happened.")
     assert caught.value.partial.vectors.shape == (0, 4)
@@ -150,9 +151,9 @@ def test_lists_that_failed_at_once_have_an_empty_partial():
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 1), (1, 1), (3, 4), (2, 8), (4,)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_rows_of_another_shape_are_an_error_never_repeated(shape, dtype):
+def test_rows_of_another_shape_are_an_error(shape, dtype):
     wrong = EmbeddedBatch(np.array([0, 1]), np.ones(shape, dtype=dtype), Usage())
-    assembly = ArrayBuilder(2, 4)
+    assembly = filled(2)
     with pytest.raises(InvalidResponseError):
         assembly.add(wrong)
     shard = np.full((2, 4), np.nan, dtype=dtype)
@@ -161,7 +162,7 @@ def test_rows_of_another_shape_are_an_error_never_repeated(shape, dtype):
     assert np.isnan(shard).all()
 
 
-def test_rows_go_to_their_places_in_a_shard():
+def test_rows_are_written_to_their_indices_in_a_shard():
     shard = np.full((3, 4), np.nan, dtype="float16")
     part(12, 10).write_into(shard, 10)
     assert shard[[0, 2]].tolist() == [[10] * 4, [12] * 4]

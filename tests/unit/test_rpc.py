@@ -19,6 +19,7 @@ from scripted_engine import ScriptedEngine
 
 from kalm_integrations.batching import plan
 from kalm_integrations.codec import pack, unpack
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
     CLIENT_ONLY,
     CanaryFailedError,
@@ -41,7 +42,6 @@ from kalm_integrations.errors import (
     subclasses,
 )
 from kalm_integrations.models import EMBEDDED, KALM
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.protocol import (
     EmbedRequest,
     EmbedResponse,

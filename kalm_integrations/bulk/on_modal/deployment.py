@@ -11,8 +11,8 @@ from typing import Any
 
 from kalm_integrations.bulk.on_modal import job_state
 from kalm_integrations.bulk.on_modal.queue import Queue
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import IdentityMismatchError, KalmError, NotDeployedError
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.transports.modal import deployed, error_of
 
 
