@@ -49,7 +49,7 @@ class ClientOptions(TypedDict, total=False):
     """Token secret that belongs to `modal_key`; pass both or neither. Default: None."""
 
     transport: Transport | None
-    """An object that sends requests instead of a backend; see docs/transports.md. It excludes the
+    """An object that sends requests instead of a backend; see docs/architecture.md. It excludes the
     arguments above. Default: None."""
 
     model: str | None

@@ -17,7 +17,7 @@ def by_name() -> Iterator[Service]:
 
 
 LONG = """
-TEXTS = [f"{i} " * 300 for i in range(5_000)] if client.backend == "local" else ["never"]
+TEXTS = [f"{i} " * 300 for i in range(5_000)] if client.config.backend == "local" else ["never"]
 """
 
 
