@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from kalm_integrations import cli, cost
+from kalm_integrations import cli, cost_options
 from kalm_integrations.errors import NotDeployedError, ServiceUnavailableError
 from kalm_integrations.install_hints import install_command
 
@@ -128,7 +128,7 @@ class TestHelp:
         """It would be seen by everybody who lists processes."""
         suspicious = {option for option in USED_BY if re.search("key|token|secret|passw", option)}
         counts, names = (
-            {"--tokens", "--tokens-per-text"},
+            {"--tokens"},
             {"--api-key-secret", "--hf-secret", "--bucket-secret"},
         )
         assert suspicious == counts | names
@@ -279,14 +279,14 @@ class TestErrors:
         def fails(_: object) -> bool:
             raise error
 
-        monkeypatch.setattr(cost, "run", fails)
+        monkeypatch.setattr(cost_options, "run", fails)
         assert cli.main(["cost", "--json"]) == status
         shown, errors = capsys.readouterr()
         document = json.loads(shown)["error"]
         assert (document["code"], document["exit_status"]) == (code, status)
         assert errors.startswith(f"kalm cost: {document['message']}")
         if code == "missing_package":
-            assert install_command("modal") in document["remedy"]
+            assert install_command("bulk") in document["remedy"]
         if code == "not_deployed":  # variables: arguments of Python are none of this command's
             assert "KALM_APP_NAME" in document["remedy"]
             assert "app_name=" not in document["remedy"]
@@ -294,7 +294,7 @@ class TestErrors:
             assert document["message"] == "secret.txt: Permission denied."
 
     def test_a_bug_of_ours_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cost, "run", lambda _: 1 // 0)
+        monkeypatch.setattr(cost_options, "run", lambda _: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             cli.main(["cost"])
 
