@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,10 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.evaluation.systems import Texts, connected, parse, read_rows, search
+from kalm_integrations.evaluation.report import plot, write
+from kalm_integrations.evaluation.systems import connected, parse
+from kalm_integrations.evaluation.texts import Texts, read_distinct, search
 
 DEPTH: Final = 100
 """Nearest documents of the baseline whose order is compared."""
+
+Values = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,135 +43,82 @@ def run(options: CompareOptions) -> None:
         KalmError: A service failed; the message names it.
         ImportError: The extra "eval" is not installed.
     """
-    documents = _texts(options.corpus, options.text_column, options.sample)
-    # Without queries, documents are searched for, and each is left out of its own results.
-    queries = (
-        _texts(options.queries, options.text_column, options.sample)
-        if options.queries
-        else documents
-    )
-    own = np.full(len(queries.texts), -1)
-    if not options.queries:
-        own = np.arange(len(documents.texts))
-    others = len(documents.texts) - (options.queries is None)
-    ks = sorted(k for k in options.k if k < others)
+    column, sample = options.text_column, options.sample
+    queries = documents = read_distinct(options.corpus, column, sample)
+    own = np.arange(len(documents.texts))  # each document is left out of its own results
+    if options.queries:
+        queries = read_distinct(options.queries, column, sample)
+        own = np.full(len(queries.texts), -1)
+    ranked = len(documents.texts) - (queries is documents)
+    ks = sorted({k for k in options.k if k < ranked})
     if not ks:
-        raise ConfigurationError(
-            f"{options.corpus}: too few different texts for k={min(options.k)}."
-        )
+        raise ConfigurationError(f"{options.corpus}: too few texts for k={min(options.k)}.")
     specs = [(spec, parse(spec)) for spec in (options.baseline, options.candidate)]
     with connected(specs) as systems:
-        found = [system.embed(queries, "query") for system in systems]
-        texts = [system.embed(documents, "document") for system in systems]
-        depth = min(DEPTH, others)
-        nearest = [search(*pair, max(depth, *ks), own) for pair in zip(found, texts, strict=True)]
-        figures = {f"overlap@{k}": overlap(*nearest, k) for k in ks}
-        scores = [
-            np.einsum("qd,qkd->qk", q, d[nearest[0][:, :depth]])
-            for q, d in zip(found, texts, strict=True)
-        ]
-        figures[f"rank correlation of {depth}"] = rank_correlation(*scores)
-        one, other = (system.client.served_model for system in systems)
-        if one == other and texts[0].shape == texts[1].shape:
-            figures["cosine, documents"] = np.einsum("td,td->t", *texts)
-            figures["cosine, queries"] = np.einsum("qd,qd->q", *found)
-        document = {
-            "baseline": systems[0].describe(),
-            "candidate": systems[1].describe(),
-            "documents": len(documents.texts),
-            "queries": len(queries.texts),
-            "figures": {
-                name: _distribution(values, documents if "documents" in name else queries)
-                for name, values in figures.items()
-            },
-        }
-    if options.as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-    else:
-        _print(document)
+        asked = [system.embed(queries, "query") for system in systems]  # few: fails early
+        found = [system.embed(documents, "document") for system in systems]
+        sides = [system.describe() for system in systems]
+    values = agreement(asked, found, own, ks, min(DEPTH, ranked))
+    if sides[0]["model"] == sides[1]["model"] and found[0].shape == found[1].shape:
+        values["cosine of queries"] = np.einsum("td,td->t", *asked)
+        values["cosine of documents"] = np.einsum("td,td->t", *found)
+    figures = {
+        name: distribution(each, documents if name.endswith("documents") else queries)
+        for name, each in values.items()
+    }
+    document = dict(zip(("baseline", "candidate"), sides, strict=True))
+    document |= {"documents": len(documents.texts), "queries": len(queries.texts)}
+    rows = [
+        {"": name} | {key: x if isinstance(x, str) else f"{x:.4f}" for key, x in figure.items()}
+        for name, figure in figures.items()
+    ]
+    write(document | {"figures": figures}, rows, as_json=options.as_json)
     if options.plot:
-        _plot(figures, options.plot)
+        intervals = {name: (x["lowest"], x["mean"], 1.0) for name, x in figures.items()}
+        plot(intervals, "mean, and the range from the lowest value to 1", options.plot)
 
 
-def _texts(path: Path, column: str | None, maximum: int) -> Texts:
-    """Different texts of a file or folder; of more than `maximum` a random sample, always the
-    same one."""
-    places: dict[str, str] = {}
-    for place, text, _ in read_rows(path, column):
-        places.setdefault(text, place)
-    texts = list(places)
-    if len(texts) > maximum:
-        rows = np.random.default_rng(0).choice(len(texts), maximum, replace=False)
-        texts = [texts[row] for row in np.sort(rows)]
-    return Texts(texts, [places[text] for text in texts])
+def agreement(
+    queries: list[Values],
+    documents: list[Values],
+    own: NDArray[np.int64],
+    ks: list[int],
+    depth: int,
+) -> dict[str, Values]:
+    """How far the rankings of two systems agree, for each query.
 
+    Args:
+        queries: Unit vectors of the queries by the baseline and the candidate.
+        documents: Unit vectors of the documents.
+        own: For each query the row of a document to leave out, or -1.
+        ks: Numbers of nearest documents to compare.
+        depth: Number of the baseline's nearest documents whose order is compared.
 
-def overlap(
-    baseline: NDArray[np.int64], candidate: NDArray[np.int64], k: int
-) -> NDArray[np.float64]:
-    """For each query, the share of the baseline's first k documents among the candidate's."""
-    pairs = zip(baseline[:, :k].tolist(), candidate[:, :k].tolist(), strict=True)
-    return np.array([len({*one} & {*other}) / k for one, other in pairs])
-
-
-def rank_correlation(
-    baseline: NDArray[np.floating[Any]], candidate: NDArray[np.floating[Any]]
-) -> NDArray[np.float64]:
-    """Spearman's correlation of each row of scores; NaN where all scores of a row are equal."""
+    Returns:
+        For each k the share of the baseline's first k documents among the candidate's; and
+        Spearman's rank correlation, NaN where all documents are equally near.
+    """
     from scipy.stats import rankdata
 
-    one, other = (rankdata(scores.round(6), axis=1) for scores in (baseline, candidate))
-    one, other = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (one, other))
+    pairs = list(zip(queries, documents, strict=True))
+    first, second = (search(*pair, max(depth, *ks), own) for pair in pairs)
+    values: dict[str, Values] = {}
+    for k in ks:
+        both = zip(first[:, :k].tolist(), second[:, :k].tolist(), strict=True)
+        values[f"overlap@{k}"] = np.array([len({*one} & {*other}) / k for one, other in both])
+    scores = (np.einsum("qd,qkd->qk", q, d[first[:, :depth]]).round(6) for q, d in pairs)
+    one, other = (rankdata(each, axis=1) - (depth + 1) / 2 for each in scores)
     lengths = np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
-    with np.errstate(invalid="ignore"):
-        return np.asarray((one * other).sum(axis=1) / lengths)
+    lengths[lengths == 0] = np.nan
+    values[f"rank correlation@{depth}"] = (one * other).sum(axis=1) / lengths
+    return values
 
 
-def _distribution(values: NDArray[np.floating[Any]], texts: Texts) -> dict[str, Any]:
-    """Mean and percentiles, and the place of the text with the lowest value."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return {"mean": None}
-    p1, p5, median = np.percentile(known, [1, 5, 50]).tolist()
-    return {
-        "mean": float(known.mean()),
-        "median": median,
-        "p5": p5,
-        "p1": p1,
-        "lowest": float(known.min()),
-        "lowest_at": texts.places[int(np.nanargmin(values))],
-    }
-
-
-def _print(document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for side in ("baseline", "candidate"):
-        found = document[side]
-        known = (
-            f"{found['quantization']}, {found['fingerprint']}"
-            if found["fingerprint"]
-            else "no identity"
-        )
-        console.print(f"{side}: {found['name']}, {found['model']} ({known})", markup=False)
-    console.print(f"{document['documents']:,} documents, {document['queries']:,} queries")
-    table = Table("", "mean", "median", "p5", "p1", "lowest", "at", box=None, pad_edge=False)
-    for name, figure in document["figures"].items():
-        *numbers, place = figure.values() if len(figure) > 1 else ("",)
-        table.add_row(name, *(f"{number:.4f}" for number in numbers), place)
-    console.print(table)
-
-
-def _plot(figures: dict[str, NDArray[np.floating[Any]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(figures), figsize=(3 * len(figures), 3), layout="constrained"
-    )
-    for axis, (name, values) in zip(axes, figures.items(), strict=True):
-        axis.hist(values[~np.isnan(values)], bins=20)
-        axis.set_title(name)
-    figure.savefig(path)
-    plt.close(figure)
+def distribution(values: Values, texts: Texts) -> dict[str, Any]:
+    """Mean and percentiles without NaN, and the name of the text with the lowest value."""
+    if np.isnan(values).all():
+        return {}
+    median, p5, p1 = np.nanpercentile(values, [50, 5, 1]).tolist()
+    figures = {"mean": float(np.nanmean(values)), "median": median, "p5": p5, "p1": p1}
+    lowest = int(np.nanargmin(values))
+    return figures | {"lowest": float(values[lowest]), "lowest_at": texts.names[lowest]}
