@@ -74,7 +74,7 @@ def run(options: CompareOptions) -> None:
     ]
     write(document | {"figures": figures}, rows, as_json=options.as_json)
     if options.plot:
-        intervals = {name: (x["lowest"], x["mean"], 1.0) for name, x in figures.items()}
+        intervals = {name: (x["lowest"], x["mean"], 1.0) for name, x in figures.items() if x}
         plot(intervals, "mean, and the range from the lowest value to 1", options.plot)
 
 

@@ -45,6 +45,8 @@ def parse(spec: str) -> dict[str, Any]:
     for word in shlex.split(spec):
         name, equals, value = word.partition("=")
         secret = name.removesuffix("_variable")
+        if "backend" in options and (not equals or "://" in name):
+            raise ConfigurationError(f"{spec}: {word} is a second address.")
         if "://" in name:
             options |= {"backend": "http", "base_url": word}
         elif word == "local":
@@ -115,7 +117,9 @@ class System:
                     f"{'; '.join(bad[:5])} ({len(bad)} in all). Fix or remove these texts, or add "
                     "truncate=end to cut long ones."
                 ) from error
-            return builder.result(client.config.vector_dtype, client.vector_identity).vectors
+            vectors = builder.result(client.config.vector_dtype, client.vector_identity).vectors
+        # Of unit length before the transfer in float16, which is too coarse to order documents.
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @contextmanager

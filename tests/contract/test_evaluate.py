@@ -4,6 +4,7 @@ engine."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,7 @@ class RoughEngine(KalmEngine):
         return await super().embed(texts, **options)
 
     def right(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        noise = super().right([f"{len(text)} {text[::-1]}" for text in texts])
+        noise = super().right([re.sub(r"\W", "", text) for text in texts])  # one word each
         moved = super().right(texts) + self.amount * noise
         return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
 
@@ -345,8 +346,6 @@ class TestSystems:
             "http://host api_key=abc",
             "http://host api_key_variable=NO_SUCH_VARIABLE",
             "http://host dimension=64",
-            "http://host dimensions=many",
-            "http://host dimensions=65",
             "local query_instruction=web_serch",
         ],
     )
@@ -376,6 +375,14 @@ class TestSystems:
             error = evaluate("retrieval", folder, *systems, status=1)
         assert urls[position] in error
         assert not {DOCUMENTS[0]} & {text for texts, _ in engines[0].asked for text in texts}
+
+    @pytest.mark.parametrize("dimensions", ["65", "many"])
+    def test_dimensions_that_the_model_lacks_are_refused(
+        self, evaluate: Evaluate, folder: Path, dimensions: str
+    ) -> None:
+        with served(RoughEngine()) as (url,):
+            system = f"{url} dimensions={dimensions}"
+            assert "dimensions" in evaluate("retrieval", folder, "--system", system, status=2)
 
     def test_a_wrong_key_is_reported_for_its_system(self, evaluate: Evaluate, folder: Path) -> None:
         with served(RoughEngine(), key="another") as (url,):
