@@ -66,7 +66,7 @@ def run(options: CompareOptions) -> None:
         name: distribution(each, documents if name.endswith("documents") else queries)
         for name, each in values.items()
     }
-    document = dict(zip(("baseline", "candidate"), sides, strict=True))
+    document: dict[str, Any] = dict(zip(("baseline", "candidate"), sides, strict=True))
     document |= {"documents": len(documents.texts), "queries": len(queries.texts)}
     rows = [
         {"": name} | {key: x if isinstance(x, str) else f"{x:.4f}" for key, x in figure.items()}

@@ -119,7 +119,8 @@ class System:
                 ) from error
             vectors = builder.result(client.config.vector_dtype, client.vector_identity).vectors
         # Of unit length before the transfer in float16, which is too coarse to order documents.
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        lengths: Vectors = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / lengths
 
 
 @contextmanager

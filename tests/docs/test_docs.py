@@ -180,7 +180,7 @@ def test_every_argument_of_eval_is_documented_with_its_default(command: str) -> 
     documented = {
         name: default.strip("`")
         for names, default, *_ in rows("docs/evaluate.md", f"kalm eval {command}")
-        for name in re.findall("--[a-z-]+", names)
+        for name in re.findall("`(--[a-z-]+)`", names)
     }
     assert documented.keys() == options.keys()
     for name in ("--sample", "--k", "--split"):
