@@ -12,9 +12,9 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -358,20 +358,20 @@ class TestAsAProgram:
         assert self.run("kalm cost --tokens x 2>&-").returncode == 2
         assert self.run("kalm cost <&- >&- 2>&-").returncode == 0
 
-    def test_ctrl_c_is_quiet(self, tmp_path: Path) -> None:
-        pipe = tmp_path / "corpus.txt"
-        os.mkfifo(pipe)
-        with subprocess.Popen(
-            [sys.executable, "-c", LISTENING, "cost", "--json", "--corpus", pipe],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            with pipe.open("w"):
-                time.sleep(0.5)  # it has opened it too, reads, and waits
-                process.send_signal(signal.SIGINT)
-                assert process.communicate(timeout=30) == ("", "")
-        assert process.returncode == 130
+    def test_ctrl_c_is_quiet(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            with subprocess.Popen(
+                [sys.executable, "-c", LISTENING, "doctor", "--json"],
+                env=os.environ | {"KALM_BASE_URL": url},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as process:
+                with silent.accept()[0]:  # it waits for an answer
+                    process.send_signal(signal.SIGINT)
+                    assert process.communicate(timeout=30) == ("", "")
+            assert process.returncode == 130
 
     def test_no_terminal_no_colours_and_any_width(self) -> None:
         for columns in ("60", "80"):

@@ -286,7 +286,7 @@ class TestCoreAlone:
     ) -> None:
         shown = core.kalm(*command.split(), status=1, KALM_API_KEY=KEY)
         needs = f"This command needs more: pip install '{NAME}[{extra}]'\n"
-        assert re.fullmatch(rf"kalm {command.split()[0]}.*: .*{re.escape(needs)}", shown)
+        assert re.fullmatch(rf"kalm {command.split(maxsplit=1)[0]}.*: .*{re.escape(needs)}", shown)
 
 
 class TestEachExtraAlone:
