@@ -55,13 +55,16 @@ def run(options: CompareOptions) -> None:
         raise ConfigurationError(f"{options.corpus}: too few texts for k={min(options.k)}.")
     specs = [(spec, parse(spec)) for spec in (options.baseline, options.candidate)]
     with connected(specs) as systems:
-        asked = [system.embed(queries, "query") for system in systems]  # few: fails early
-        found = [system.embed(documents, "document") for system in systems]
+        query_vectors = [system.embed(queries, "query") for system in systems]  # few: fails early
+        document_vectors = [system.embed(documents, "document") for system in systems]
         sides = [system.describe() for system in systems]
-    values = agreement(asked, found, own, ks, min(DEPTH, ranked))
-    if sides[0]["model"] == sides[1]["model"] and found[0].shape == found[1].shape:
-        values["cosine of queries"] = np.einsum("td,td->t", *asked)
-        values["cosine of documents"] = np.einsum("td,td->t", *found)
+    values = agreement(query_vectors, document_vectors, own, ks, min(DEPTH, ranked))
+    if (
+        sides[0]["model"] == sides[1]["model"]
+        and document_vectors[0].shape == document_vectors[1].shape
+    ):
+        values["cosine of queries"] = np.einsum("td,td->t", *query_vectors)
+        values["cosine of documents"] = np.einsum("td,td->t", *document_vectors)
     figures = {
         name: distribution(each, documents if name.endswith("documents") else queries)
         for name, each in values.items()

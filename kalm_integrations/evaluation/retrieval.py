@@ -42,10 +42,10 @@ def run(options: RetrievalOptions) -> None:
     """
     judged = read_judged(options.folder, options.split)
     with connected(_specs(options)) as systems:
-        values = evaluate(systems, judged, options.k)
+        measures = summarize(evaluate(systems, judged, options.k))
         rows = [
-            system.describe() | {"measures": summarize(values, number)}
-            for number, system in enumerate(systems)
+            system.describe() | {"measures": measured}
+            for system, measured in zip(systems, measures, strict=True)
         ]
     sizes = {"documents": len(judged.documents.texts), "queries": len(judged.queries.texts)}
     write(sizes | {"systems": rows}, list(map(_cells, rows)), as_json=options.as_json)
@@ -104,28 +104,27 @@ def evaluate(systems: Sequence[System], judged: Judged, ks: Sequence[int]) -> di
     return values
 
 
-def summarize(values: dict[str, Values], system: int) -> dict[str, dict[str, Any]]:
-    """Mean of each measure with a 95 % interval, and the difference to the first system.
+def summarize(values: dict[str, Values]) -> list[dict[str, dict[str, Any]]]:
+    """For each system the mean of each measure, and its difference to the first system.
 
     Intervals are percentile bootstraps over queries. p is that of a paired randomization test,
     adjusted for the number of systems (Benjamini-Hochberg).
 
     Args:
         values: By measure, shape (systems, queries).
-        system: Row of the system.
     """
     from scipy.stats import false_discovery_control, permutation_test
 
-    summary: dict[str, dict[str, Any]] = {}
+    options = {"permutation_type": "samples", "batch": 100, "rng": 0}
+    summaries: list[dict[str, dict[str, Any]]] = [{} for _ in next(iter(values.values()))]
     for name, table in values.items():
-        summary[name] = _interval(table[system])
-        if system:
-            options = {"permutation_type": "samples", "batch": 100, "rng": 0}
-            tests = [permutation_test((row,), np.mean, **options) for row in table[1:] - table[0]]
-            adjusted = false_discovery_control([test.pvalue for test in tests])
-            difference = _interval(table[system] - table[0])
-            summary[name]["difference"] = difference | {"p": float(adjusted[system - 1])}
-    return summary
+        for summary, row in zip(summaries, table, strict=True):
+            summary[name] = _interval(row)
+        tests = [permutation_test((row,), np.mean, **options) for row in table[1:] - table[0]]
+        adjusted = false_discovery_control([test.pvalue for test in tests]) if tests else []
+        for summary, row, p in zip(summaries[1:], table[1:], adjusted, strict=True):
+            summary[name]["difference"] = _interval(row - table[0]) | {"p": float(p)}
+    return summaries
 
 
 def _interval(sample: Values) -> dict[str, float]:

@@ -42,7 +42,11 @@ def parse(spec: str) -> dict[str, Any]:
         ConfigurationError: It contains a secret, or a word that is none of these.
     """
     options: dict[str, Any] = {}
-    for word in shlex.split(spec):
+    try:
+        words = shlex.split(spec)
+    except ValueError as error:
+        raise ConfigurationError(f"{spec}: {error}.") from error
+    for word in words:
         name, equals, value = word.partition("=")
         secret = name.removesuffix("_variable")
         if "backend" in options and (not equals or "://" in name):
@@ -64,7 +68,7 @@ def parse(spec: str) -> dict[str, Any]:
                 raise ConfigurationError(f"{word}: there is no such environment variable.")
             options[secret] = os.environ[value]
         else:
-            options[name] = int(value) if value.isdecimal() else value
+            options[name] = value
     return options
 
 

@@ -343,6 +343,8 @@ class TestSystems:
             "ftp://host",
             "http://me:secret@host",
             "http://host model",
+            "local query_instruction='Find",
+            "local timeout=2,5",
             "http://host api_key=abc",
             "http://host api_key_variable=NO_SUCH_VARIABLE",
             "http://host dimension=64",

@@ -73,7 +73,7 @@ class TestSummary:
         rng = np.random.default_rng(0)
 
         def width(queries: int) -> float:
-            figure = summarize({"nDCG@10": rng.random((1, queries))}, 0)["nDCG@10"]
+            figure = summarize({"nDCG@10": rng.random((1, queries))})[0]["nDCG@10"]
             assert figure["low"] < figure["mean"] < figure["high"]
             return float(figure["high"] - figure["low"])
 
@@ -84,7 +84,7 @@ class TestSummary:
         base = np.random.default_rng(0).random(100)
         shift = np.random.default_rng(1).normal(0.05, 0.02, 100)
         table = np.stack([base, base + shift])
-        figure = summarize({"nDCG@10": table}, 1)["nDCG@10"]
+        figure = summarize({"nDCG@10": table})[1]["nDCG@10"]
         assert figure["low"] < base.mean()  # the intervals of the two overlap
         assert figure["difference"]["low"] > 0
         assert figure["difference"]["p"] < 0.01
@@ -96,6 +96,6 @@ class TestSummary:
 
         def p(*others: np.ndarray) -> float:
             table = np.stack([base, better, *others])
-            return float(summarize({"nDCG@10": table}, 1)["nDCG@10"]["difference"]["p"])
+            return float(summarize({"nDCG@10": table})[1]["nDCG@10"]["difference"]["p"])
 
         assert p(*(base + each for each in noise)) > p()
