@@ -104,7 +104,7 @@ def agreement(
     from scipy.stats import rankdata
 
     pairs = list(zip(queries, documents, strict=True))
-    first, second = (search(*pair, max(depth, *ks), own) for pair in pairs)
+    first, second = (np.array(search(*pair, max(depth, *ks), own)) for pair in pairs)
     values: dict[str, Values] = {}
     for k in ks:
         both = zip(first[:, :k].tolist(), second[:, :k].tolist(), strict=True)

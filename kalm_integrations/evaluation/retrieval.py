@@ -97,7 +97,7 @@ def evaluate(systems: Sequence[System], judged: Judged, ks: Sequence[int]) -> di
         # Scores are ranks, since the libraries break ties in their own way.
         ranking = {
             query: {names[row]: -float(rank) for rank, row in enumerate(rows)}
-            for query, rows in zip(query_names, nearest.tolist(), strict=True)
+            for query, rows in zip(query_names, nearest, strict=True)
         }
         for value in ir_measures.iter_calc(list(measures), judged.relevance, ranking):
             values[measures[value.measure]][number, column_of[value.query_id]] = value.value
@@ -115,7 +115,7 @@ def summarize(values: dict[str, Values]) -> list[dict[str, dict[str, Any]]]:
     """
     from scipy.stats import false_discovery_control, permutation_test
 
-    options = {"permutation_type": "samples", "batch": 100, "rng": 0}
+    options = {"permutation_type": "samples", "n_resamples": 2000, "batch": 1000, "rng": 0}
     summaries: list[dict[str, dict[str, Any]]] = [{} for _ in next(iter(values.values()))]
     for name, table in values.items():
         for summary, row in zip(summaries, table, strict=True):
@@ -130,7 +130,7 @@ def summarize(values: dict[str, Values]) -> list[dict[str, dict[str, Any]]]:
 def _interval(sample: Values) -> dict[str, float]:
     from scipy.stats import bootstrap
 
-    options = {"n_resamples": 2000, "batch": 100, "method": "percentile", "rng": 0}
+    options = {"n_resamples": 2000, "batch": 1000, "method": "percentile", "rng": 0}
     low, high = bootstrap((sample,), np.mean, **options).confidence_interval
     return {"mean": float(sample.mean()), "low": float(low), "high": float(high)}
 

@@ -114,7 +114,7 @@ def search(
     documents: NDArray[np.floating[Any]],
     k: int,
     own: NDArray[np.int64],
-) -> NDArray[np.int64]:
+) -> list[NDArray[np.int64]]:
     """The k nearest documents of each query, by exact search.
 
     Cosines are compared to six decimals, since finer ones are noise of the transfer in float16.
@@ -123,17 +123,20 @@ def search(
     Args:
         queries: Unit vectors.
         documents: Unit vectors.
-        k: Number of documents, which are fewer if there are not as many.
+        k: Maximum number of documents.
         own: For each query the row of a document to leave out, or -1.
 
     Returns:
-        Rows of documents, shape (queries, k), the nearest first.
+        For each query the rows of its documents, the nearest first.
     """
-    nearest = []
+    nearest: list[NDArray[np.int64]] = []
     for start in range(0, len(queries), 64):
         scores = (queries[start : start + 64] @ documents.T).round(6)
         left_out = own[start : start + 64]
         known = np.flatnonzero(left_out >= 0)
         scores[known, left_out[known]] = -np.inf
-        nearest.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
-    return np.concatenate(nearest)
+        for row in scores:
+            limit = np.partition(row, -k)[-k] if k < len(row) else -np.inf
+            candidates = np.flatnonzero((row >= limit) & (row > -np.inf))
+            nearest.append(candidates[np.argsort(-row[candidates], kind="stable")[:k]])
+    return nearest
