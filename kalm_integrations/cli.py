@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import kalm_integrations
-from kalm_integrations import cost, deploy_options, evaluation, serve_options
+from kalm_integrations import cost_options, deploy_options, eval_options, serve_options
 from kalm_integrations.argparsing import Parser, UsageError, add_json, path
 from kalm_integrations.bulk import options as bulk_options
 from kalm_integrations.errors import (
@@ -226,8 +226,8 @@ VERBS: Final[tuple[Callable[[Verbs], None], ...]] = (
     deploy_options.add,
     _add_doctor,
     bulk_options.add,
-    cost.add,
-    evaluation.add,
+    cost_options.add,
+    eval_options.add,
 )
 """Each adds a command with its defaults: what to `run`, which says whether all went well, and
 the `extra` that it needs."""

@@ -177,7 +177,7 @@ def _forecast(
         from modal_backend.settings import DeploySettings
 
         window = DeploySettings.model_fields["scaledown_window"].default
-        job = gpu.job(found.tokens, window, gpus.cold_start(gpu.quantization))
+        job = gpu.job(found.tokens, window, gpus.SNAPSHOT_START)
         said |= {
             "gpu": gpu.gpu,
             "tokens_per_second": gpu.rate.tokens,

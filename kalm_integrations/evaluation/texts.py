@@ -1,149 +1,142 @@
-"""The user's own texts: where each one is, which of them are taken, and what is asked.
-
-Every text keeps its place in the user's file, by which reports and errors name it.
-"""
+"""The user's texts and the search in them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations.errors import ConfigurationError, InvalidText
-from kalm_integrations.lines import column_of, is_json_lines, lines_of
-from kalm_integrations.protocol import Truncate
+from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.validation import why_invalid
 
 if TYPE_CHECKING:
-    from kalm_integrations.quickstart.corpus import Text
-
-MOST_DERIVED: Final = 500
-"""Queries that are made of documents, where the user has none."""
-
-_PLAIN: Final = (".txt", "")
-_SHOWN: Final = 5  # texts that cannot be embedded
-_SEED: Final = 0
-# To the first mark that ends a sentence, not within the first words ("e.g. this"), or the line.
-_FIRST_SENTENCE: Final = re.compile(r"\s*(.{20,300}?(?:[.!?](?=\s)|[。！？])|.{1,300})")
+    from kalm_integrations.bulk.sources import Row
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Different texts, in the order of the user's file.
-
-    Attributes:
-        texts: What is embedded.
-        places: Of each, where it is.
-        origin: What they are, for the user.
-        found: Texts that there were, less copies.
-        copies: Texts that were there before, word by word, and are left out.
-    """
+class Texts(NamedTuple):
+    """Texts, and what names each one: its place in a file, or its ID."""
 
     texts: list[str]
-    places: list[str]
-    origin: str
-    found: int
-    copies: int
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def sampled(self, most: int) -> Texts:
-        """At most so many, drawn by lot, always the same ones, in the same order."""
-        if len(self) <= most:
-            return self
-        drawn = np.random.default_rng(_SEED).choice(len(self), most, replace=False)
-        rows = np.sort(drawn).tolist()
-        texts, places = ([column[row] for row in rows] for column in (self.texts, self.places))
-        return Texts(texts, places, self.origin, self.found, self.copies)
-
-    def refuse(self, invalid: Iterable[InvalidText]) -> ConfigurationError:
-        """The error that names texts by their places."""
-        return _refusal([f"{self.places[bad.index]} {bad.reason}" for bad in invalid])
+    names: list[str]
 
 
-def read(path: Path, column: str | None, truncate: Truncate) -> Texts:
-    """The texts of a file or folder.
+class Judged(NamedTuple):
+    """A folder in BEIR's format, with the relevance of documents to queries, by their IDs."""
 
-    Args:
-        path: JSON Lines (.jsonl, .ndjson), plain text with one text a line (.txt or no suffix;
-            blank lines are skipped), or a folder of documents, which is read in pieces.
-        column: Of JSON Lines, the field that is the text; None is `TEXT_COLUMN`.
-        truncate: Whether texts may be cut; else those that no model takes are refused.
+    documents: Texts
+    queries: Texts
+    relevance: dict[str, dict[str, int]]
+
+
+def rows(path: Path, text_column: str | None) -> Iterator[Row]:
+    """The rows of a file or folder that `kalm embed` reads.
 
     Raises:
-        ConfigurationError: It cannot be read, or has a text that cannot be embedded, or none.
-        ImportError: A folder, and the extra "quickstart" is not installed.
+        ConfigurationError: A row cannot be read.
+        ImportError: The extra "eval" is not installed.
     """
-    if path.is_dir():
-        from kalm_integrations.quickstart import folder
+    from kalm_integrations.bulk.sources import find
 
-        pieces, origin = folder.pieces(path)
-        return _distinct(_numbered(pieces), origin, truncate)
-    if is_json_lines(path):
-        return _distinct(column_of(path, column), str(path), truncate)
-    if path.suffix.lower() not in _PLAIN:
-        raise ConfigurationError(
-            f"{path} is neither a folder, nor JSON Lines (*.jsonl), nor plain text with one text "
-            "a line (*.txt)."
-        )
-    return _distinct(lines_of(path), str(path), truncate)
+    source = find(str(path), text_column)
+    for file in source.files:
+        for row in source.rows(file):
+            if row.unreadable:
+                raise ConfigurationError(f"{row.place} {row.unreadable}.")
+            yield row
 
 
-def derived(documents: Texts) -> tuple[Texts, NDArray[np.int64]]:
-    """First sentences of some documents, to ask where there are no queries.
+def _checked(text: Any, place: str) -> str:
+    if reason := why_invalid(text, "end"):
+        raise ConfigurationError(f"{place} {reason}. Fix or remove this text.")
+    return str(text)
+
+
+def read_distinct(path: Path, text_column: str | None, maximum: int) -> Texts:
+    """Different texts of a file or folder; of more than `maximum` always the same sample."""
+    places: dict[str, str] = {}
+    for row in rows(path, text_column):
+        places.setdefault(_checked(row.text, row.place), row.place)
+    texts = list(places)
+    if len(texts) > maximum:
+        drawn = np.random.default_rng(0).choice(len(texts), maximum, replace=False)
+        texts = [texts[index] for index in np.sort(drawn)]
+    return Texts(texts, [places[text] for text in texts])
+
+
+def read_judged(folder: Path, split: str) -> Judged:
+    """Read corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv. Queries without answers are dropped.
+
+    Raises:
+        ConfigurationError: A file is malformed, or fewer than two queries are left.
+        OSError: A file cannot be read.
+    """
+    path = folder / "qrels" / f"{split}.tsv"
+    relevance: dict[str, dict[str, int]] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                judgments = relevance.setdefault(row["query-id"], {})
+                judgments[row["corpus-id"]] = int(row["score"])
+    except (KeyError, ValueError, TypeError) as error:
+        columns = "query-id, corpus-id and score, separated by tabs"
+        raise ConfigurationError(f"{path}: not a table of {columns} ({error!r}).") from error
+    documents, queries = (_with_ids(folder / f"{name}.jsonl") for name in ("corpus", "queries"))
+    known = set(documents.names)
+    relevant = {
+        query: judgments
+        for query, judgments in relevance.items()
+        if any(judgments.get(name, 0) > 0 for name in judgments.keys() & known)
+    }
+    kept = [pair for pair in zip(*queries, strict=True) if pair[1] in relevant]
+    if len(kept) < 2:
+        raise ConfigurationError(f"{path}: fewer than two queries have a relevant document.")
+    texts, names = map(list, zip(*kept, strict=True))
+    return Judged(documents, Texts(texts, names), {name: relevant[name] for name in names})
+
+
+def _with_ids(path: Path) -> Texts:
+    texts: dict[str, str] = {}
+    for row in rows(path, None):
+        name = str(row.columns.get("_id", ""))
+        if not name or name in texts:
+            raise ConfigurationError(f"{row.place} has no '_id', or that of another row.")
+        text = f"{row.columns.get('title') or ''} {row.text}".strip()
+        texts[name] = _checked(text, row.place)
+    return Texts([*texts.values()], [*texts])
+
+
+def search(
+    queries: NDArray[np.floating[Any]],
+    documents: NDArray[np.floating[Any]],
+    k: int,
+    own: NDArray[np.int64],
+) -> list[NDArray[np.int64]]:
+    """The k nearest documents of each query, by exact search.
+
+    Cosines are compared to six decimals, since finer ones are noise of the transfer in float16.
+    Equally near documents are ordered by their row.
+
+    Args:
+        queries: Unit vectors.
+        documents: Unit vectors.
+        k: Maximum number of documents.
+        own: For each query the row of a document to leave out, or -1.
 
     Returns:
-        The queries, and the document that each was taken from.
+        For each query the rows of its documents, the nearest first.
     """
-    some = documents.sampled(MOST_DERIVED)
-    row_of = {text: row for row, text in enumerate(documents.texts)}
-    taken = {_first_sentence(text): text for text in reversed(some.texts)}  # the first one wins
-    pairs = sorted((row_of[text], query) for query, text in taken.items())
-    rows = [row for row, _ in pairs]
-    places = [documents.places[row] for row in rows]
-    queries = Texts([query for _, query in pairs], places, "", len(pairs), 0)
-    return queries, np.array(rows, dtype=np.int64)
-
-
-def _first_sentence(text: str) -> str:
-    found = _FIRST_SENTENCE.match(text)
-    return found[1] if found else text
-
-
-def _distinct(named: Iterable[tuple[str, str]], origin: str, truncate: Truncate) -> Texts:
-    places: dict[str, str] = {}
-    refused: list[str] = []
-    total = 0
-    for place, text in named:
-        if reason := why_invalid(text, truncate):
-            refused.append(f"{place} {reason}")
-            continue
-        total += 1
-        places.setdefault(text, place)
-    if refused:
-        raise _refusal(refused)
-    if not places:
-        raise ConfigurationError(f"{origin} has no text.")
-    return Texts([*places], [*places.values()], origin, len(places), total - len(places))
-
-
-def _refusal(refused: list[str]) -> ConfigurationError:
-    more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-    return ConfigurationError(
-        f"{'; '.join(refused[:_SHOWN])}{more}. Mend or leave out what cannot be embedded; "
-        "KALM_TRUNCATE=end cuts what is too long."
-    )
-
-
-def _numbered(pieces: Iterable[Text]) -> Iterator[tuple[str, str]]:
-    """Pieces of documents, each with its document and its number there."""
-    for name, of_one in groupby(pieces, key=lambda piece: piece.name):
-        for number, piece in enumerate(of_one, 1):
-            yield f"{name} (piece {number})", piece.content
+    nearest: list[NDArray[np.int64]] = []
+    for start in range(0, len(queries), 64):
+        scores = (queries[start : start + 64] @ documents.T).round(6)
+        left_out = own[start : start + 64]
+        known = np.flatnonzero(left_out >= 0)
+        scores[known, left_out[known]] = -np.inf
+        for row in scores:
+            limit = np.partition(row, -k)[-k] if k < len(row) else -np.inf
+            candidates = np.flatnonzero((row >= limit) & (row > -np.inf))
+            nearest.append(candidates[np.argsort(-row[candidates], kind="stable")[:k]])
+    return nearest

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations import evaluation, langchain_errors, prompts, validation
+from kalm_integrations import eval_options, langchain_errors, prompts, validation
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import KalmError, subclasses
-from kalm_integrations.evaluation import report
-from kalm_integrations.evaluation.quantization import USUAL_KS
-from kalm_integrations.evaluation.texts import MOST_DERIVED
-from kalm_integrations.lines import TEXT_COLUMN
 from modal_backend import admission, service
 from modal_backend.http import app as http_app
 from modal_backend.http import schema
@@ -172,28 +168,23 @@ def test_langchains_errors_are_documented_as_they_are() -> None:
     }
 
 
-def test_every_argument_of_eval_is_documented_with_its_default() -> None:
+@pytest.mark.parametrize("command", ["retrieval", "compare"])
+def test_every_argument_of_eval_is_documented_with_its_default(command: str) -> None:
     kinds = argparse.ArgumentParser().add_subparsers()
-    evaluation.add(kinds)
+    eval_options.add(kinds)  # type: ignore[arg-type]
     (within,) = kinds.choices["eval"]._subparsers._group_actions  # type: ignore[union-attr]
-    actions = within.choices["quantization"]._actions  # type: ignore[index,call-overload]
-    taken = {action.option_strings[-1]: action.default for action in actions[1:]}  # less --help
+    actions = within.choices[command]._actions  # type: ignore[index,call-overload]
+    options = {
+        action.option_strings[-1]: action.default for action in actions[1:] if action.option_strings
+    }
     documented = {
         name: default.strip("`")
-        for names, default, _ in rows("docs/evaluate.md", "Arguments")
-        for name in re.findall("--[a-z-]+", names)
+        for names, default, *_ in rows("docs/evaluate.md", f"kalm eval {command}")
+        for name in re.findall("`(--[a-z-]+)`", names)
     }
-    assert documented.keys() == taken.keys()
-    assert documented["--sample"] == str(taken["--sample"])
-    assert documented["--k"] == ",".join(map(str, USUAL_KS))
-    assert documented["--text-column"] == TEXT_COLUMN
-    assert documented["--queries"] == f"first sentences of up to {MOST_DERIVED} documents"
-
-
-def test_the_report_of_eval_is_explained_as_it_explains_itself() -> None:
-    shown = " ".join((ROOT / "docs/evaluate.md").read_text().split())
-    for line in (report._COSINE, report._OVERLAP, report._ORDER, report._NOT_TOLD):
-        assert line in shown
+    assert documented.keys() == options.keys()
+    for name in ("--sample", "--k", "--split"):
+        assert name not in options or documented[name] == str(options[name])
 
 
 def test_the_limits_of_the_http_door() -> None:

@@ -243,13 +243,11 @@ def test_eval_compares_two_apps_by_name(
     deploy(app_name="another")
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(TEXTS[:40]))
-    where = ["--baseline", "vllm-embedding-snapshot", "--candidate", "another"]
-    arguments = [*where, "--corpus", str(corpus), "--json"]
-    assert main(["eval", "quantization", *arguments]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert [found[side]["where"] for side in ("baseline", "candidate")] == where[1::2]
-    assert found["baseline"]["identity"] == EMBEDDED.space.to_dict()
-    assert found["overlap"][0]["least"] == 1
-    where[3] = "missing"
-    assert main(["eval", "quantization", *where, "--corpus", str(corpus)]) == 1
-    assert "kalm eval quantization: the candidate, missing: " in capfd.readouterr().err
+    apps = ["vllm-embedding-snapshot", "another"]
+    assert main(["eval", "compare", *apps, "--corpus", str(corpus), "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert [document[side]["name"] for side in ("baseline", "candidate")] == apps
+    assert document["baseline"]["identity"] == EMBEDDED.space.to_dict()
+    assert document["figures"]["overlap@1"]["lowest"] == 1
+    assert main(["eval", "compare", apps[0], "missing", "--corpus", str(corpus)]) == 1
+    assert "missing: " in capfd.readouterr().err

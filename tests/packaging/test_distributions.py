@@ -7,6 +7,7 @@ compared; `dev` is the environment that runs this.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -38,7 +39,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAME, EXTRAS = PROJECT["name"], PROJECT["optional-dependencies"]
 PACKAGES = ("kalm_integrations", "modal_backend")
 STEM = f"{NAME.replace('-', '_')}-{__version__}"
-INSTALLED = ("", "langchain", "llama-index", "local", "modal", "bulk", "server", "quickstart")
+INSTALLED = (
+    *("", "langchain", "llama-index", "local", "modal", "bulk", "eval", "server", "quickstart"),
+)
 SMALL = EMBEDDED.space.model
 OURS = ("PYTHON", "KALM_", "MODAL_", "OPENAI_")
 
@@ -235,7 +238,7 @@ class TestCoreAlone:
     def test_the_command(self, core: Environment) -> None:
         assert core.kalm("--version") == f"{NAME} {__version__}\n"
         assert re.search(r"^  quickstart +index real text", core.kalm("--help"), re.MULTILINE)
-        assert "KaLM-Embedding-Gemma3-12B in one container" in core.kalm("cost")
+        assert "A100-40GB" in core.kalm("cost")
         assert '"name": "packages",\n      "status": "ok"' in core.kalm(
             "doctor", "--json", status=1
         )
@@ -275,15 +278,16 @@ class TestCoreAlone:
             ("serve", "server,local"),
             ("serve --engine vllm", "server,vllm"),
             ("deploy", "modal"),
+            ("eval compare local local --corpus .", "eval"),
         ],
     )
     def test_a_command_that_needs_an_extra_names_it(
         self, core: Environment, command: str, extra: str
     ) -> None:
-        verb, *options = command.split()
-        output = core.kalm(verb, *options, status=1, KALM_API_KEY=KEY)
-        needs = f"This command needs more: pip install '{NAME}[{extra}]'\n"
-        assert re.fullmatch(rf"kalm {verb}: .*{re.escape(needs)}", output)
+        output = core.kalm(*command.split(), status=1, KALM_API_KEY=KEY)
+        needs = f"This command needs more: pip install '{NAME}[{extra}]'\\n"
+        verb = command.split(maxsplit=1)[0]
+        assert re.fullmatch(rf"kalm {verb}.*: .*{re.escape(needs)}", output)
 
 
 class TestEachExtraAlone:
@@ -344,6 +348,21 @@ class TestEachExtraAlone:
             print([rows.vectors.shape for rows in read("out")])
         """
         assert alone.python(code) == [f"[({len(TEXTS)}, 512)]"]
+
+    def test_eval(
+        self, environments: Environments, service: Mapping[str, str], tmp_path: Path
+    ) -> None:
+        rows = [json.dumps({"_id": str(row), "text": text}) for row, text in enumerate(TEXTS)]
+        (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
+        rows = [json.dumps({"_id": f"q{row}", "text": text}) for row, text in enumerate(TEXTS)]
+        (tmp_path / "queries.jsonl").write_text("\n".join(rows))
+        (tmp_path / "qrels").mkdir()
+        judgments = "\n".join(f"q{row}\t{row}\t1" for row in range(len(TEXTS)))
+        (tmp_path / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgments}")
+        options = ("--plot", tmp_path / "plot.png")
+        shown = environments["eval"].kalm("eval", "retrieval", tmp_path, *options, **service)
+        assert "1.000 [1.000, 1.000]" in shown
+        assert (tmp_path / "plot.png").is_file()
 
     def test_server_with_any_engine(self, environments: Environments) -> None:
         """`serving.py` and `scripted_engine.py` of the tests need no more than the extra."""

@@ -1,0 +1,171 @@
+"""`kalm cost`: what KaLM costs on each of Modal's GPUs, for a corpus and for queries."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from kalm_integrations.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from modal_backend.costs import Choice
+
+TYPES: Final = {"none": "bf16", "fp8": "fp8"}
+_TABLES: Final = (
+    {
+        "dollars_per_hour": ("$/hour", "{:.2f}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+        "basis": ("", "{}"),
+        "dollars_per_million": ("$/M tokens", "{:.3f}"),
+        "dollars_per_million_at_utilization": ("at {utilization:.0%} use", "{:.3f}"),
+    },
+    {"corpus_hours": ("{tokens:,} tokens, hours", "{:,.1f}"), "corpus_dollars": ("$", "{:,.2f}")},
+    {
+        "hours_up_per_day": ("{queries_per_day:,} queries a day, hours up", "{:.1f}"),
+        "queries_waiting": ("waiting for a start", "{:.1%}"),
+        "dollars_per_month": ("$/month", "{:,.0f}"),
+        "always_on_dollars_per_month": ("always on", "{:,.0f}"),
+    },
+)
+"""Fields of the document, with headings and formats: the GPUs, a corpus, queries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostOptions:
+    """Options of `kalm cost`; `kalm cost --help` explains each."""
+
+    gpu: tuple[str, ...] = ()
+    quantization: Literal["none", "fp8"] | None = None
+    utilization: float = 0.6
+    tokens: int | None = None
+    corpus: Path | None = None
+    text_column: str | None = None
+    queries_per_day: int | None = None
+    scaledown_window: int | None = None
+    cold_start: int | None = None
+    as_json: bool = False
+
+
+def run(options: CostOptions) -> None:
+    """Print what KaLM costs. Needs no network and starts nothing.
+
+    Raises:
+        ConfigurationError: A GPU is unknown, or the corpus cannot be read.
+        ImportError: `corpus` needs the extra "bulk".
+    """
+    document = report(options)
+    if options.as_json:
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    rows = [row for row in document["choices"] if not row["problem"]]
+    for columns in _TABLES:
+        if rows and columns.keys() <= rows[0].keys():
+            table = Table("GPU", "type", box=None, pad_edge=False)
+            for heading, _ in columns.values():
+                table.add_column(heading.format(**document), justify="right")
+            for row in rows:
+                cells = (form.format(row[name]) for name, (_, form) in columns.items())
+                table.add_row(row["gpu"], TYPES[row["quantization"]], *cells)
+            console.print(table, "")
+    for row in document["choices"]:
+        if row["problem"]:
+            kind = TYPES[row["quantization"]]
+            console.print(f"Not possible: {row['gpu']} in {kind} {row['problem']}.")
+    for assumption in document["assumptions"]:
+        console.print("{basis}: {figure}, {source}".format(**assumption))
+
+
+def report(options: CostOptions) -> dict[str, Any]:
+    """The JSON document of `kalm cost`; docs/costs.md has the fields. Raises as `run`."""
+    from modal_backend import costs, gpus
+    from modal_backend.settings import DeploySettings
+
+    try:
+        choices = costs.choices(options.gpu, options.quantization)
+    except ValueError as error:
+        raise ConfigurationError(f"--{error}.") from error
+    tokens, queries = options.tokens, options.queries_per_day
+    if options.corpus is not None:
+        tokens = count_tokens(options.corpus, options.text_column)
+    elif options.text_column:
+        raise ConfigurationError("--text-column goes with --corpus.")
+    if (options.scaledown_window or options.cold_start) and not (tokens or queries):
+        raise ConfigurationError(
+            "--scaledown-window and --cold-start go with a corpus or with --queries-per-day."
+        )
+    window = options.scaledown_window or DeploySettings.model_fields["scaledown_window"].default
+    load, restore = (options.cold_start or s for s in (gpus.FIRST_START, gpus.SNAPSHOT_START))
+
+    def row(choice: Choice) -> dict[str, Any]:
+        million = 1e6 * choice.dollars / choice.rate.tokens
+        fields: dict[str, Any] = {
+            "gpu": choice.gpu,
+            "quantization": choice.quantization,
+            "problem": choice.problem or None,
+            "dollars_per_hour": round(3600 * choice.dollars, 4),
+        }
+        if choice.problem:
+            return fields
+        fields |= {
+            "tokens_per_second": choice.rate.tokens,
+            "basis": "measured" if choice.rate.measured else "calculated",
+            "dollars_per_million": million,
+            "dollars_per_million_at_utilization": million / options.utilization,
+        }
+        if tokens:
+            job = choice.job(tokens, window, load)
+            fields |= {"corpus_hours": job.hours, "corpus_dollars": job.dollars}
+        if queries:
+            up, month = costs.uptime(queries, window, restore), 30 * costs.DAY * choice.dollars
+            fields |= {
+                "hours_up_per_day": 24 * up.share,
+                "queries_waiting": up.waiting,
+                "dollars_per_month": up.share * month,
+                "always_on_dollars_per_month": month,
+            }
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in fields.items()}
+
+    machine = "{none} GiB of memory (fp8: {fp8})".format(**gpus.HOST_GIB)
+    starts = f"{load:g} s until a corpus starts (model loaded), {restore:g} s until queries do"
+    assumptions = [
+        *(
+            ("measured", f"{made.tokens:,.0f} tokens/s on {gpu} in {TYPES[kind]}", made.source)
+            for (gpu, kind), made in gpus.MEASURED.items()
+        ),
+        ("calculated", "tokens/s on other GPUs", gpus.CALCULATED),
+        ("listed", f"prices of a GPU, {gpus.CORES:g} cores, {machine}", gpus.PRICES),
+        ("given", starts, "--cold-start")
+        if options.cold_start
+        else ("listed", starts, gpus.STARTS),
+        ("calculated", f"uptime; a container stops after {window} s without work", costs.MODEL),
+    ]
+    return {
+        "assumptions": [{"basis": b, "figure": f, "source": s} for b, f, s in assumptions],
+        "utilization": options.utilization,
+        "tokens": tokens,
+        "queries_per_day": queries,
+        "choices": [row(choice) for choice in choices],
+    }
+
+
+def count_tokens(path: Path, text_column: str | None) -> int:
+    """Estimated tokens of a corpus that `kalm embed` reads; identical texts count once.
+
+    Raises:
+        ConfigurationError: It cannot be read, or has no text.
+        ImportError: The extra "bulk" is not installed.
+    """
+    from kalm_integrations.bulk.scan import scan
+    from kalm_integrations.bulk.sources import find
+
+    tokens = scan(find(str(path), text_column), "end", lambda _: None).tokens
+    if not tokens:
+        raise ConfigurationError(f"--corpus: {path} has no text.")
+    return tokens
