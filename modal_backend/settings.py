@@ -44,6 +44,8 @@ SHORTEST_START: Final = AROUND_STARTS + LOAD_ATTEMPTS * (SHORTEST_LOAD + AROUND_
 
 
 def _split(value: Any) -> Any:
+    if isinstance(value, list):  # of an option that was repeated
+        value = ",".join(value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
