@@ -255,4 +255,4 @@ class ResponseValidator:
 
 
 def _name(space: SpaceIdentity | None) -> str:
-    return "no identity" if space is None else f"{space.model} ({space.fingerprint})"
+    return "no identity" if space is None else f"{space.model} (space {space.fingerprint})"

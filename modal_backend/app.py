@@ -322,7 +322,7 @@ if settings.on_gpu:
 
 @app.local_entrypoint()
 def main() -> None:
-    """`modal run -m modal_backend.app`: prove the deployment, and print what it does."""
-    from modal_backend.smoke_test import prove
+    """`modal run -m modal_backend.app`: check the deployment."""
+    from modal_backend.smoke_test import check_deployment
 
-    prove(settings)
+    check_deployment(settings)

@@ -137,9 +137,9 @@ def _check_identity(
 def _space(space: SpaceIdentity | None, fingerprint: str) -> str:
     """A vector space, for a message."""
     if space is None:
-        return f"another model or revision (identity {fingerprint})"
+        return f"another model or revision (space {fingerprint})"
     computed = f", {space.quantization}" if space.declared else ""
-    return f"{space.model}{computed} (identity {fingerprint})"
+    return f"{space.model}{computed} (space {fingerprint})"
 
 
 def _costs(settings: DeploySettings) -> Table:

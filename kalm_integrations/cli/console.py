@@ -5,16 +5,29 @@ from __future__ import annotations
 import io
 import os
 import sys
+import textwrap
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from kalm_integrations.doctor.base import Finding
+
 _WIDEST: Final = 100
 _NARROWEST: Final = 60
+_MARGIN: Final = 16
+_ASCII: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
+_SLOW: Final = 0.5  # seconds that a finding mentions
+_MARKS: Final = {
+    "ok": ("✓", "green"),
+    "warn": ("!", "yellow"),
+    "fail": ("✗", "bold red"),
+    "skipped": ("-", "dim"),
+}
 
 
 def stdout() -> Console:
@@ -31,6 +44,31 @@ def print_document(document: BaseModel) -> None:
     """Print the one JSON document of a command."""
     sys.stdout.write(document.model_dump_json(indent=2) + "\n")
     sys.stdout.flush()
+
+
+def print_finding(console: Console, finding: Finding) -> None:
+    """Print a finding of the doctor: mark, name, detail; then what to do."""
+    mark, style = _MARKS[finding.status]
+    seconds = f" ({finding.seconds:.1f} s)" if finding.seconds >= _SLOW else ""
+    first, *more = finding.detail.splitlines() or [""]
+    lines = [first + seconds, *more, *([f"→ {finding.remedy}"] if finding.remedy else [])]
+    head, margin = f"{mark} {finding.name}".ljust(_MARGIN), " " * _MARGIN
+    text = "\n".join(
+        textwrap.fill(
+            line,
+            console.width,
+            initial_indent=margin if number else head,
+            subsequent_indent=margin,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for number, line in enumerate(lines)
+    )
+    try:
+        "".join(map(chr, _ASCII)).encode(console.encoding)
+    except UnicodeEncodeError:
+        text = text.translate(_ASCII)  # rather than a question mark for each of them
+    console.print(Text(text[:_MARGIN], style, end=""), Text(text[_MARGIN:]), sep="", soft_wrap=True)
 
 
 def printable(text: str) -> str:

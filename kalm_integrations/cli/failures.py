@@ -119,7 +119,7 @@ def _usage(error: CycloptsError) -> str:
 def _remedy(error: KalmError, command: str) -> str:
     """What to do on the command line, where the error's own remedy speaks of Python arguments."""
     if isinstance(error, NotDeployedError):
-        from kalm_integrations.doctor.checks import NOT_DEPLOYED
+        from kalm_integrations.doctor.base import NOT_DEPLOYED
 
         return NOT_DEPLOYED
     if error.remedy != ConfigurationError.remedy:

@@ -54,8 +54,20 @@ def between(low: int, high: int | None = None) -> Any:
 
 
 def names(_: type, tokens: Sequence[Token]) -> tuple[str, ...]:
-    """Read names with commas between them."""
-    return tuple(part.strip() for part in tokens[0].value.split(",") if part.strip())
+    """Read names with commas between them.
+
+    Raises:
+        ValueError: There are none.
+    """
+    values = tuple(part.strip() for part in tokens[0].value.split(",") if part.strip())
+    if not values:
+        raise ValueError("it names none")
+    return values
+
+
+def _check_share(_: type, value: float) -> None:
+    if not 0 < value <= 1:  # NaN too
+        raise ValueError("Must be > 0 and <= 1.")
 
 
 Json = Annotated[
@@ -67,7 +79,7 @@ TextColumn = Annotated[
 ]
 ExistingPath = Annotated[Path, Parameter(converter=existing_path)]
 Count = Annotated[int, Parameter(converter=count)]
-Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))]
+Share = Annotated[float, Parameter(validator=_check_share)]
 Gpus = Annotated[tuple[str, ...], Parameter(name="--gpu", converter=names, n_tokens=1)]
 Quantization = Literal["none", "fp8"]
 Canary = Literal["refuse", "warn"]

