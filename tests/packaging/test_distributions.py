@@ -388,5 +388,5 @@ class TestEachExtraAlone:
     def test_quickstart(self, environments: Environments) -> None:
         page = ROOT / "tests" / "modal" / "modal_emulator"  # one, for the packages are what counts
         shown = environments["quickstart"].kalm("quickstart", "--corpus", page)
-        assert "LangChain, QdrantVectorStore" in shown
-        assert "LlamaIndex, VectorStoreIndex" in shown
+        assert "LangChain (QdrantVectorStore)" in shown
+        assert "LlamaIndex (VectorStoreIndex)" in shown
