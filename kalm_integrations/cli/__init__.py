@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -137,7 +136,7 @@ def _run(arguments: list[str]) -> int:
             arguments, exit_on_error=False, print_error=False, verbose=False,
             result_action="return_value",
         )  # fmt: skip
-        return FAILED if done is False else 0
+        return int(not done) if isinstance(done, bool) else done or 0
     except BrokenPipeError:
         raise
     except (CycloptsError, KalmError, MissingPackageError, OSError) as error:
@@ -154,5 +153,7 @@ def _run(arguments: list[str]) -> int:
     if failure.exit_status != INTERRUPTED:
         sys.stderr.write(f"{command}: {failure.message} {failure.remedy}".strip() + "\n")
     if as_json:  # also where the arguments were not understood
-        sys.stdout.write(json.dumps({"error": failure._asdict()}, indent=2) + "\n")
+        from kalm_integrations.cli.documents import Error, ErrorDocument
+
+        console.print_document(ErrorDocument(error=Error(**failure._asdict())))
     return failure.exit_status

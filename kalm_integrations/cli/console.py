@@ -42,7 +42,7 @@ def stderr() -> Console:
 
 def print_document(document: BaseModel) -> None:
     """Print the one JSON document of a command."""
-    sys.stdout.write(document.model_dump_json(indent=2) + "\n")
+    sys.stdout.write(document.model_dump_json(indent=2, exclude_unset=True) + "\n")
     sys.stdout.flush()
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 
 from cyclopts import Group, Parameter
 
+from kalm_integrations.cli import console
 from kalm_integrations.cli.failures import needs
 from kalm_integrations.cli.parameters import Json, Quantization, TextColumn, between
 from kalm_integrations.errors import ConfigurationError
@@ -126,8 +127,18 @@ def embed(
     with needs("bulk"):
         from kalm_integrations.bulk.options import run
 
-        shown = run(input, options)
-    sys.stdout.write(shown + "\n")
+        text = run(input, options)
+    if not options.json:
+        sys.stdout.write(text + "\n")
+        return
+    from kalm_integrations.cli import documents
+
+    kind: type[documents.Document] = documents.EmbedOutcome
+    if options.dry_run:
+        kind = documents.EmbedForecast
+    elif options.status or options.cancel or options.detach:
+        kind = documents.JobStatus
+    console.print_document(kind.model_validate_json(text))
 
 
 def _check(source: str | None, options: EmbedOptions) -> None:

@@ -33,8 +33,10 @@ def examine(context: DoctorContext, notify: Callable[[str], None]) -> Iterator[F
                     notify(f"meanwhile `{logs}` shows the phases of a start")
                 notified = True
             finding = finding or run_check(check, context)
-            texts = {"detail": redact(finding.detail), "remedy": redact(finding.remedy)}
-            findings[check.name] = finding.model_copy(update={"name": check.name, **texts})
+            texts = {name: redact(getattr(finding, name)) for name in ("detail", "remedy")}
+            findings[check.name] = finding.model_copy(
+                update={"name": check.name, "seconds": finding.seconds, **texts}
+            )
             yield findings[check.name]
     finally:
         log.removeHandler(silent)

@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 from cyclopts import App
+from jsonschema import Draft202012Validator
 
 from kalm_integrations import cli
 from kalm_integrations.cli import build_app, cost, failures
+from kalm_integrations.cli.documents import schema
 from kalm_integrations.errors import NotDeployedError, ServiceUnavailableError
 from kalm_integrations.install_hints import install_command
 
@@ -326,19 +328,39 @@ def test_version(capsys: Capture) -> None:
     assert re.fullmatch(r"kalm-integrations \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
-def test_json_is_all_of_stdout(capsys: Capture, tmp_path: Path) -> None:
+SCHEMA = json.loads((ROOT / "docs/cli.schema.json").read_text())
+
+
+def check(document: object, name: str) -> None:
+    """Asserts that the published schema allows `document`."""
+    Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": SCHEMA["$defs"]}).validate(document)
+
+
+def test_the_published_schema_is_that_of_the_models() -> None:
+    """`python -m kalm_integrations.cli.documents > docs/cli.schema.json` renews it."""
+    assert json.loads(schema()) == SCHEMA
+
+
+def test_json_is_all_of_stdout_and_follows_the_schema(capsys: Capture, tmp_path: Path) -> None:
     """Of `kalm eval quantization`, which needs two services, test_evaluate.py says the same."""
     assert set(WITH_JSON) == {"doctor", "embed", "cost", "eval quantization"}
     (tmp_path / "in.txt").write_text("K2 is 8,611 metres high.")
     embed = ["embed", str(tmp_path / "in.txt"), "--backend", "local", "--json"]
-    assert cli.main([*embed, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["texts"] == 1
-    assert cli.main([*embed, "--output", str(tmp_path / "out")]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 1
+    runs: list[tuple[list[str], int, str]] = [
+        ([*embed, "--dry-run"], 0, "EmbedForecast"),
+        ([*embed, "--dry-run", "--gpu", "L40S"], 0, "EmbedForecast"),
+        ([*embed, "--dry-run", "--gpu", "L40S", "--on", "modal"], 2, "ErrorDocument"),
+        ([*embed, "--output", str(tmp_path / "out")], 0, "EmbedOutcome"),
+        (["doctor", "--json"], 1, "DoctorReport"),  # no service is configured here
+        (["cost", "--tokens", "x", "--json"], 2, "ErrorDocument"),
+    ]
+    for arguments, status, name in runs:
+        assert cli.main(arguments) == status
+        document = json.loads(capsys.readouterr().out)
+        check(document, name)
+        assert set(document) & set(SCHEMA["$defs"][name]["required"])
     assert cli.main(["cost", "--json"]) == 0
     assert "choices" in json.loads(capsys.readouterr().out)
-    assert cli.main(["doctor", "--json"]) == 1  # no service is configured here
-    assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
 class TestAsAProgram:
