@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations import evaluation, langchain_errors, prompts, validation
+from kalm_integrations import langchain_errors, prompts, validation
+from kalm_integrations.cli import build_app
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.evaluation import report
 from kalm_integrations.evaluation.quantization import USUAL_KS
@@ -173,11 +173,8 @@ def test_langchains_errors_are_documented_as_they_are() -> None:
 
 
 def test_every_argument_of_eval_is_documented_with_its_default() -> None:
-    kinds = argparse.ArgumentParser().add_subparsers()
-    evaluation.add(kinds)
-    (within,) = kinds.choices["eval"]._subparsers._group_actions  # type: ignore[union-attr]
-    actions = within.choices["quantization"]._actions  # type: ignore[index,call-overload]
-    taken = {action.option_strings[-1]: action.default for action in actions[1:]}  # less --help
+    command = build_app()["eval"]["quantization"]
+    taken = {each.name: each.field_info.default for each in command.assemble_argument_collection()}
     documented = {
         name: default.strip("`")
         for names, default, _ in rows("docs/evaluate.md", "Arguments")
