@@ -95,7 +95,10 @@ def build_app() -> App:
         version=f"kalm-integrations {__version__}",
         console=console.stdout(),
         default_parameter=Parameter(
-            negative_bool=(), negative_iterable=(), show_default=_shown_default
+            negative_bool=(),
+            negative_iterable=(),
+            show_default=_shown_default,
+            allow_repeating=True,  # the last one counts
         ),
         suppress_keyboard_interrupt=False,
     )

@@ -12,7 +12,7 @@ from kalm_integrations.cli.parameters import ExistingPath, Json, TextColumn, bet
 
 
 def _ranks(_: type, tokens: Sequence[Token]) -> tuple[int, ...]:
-    value = tokens[0].value
+    value = tokens[-1].value
     parts = value.split(",")
     if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
         raise ValueError(f"{value!r} is not whole numbers of at least 1, like 1,10,100")

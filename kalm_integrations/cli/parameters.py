@@ -19,7 +19,7 @@ def existing_path(_: type, tokens: Sequence[Token]) -> Path:
     Raises:
         ValueError: There is no such file or folder.
     """
-    value = tokens[0].value
+    value = tokens[-1].value
     shown = value if len(value) < 100 else f"{value[:100]}…"
     try:
         path = Path(value).expanduser()
@@ -38,7 +38,7 @@ def count(_: type, tokens: Sequence[Token]) -> int:
     Raises:
         ValueError: It is none, or is not from 1 to 10^15.
     """
-    value = tokens[0].value
+    value = tokens[-1].value
     match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kMB]?)", value)
     number = float(re.sub("[_,]", "", match[1])) * _FACTORS[match[2]] if match else 0.0
     if not (1 <= number <= _LARGEST and number == round(number)):
@@ -59,7 +59,7 @@ def names(_: type, tokens: Sequence[Token]) -> tuple[str, ...]:
     Raises:
         ValueError: There are none.
     """
-    values = tuple(part.strip() for part in tokens[0].value.split(",") if part.strip())
+    values = tuple(part.strip() for part in tokens[-1].value.split(",") if part.strip())
     if not values:
         raise ValueError("it names none")
     return values

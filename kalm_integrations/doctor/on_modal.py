@@ -23,23 +23,17 @@ _REDEPLOY: Final = "Run `kalm deploy` again, with the same options as before."
 
 def checks(context: DoctorContext) -> list[Check]:
     """For backend="modal", and up to the service's address for backend="http"."""
-    needs: dict[str, tuple[str, ...]] = {
-        "app": ("token",),
-        "app version": ("app",),
-        "app identity": ("app",),
-    }
-    looks = {"token": _token, "app": _app, "app version": _version, "app identity": _identity}
-    if context.settings.resolved_backend == "http":
-        needs["http endpoint"] = ("app", "app identity")
-        looks["http endpoint"] = _endpoint
-    else:
-        needs |= {"class": ("app",), "http endpoint": ("class",)}
-        looks |= {"class": _class, "http endpoint": _endpoint}
-    cold = [
-        Check(name, look, needs.get(name, ("settings",)), no_answer=_NETWORK)
-        for name, look in looks.items()
+    rpc = context.settings.resolved_backend == "modal"
+    looks = [
+        ("token", _token, "settings"),
+        ("app", _app, "token"),
+        ("app version", _version, "app"),
+        ("app identity", _identity, "app"),
+        *([("class", _class, "app")] if rpc else []),
+        ("http endpoint", _endpoint, "class" if rpc else "app identity"),
     ]
-    if context.settings.resolved_backend == "http":
+    cold = [Check(name, look, (need,), no_answer=_NETWORK) for name, look, need in looks]
+    if not rpc:
         return cold
     container, *others = service.checks("container", context, "class", "app identity")
     start = Check("start", _start, ("container",), wakes=True, no_answer=_NETWORK)
@@ -59,9 +53,7 @@ def _token(context: DoctorContext) -> Result:
 
     _ask(greet(), context)
     variables = [n for n in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET") if os.environ.get(n)]
-    path = os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml"
-    profile = os.environ.get("MODAL_PROFILE")
-    file = f"{path}, profile {profile}" if profile else path
+    file = os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml"
     return f"accepted by Modal; from {' and '.join(variables) or file}"
 
 

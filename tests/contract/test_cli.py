@@ -323,6 +323,25 @@ class TestErrors:
             cli.main(["cost"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["cost", "--tokens", "5", "--tokens", "7k"], "tokens", 7000),
+        (["cost", "--gpu", "L4", "--gpu", "H100,B200"], "gpu", ("H100", "B200")),
+        (["serve", "--port", "1", "--port", "2"], "port", 2),
+        (
+            ["serve", "--cors-origin", "http://a", "--cors-origin", "*"],
+            "cors_origin",
+            ("http://a", "*"),
+        ),
+    ],
+)
+def test_the_last_value_of_an_option_counts(arguments: list[str], name: str, value: object) -> None:
+    """Aliases and scripts append options."""
+    _, bound, _ = build_app().parse_args(arguments, exit_on_error=False, print_error=False)
+    assert bound.arguments[name] == value
+
+
 def test_version(capsys: Capture) -> None:
     assert cli.main(["--version"]) == 0
     assert re.fullmatch(r"kalm-integrations \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
