@@ -13,8 +13,8 @@ _NOT_DOCUMENTS: Final = frozenset({"node_modules", "site-packages", "venv", "__p
 _MAX_NAMES: Final = 5  # files that could not be read
 
 
-def files(folder: Path) -> Iterator[Path]:
-    """Yield them in order of their names, folder by folder."""
+def files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[Path]:
+    """Yield files with one of these `suffixes`, in order of their names, folder by folder."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(
             name for name in folders if name[0] != "." and name not in _NOT_DOCUMENTS
@@ -22,7 +22,7 @@ def files(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             path = Path(parent, name)
             # opening a named pipe would block
-            if name.lower().endswith(SUFFIXES) and name[0] != "." and path.is_file():
+            if name.lower().endswith(suffixes) and name[0] != "." and path.is_file():
                 yield path
 
 

@@ -255,5 +255,5 @@ class ResponseValidator:
             )
 
 
-def _name(space: SpaceIdentity) -> str:
-    return f"{space.model} ({space.fingerprint})"
+def _name(space: SpaceIdentity | None) -> str:
+    return "no identity" if space is None else f"{space.model} (space {space.fingerprint})"

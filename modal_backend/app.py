@@ -289,10 +289,7 @@ if settings.on_gpu:
 
 @app.local_entrypoint()
 def main() -> None:
-    """`modal run -m modal_backend.app`: run the doctor's checks, including the reference texts."""
-    from kalm_integrations import doctor
+    """`modal run -m modal_backend.app`: check the deployment."""
+    from modal_backend.smoke_test import check_deployment
 
-    options = {"backend": "modal", "app_name": settings.app_name, **settings.client_arguments}
-    os.environ.update({f"KALM_{name.upper()}": value for name, value in options.items()})
-    if not doctor.run(wake=True, as_json=False, reference=True):
-        raise SystemExit(1)
+    check_deployment(settings)

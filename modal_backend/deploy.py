@@ -130,9 +130,9 @@ def _check_identity(settings: DeploySettings, deployed: str | None) -> None:
 
 def _described(space: SpaceIdentity | None, fingerprint: str) -> str:
     if space is None:
-        return f"another model or revision (identity {fingerprint})"
-    quantization = f", {space.quantization}" if space.declared else ""
-    return f"{space.model}{quantization} (identity {fingerprint})"
+        return f"another model or revision (space {fingerprint})"
+    computed = f", {space.quantization}" if space.declared else ""
+    return f"{space.model}{computed} (space {fingerprint})"
 
 
 def _costs(settings: DeploySettings) -> Table:

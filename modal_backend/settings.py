@@ -42,6 +42,8 @@ SHORTEST_START: Final = AROUND_STARTS + LOAD_ATTEMPTS * (SHORTEST_LOAD + AROUND_
 
 
 def _split(value: Any) -> Any:
+    if isinstance(value, list):  # of an option, each of whose values may have commas
+        value = ",".join(value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value

@@ -1,98 +1,28 @@
-"""`kalm embed`: its options, its dry run, and what it says at the end."""
+"""The job that `kalm embed` runs, its dry run, and what it prints at the end."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import replace
-from functools import partial
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from kalm_integrations.argparsing import add_json, number
-from kalm_integrations.bulk.on_modal import options as on_modal
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.lines import TEXT_COLUMN
 
 if TYPE_CHECKING:
-    from kalm_integrations.argparsing import Parser, Verbs
     from kalm_integrations.bulk.job_spec import Options
+    from kalm_integrations.bulk.on_modal.state import State
     from kalm_integrations.bulk.scan import Scan
+    from kalm_integrations.cli.embed import EmbedOptions
     from kalm_integrations.client import KalmClient
     from modal_backend.costs import Choice
 
-
-def add(verbs: Verbs) -> None:
-    """Add the command."""
-    parser = verbs.add_parser(
-        "embed",
-        help="embed a corpus into Parquet, from where it was interrupted",
-        description="Embed a corpus into shards of Parquet with fixed-size vectors. The same "
-        "command goes on where it was interrupted, however that happened. Services and keys are "
-        "read from KALM_* variables.",
-    )
-    parser.add_argument(
-        "input",
-        metavar="INPUT",
-        nargs="?",
-        help="Parquet, JSON Lines, CSV (*.csv, *.tsv), text (*.txt, one text a line; *.md and "
-        "*.rst, one text a file), a folder of such files, or a glob in quotes",
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder for the shards; needed without --dry-run"
-    )
-    parser.add_argument(
-        "--text-column", metavar="NAME", help=f"what is embedded; default: {TEXT_COLUMN}"
-    )
-    parser.add_argument("--id-column", metavar="NAME", help="what names a row to a store")
-    parser.add_argument(
-        "--on-error",
-        choices=["fail", "skip", "null"],
-        default="fail",
-        help="of rows that cannot be embedded: fail before anything is sent, skip them, or keep "
-        "them with a null vector; skipped and null ones are in rejected.parquet. "
-        "Default: %(default)s",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=["auto", "local", "http", "modal"],
-        help="where vectors come from; default: KALM_BACKEND, else what is configured",
-    )
-    parser.add_argument(
-        "--vector-dtype", choices=["float16", "float32"], help="of the vectors; default: float16"
-    )
-    parser.add_argument("--dimensions", type=number(1), metavar="N", help="of the vectors")
-    parser.add_argument(
-        "--shard-rows",
-        type=number(1),
-        metavar="N",
-        help="input rows of each shard, of which three are in memory; default: 8192",
-    )
-    parser.add_argument(
-        "--gpu", metavar="GPU", help="that the service runs on, to show what the job costs"
-    )
-    parser.add_argument(
-        "--quantization", choices=["none", "fp8"], default="none", help="that it runs with"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say how much there is and what it costs; send nothing",
-    )
-    add_json(parser)
-    on_modal.add(parser)
-    parser.set_defaults(run=partial(run, parser=parser), extra="bulk")
+_ABOUT_A_JOB: Final = ("status", "fetch", "cancel")
 
 
-def run(arguments: argparse.Namespace, parser: Parser) -> bool:
-    """Embed, or say what would be.
-
-    Args:
-        arguments: Those of `add`.
-        parser: That has read them.
-
-    Returns:
-        True: what fails is raised.
+def run(source: str | None, chosen: EmbedOptions) -> str:
+    """Embed, or say what would be; return what to print.
 
     Raises:
         KalmError: See `embed_corpus`.
@@ -102,12 +32,12 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
     from kalm_integrations.bulk.job_spec import SHARD_ROWS, Options
     from kalm_integrations.bulk.progress import Progress, outcome
     from kalm_integrations.client import KalmClient
-    from kalm_integrations.terminal import write
 
-    on_modal.check(arguments, parser)
-    elsewhere = on_modal.concerns(arguments)
+    arguments = Namespace(**asdict(chosen), input=source)
+    elsewhere = arguments.on or any(getattr(arguments, name) for name in _ABOUT_A_JOB)
     if elsewhere:
         arguments.backend = "modal"
+        arguments.output = arguments.output or arguments.fetch
         if arguments.dry_run and arguments.gpu is None:
             from modal_backend.settings import DeploySettings
 
@@ -125,26 +55,60 @@ def run(arguments: argparse.Namespace, parser: Parser) -> bool:
     try:
         with KalmClient(**{name: value for name, value in given.items() if value}) as client:
             if elsewhere and not arguments.dry_run:
-                shown = on_modal.run(arguments, client, options)
-            elif arguments.dry_run:
+                return _on_modal(arguments, client, options)
+            if arguments.dry_run:
                 counting = replace(options, on_error="skip")  # bad rows are a part of the answer
                 found = estimate(arguments.input, client, counting, screen)
                 said = _forecast(found, client, options, gpu, elsewhere)
-                shown = (
-                    json.dumps(said, indent=2)
-                    if arguments.json
-                    else _forecast_text(said, found, options.on_error)
-                )
-            else:
-                done = embed_corpus(arguments.input, arguments.output, client, options, screen)
-                shown = outcome(done, Path(arguments.output), as_json=arguments.json)
+                if arguments.json:
+                    return json.dumps(said, indent=2)
+                return _forecast_text(said, found, options.on_error)
+            done = embed_corpus(arguments.input, arguments.output, client, options, screen)
+            return outcome(done, Path(arguments.output), as_json=arguments.json)
     finally:
         screen.close()
-    write(shown)
-    return True
 
 
-def _gpu(arguments: argparse.Namespace) -> Choice | None:
+def _on_modal(arguments: Namespace, client: KalmClient, options: Options) -> str:
+    """Do what is asked; what is to be printed.
+
+    Raises:
+        KalmError: See `kalm_integrations.bulk.on_modal.command`.
+    """
+    from kalm_integrations.bulk.on_modal import command
+    from kalm_integrations.bulk.on_modal.status_view import Screen
+
+    screen = Screen()
+    try:
+        if arguments.status:
+            name, state, alive = command.status(arguments.status, client)
+            return command.said(name, state, alive=alive, as_json=arguments.json)
+        if arguments.cancel:
+            name, state = command.cancel(arguments.cancel, client)
+            return command.said(name, state, alive=False, as_json=arguments.json)
+        if arguments.fetch:
+            name, state = command.fetch(arguments.fetch, Path(arguments.output), client, screen)
+        else:
+            name, state = command.embed(arguments, client, options, screen)
+    finally:
+        screen.close()
+    return _outcome(name, state, arguments)
+
+
+def _outcome(name: str, state: State | None, arguments: Namespace) -> str:
+    from kalm_integrations.bulk.progress import outcome
+
+    if state is None:
+        return json.dumps({"job": name}, indent=2) if arguments.json else name
+    folder = Path(arguments.output)
+    more: dict[str, Any] = {"job": name, "complete": state.complete}
+    said = outcome(state.manifest(), folder, as_json=arguments.json, more=more)
+    if not state.complete and not arguments.json:
+        said += f"\n{name} is not finished: {len(state.finished):,} of {state.total:,} shards"
+    return said
+
+
+def _gpu(arguments: Namespace) -> Choice | None:
     if arguments.gpu is None:
         return None
     from modal_backend import costs

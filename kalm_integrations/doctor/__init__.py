@@ -6,86 +6,57 @@ Reads the same KALM_* variables as the client. Starts no container unless told t
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 
-from kalm_integrations.doctor import checks, here, report
-from kalm_integrations.doctor.checks import Check, Finding, Patient
-from kalm_integrations.terminal import wrapped, write
+from kalm_integrations.doctor import machine, over_http, service
+from kalm_integrations.doctor.base import Check, DoctorContext, Finding, redact, run_check, skip
 
 
-def run(*, wake: bool, as_json: bool, reference: bool = False) -> bool:
-    """Check, and print what was found.
+def examine(context: DoctorContext, notify: Callable[[str], None]) -> Iterator[Finding]:
+    """Run the checks one after the other; the findings hold no secret.
 
     Args:
-        wake: Have the service embed, even where that starts a container, which costs money.
-        as_json: Print one JSON document instead of text; what is waited for goes to stderr.
-        reference: Have it embed the reference texts too, for which it is woken.
-
-    Returns:
-        Whether no check failed.
+        context: What may be done; the checks fill it.
+        notify: Called with a line before a check that may wait for the service.
     """
-    patient = Patient(wake=wake or reference, reference=reference)
-    findings: dict[str, Finding] = {}
-    waits = patient.wake
-    notices = sys.stderr if as_json else sys.stdout
-    with _quiet():
-        for check in _checks(patient):
-            found = checks.skipped(check, patient, findings)
-            if found is None and check.wakes and waits:
-                limit = f"{patient.limit:g} s (KALM_TIMEOUT sets it)"
-                write(f"  waiting for the service, for up to {limit}", notices)
-                if patient.on_modal:
-                    app = patient.settings.app_name
-                    shows = f"  meanwhile `modal app logs {app} -f` shows the phases of a start"
-                    write(shows, notices)
-                waits = False
-            found = report.clean(found or checks.made(check, patient))
-            findings[check.name] = found
-            if not as_json:
-                write(report.lines(found))
-        if patient.client is not None:
-            patient.client.close()
-    if as_json:
-        write(report.document(findings.values(), patient))
-    else:
-        write("\n" + wrapped(report.summary(findings.values(), patient)))
-    return report.good(findings.values())
-
-
-def _checks(patient: Patient) -> Iterator[Check]:
-    """In order. Which ones follow those of this machine, its settings decide."""
-    yield from here.HERE
-    if patient.configured is None:
-        yield Check("service", here.settings, needs=("settings",))
-        return
-    backend = patient.settings.resolved_backend
-    if backend == "local":
-        from kalm_integrations.doctor import embedding
-
-        yield from embedding.checks("engine", patient, needs=("settings",))
-        return
-    if backend == "modal":
-        from kalm_integrations.doctor import on_modal
-
-        yield from on_modal.over_rpc(patient)
-        return
-    from kalm_integrations.doctor import over_http
-
-    if patient.settings.base_url is None:
-        from kalm_integrations.doctor import on_modal
-
-        yield from on_modal.to_the_endpoint()
-    yield from over_http.checks(patient)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the package's log lines: what they tell is in the findings."""
     log, silent = logging.getLogger("kalm_integrations"), logging.NullHandler()
-    log.addHandler(silent)  # in place of the one of last resort, which writes to stderr
+    log.addHandler(silent)  # the findings tell what the package logs
+    findings: dict[str, Finding] = {}
+    notified = not context.wake
     try:
-        yield
+        for check in _checks(context):
+            finding = skip(check, context, findings)
+            if finding is None and check.wakes and not notified:
+                notify(f"waiting for the service, for up to {context.limit:g} s (KALM_TIMEOUT)")
+                if context.scales_to_zero:
+                    logs = f"modal app logs {context.settings.app_name} -f"
+                    notify(f"meanwhile `{logs}` shows the phases of a start")
+                notified = True
+            finding = finding or run_check(check, context)
+            texts = {name: redact(getattr(finding, name)) for name in ("detail", "remedy")}
+            findings[check.name] = finding.model_copy(
+                update={"name": check.name, "seconds": finding.seconds, **texts}
+            )
+            yield findings[check.name]
     finally:
         log.removeHandler(silent)
+        if context.client is not None:
+            context.client.close()
+
+
+def _checks(context: DoctorContext) -> Iterator[Check]:
+    """In order; the settings decide which ones follow those of this machine."""
+    yield from machine.CHECKS
+    if context.config is None:
+        yield Check("service", machine.settings, needs=("settings",))
+        return
+    backend, base_url = context.settings.resolved_backend, context.settings.base_url
+    if backend == "local":
+        yield from service.checks("engine", context, "settings")
+        return
+    if backend == "modal" or base_url is None:
+        from kalm_integrations.doctor import on_modal
+
+        yield from on_modal.checks(context)
+    if backend == "http":
+        yield from over_http.checks(context)

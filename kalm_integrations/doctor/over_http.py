@@ -1,4 +1,4 @@
-"""A service over HTTP: its name, its port, its certificate, and whether it lets us in."""
+"""Checks of a service over HTTP: name, port, certificate, and whether it accepts our keys."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass, urlopen
 
-from kalm_integrations.doctor import embedding
-from kalm_integrations.doctor.checks import KEYS, LIMIT, Check, Finding, Patient
+from kalm_integrations.doctor import service
+from kalm_integrations.doctor.base import KEYS, LIMIT, Check, DoctorContext, Result, fail, warn
 
 MODAL: Final = ".modal.run"
-"""What is below it is Modal's, and may be asleep."""
-_PORTS: Final = {"http": 80, "https": 443}
+"""Modal's domain; services below it may be asleep."""
 _MODAL_KEYS: Final = (
     "Set KALM_MODAL_KEY and KALM_MODAL_SECRET to a token of modal.com/settings/proxy-auth-tokens; "
     "after `kalm deploy --auth proxy+bearer` KALM_API_KEY too, after bearer-public that alone."
@@ -23,80 +22,74 @@ _MODAL_KEYS: Final = (
 _REACH: Final = "Check that the service runs, KALM_BASE_URL, and the network in between."
 
 
-def checks(patient: Patient) -> list[Check]:
+def checks(context: DoctorContext) -> list[Check]:
     """For the service at `base_url`, or at the endpoint that an earlier check finds."""
-    given = patient.settings.base_url
-    patient.url = given or patient.url
-    patient.on_modal = given is None or (urlsplit(given).hostname or "").endswith(MODAL)
-    before = "settings" if given else "http endpoint"
-    network = Check("network", _network, needs=(before,), silence=_REACH)
-    if patient.on_modal:  # any request wakes, and one without a key is refused
-        keys = Check("keys", _keys, needs=("settings",))
-        awake = embedding.checks("credentials", patient, needs=("keys", "network"))
-        return [keys, network, *awake]
-    health = Check("health", _health, needs=("network",), silence=_REACH)
-    return [network, health, *embedding.checks("credentials", patient, needs=("health",))]
+    base_url = context.settings.base_url
+    context.url = base_url or context.url
+    context.scales_to_zero = not base_url or (urlsplit(base_url).hostname or "").endswith(MODAL)
+    address = "settings" if base_url else "http endpoint"
+    network = Check("network", _network, needs=(address,), no_answer=_REACH)
+    if context.scales_to_zero:  # any request starts a container, and one without a key is refused
+        return [
+            Check("keys", _keys, needs=("settings",)),
+            network,
+            *service.checks("credentials", context, "keys", "network"),
+        ]
+    health = Check("health", _health, needs=("network",), no_answer=_REACH)
+    return [network, health, *service.checks("credentials", context, "health")]
 
 
-def _keys(patient: Patient) -> Finding:
-    """Which are set. Whether they are right, only a request can tell."""
-    settings = patient.settings
-    given = {"KALM_API_KEY": settings.api_key, "KALM_MODAL_KEY, _SECRET": settings.modal_key}
-    names = [name for name, value in given.items() if value is not None]
-    if names:
-        return Finding.ok(f"set: {' and '.join(names)}")
-    if settings.base_url is None:  # ours, which is never open
-        return Finding.fail("no key is set, and the deployment asks everybody for one", _MODAL_KEYS)
-    return Finding.warn("no key is set", KEYS)
+def _keys(context: DoctorContext) -> Result:
+    """Which keys are set; only a request can tell whether they are right."""
+    config = context.settings
+    given = {"KALM_API_KEY": config.api_key, "KALM_MODAL_KEY, _SECRET": config.modal_key}
+    if names := [name for name, value in given.items() if value is not None]:
+        return f"set: {' and '.join(names)}"
+    if config.base_url is None:  # ours, which is never open
+        return fail("no key is set, and the deployment requires one", _MODAL_KEYS)
+    return warn("no key is set", KEYS)
 
 
-def _network(patient: Patient) -> Finding:
-    """Name, port and certificate; sends no request, so that nothing wakes."""
-    url = urlsplit(patient.url)
-    host, port = url.hostname or "", url.port or _PORTS[url.scheme]
+def _network(context: DoctorContext) -> Result:
+    """Name, port and certificate; sends no request, so that no container starts."""
+    url = urlsplit(context.url)
     tls, through = url.scheme == "https", ""
+    host, port = url.hostname or "", url.port or (443 if tls else 80)
     if proxy := None if proxy_bypass(host) else getproxies().get(url.scheme):
-        aim = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        host, port, tls = aim.hostname or "", aim.port or 80, False
+        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        host, port, tls = target.hostname or "", target.port or 80, False
         through = f", the proxy of {url.scheme.upper()}_PROXY"
     place = f"{host}:{port}{through}"
     try:
         with socket.create_connection((host, port), LIMIT) as connection:
             if not tls:
-                return Finding.ok(f"{place} accepts connections")
+                return f"{place} accepts connections"
             with ssl.create_default_context().wrap_socket(connection, server_hostname=host) as safe:
-                return Finding.ok(
-                    f"{place} accepts connections, {safe.version()}, certificate good"
-                )
-    except (OSError, UnicodeError) as error:
-        return Finding.fail(*_trouble(place, error))
-
-
-def _trouble(place: str, error: Exception) -> tuple[str, str]:
-    """What is wrong with the connection, and what to do."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        remedy = "For a private authority point SSL_CERT_FILE at its certificate."
-        return f"{place}: {error.verify_message}", remedy
-    if isinstance(error, ssl.SSLError):
+                return f"{place} accepts connections, {safe.version()}, valid certificate"
+    except ssl.SSLCertVerificationError as error:
+        remedy = "For a private authority set SSL_CERT_FILE to its certificate."
+        return fail(f"{place}: {error.verify_message}", remedy)
+    except ssl.SSLError as error:
         remedy = "If it is plain HTTP, write http:// in KALM_BASE_URL."
-        return f"{place} does not speak TLS: {error.reason}", remedy
-    if isinstance(error, ConnectionRefusedError):
-        return f"nobody listens at {place}", _REACH
-    return f"{place}: {getattr(error, 'strerror', None) or error}", _REACH
+        return fail(f"{place} does not speak TLS: {error.reason}", remedy)
+    except ConnectionRefusedError:
+        return fail(f"nothing listens at {place}", _REACH)
+    except (OSError, UnicodeError) as error:
+        return fail(f"{place}: {getattr(error, 'strerror', None) or error}", _REACH)
 
 
-def _health(patient: Patient) -> Finding:
-    """Whether a server answers at all; no key is sent. Stock servers need not have this route."""
-    root = patient.url.rstrip("/").removesuffix("/v1")
+def _health(context: DoctorContext) -> Result:
+    """Whether a server answers at all; sends no key. Other servers need not have this route."""
+    url = f"{context.url.rstrip('/').removesuffix('/v1')}/health"
     try:
         # The settings accept http and https only.
-        with urlopen(f"{root}/health", timeout=LIMIT) as answer:  # noqa: S310
-            status = answer.status
+        with urlopen(url, timeout=LIMIT) as response:  # noqa: S310
+            status = response.status
     except HTTPError as error:
         status = error.code
         error.close()
     except (URLError, OSError, HTTPException) as error:
-        return Finding.fail(f"GET {root}/health: {getattr(error, 'reason', error)}", _REACH)
+        return fail(f"GET {url}: {getattr(error, 'reason', error)}", _REACH)
     if status >= 500:
-        return Finding.fail(f"GET {root}/health: HTTP {status}", "See the service's own log.")
-    return Finding.ok(f"GET {root}/health: HTTP {status}")
+        return fail(f"GET {url}: HTTP {status}", "See the service's own log.")
+    return f"GET {url}: HTTP {status}"

@@ -1,37 +1,50 @@
-"""`kalm quickstart`: real text in two frameworks, and a few questions, in half a minute."""
+"""`kalm quickstart`: index real text in two frameworks, and ask a few questions."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.quickstart import docstrings, folder
-from kalm_integrations.quickstart.corpus import Question, Text
-from kalm_integrations.quickstart.report import Answer, Report
-
-if TYPE_CHECKING:
-    from kalm_integrations.quickstart.indexes import Index
+from kalm_integrations.quickstart.corpus import Corpus, Hit, Question
 
 GOOD_ANSWERS: Final = 2
 """Of the three built-in questions, at least so many must find an expected text."""
 
-_SLICE: Final = 64  # texts between two moves of the progress bar
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the frameworks found: by framework, the hits of each question of the corpus."""
+
+    corpus: Corpus
+    identity: VectorIdentity
+    vectors: str  # where they are from
+    hits: dict[str, list[list[Hit]]]
+
+    def good_answers(self, framework: str) -> list[bool]:
+        """Whether each question that has expected texts found one of them."""
+        return [
+            any(hit.name in question.expected for hit in hits)
+            for question, hits in zip(self.corpus.questions, self.hits[framework], strict=True)
+            if question.expected
+        ]
 
 
-def run(docs: Path | None = None, question: str | None = None) -> bool:
-    """Index a corpus through LangChain and through LlamaIndex, ask both, print what they find.
+def run(docs: Path | None, question: str | None) -> Iterator[str | Outcome]:
+    """Index a corpus through LangChain and LlamaIndex, and ask both.
+
+    Vectors are kept in the user's cache folder: the next question on the same texts is quick.
 
     Args:
-        docs: A folder of Markdown and text files, instead of the built-in corpus.
-        question: Asked instead of the corpus's own questions.
+        docs: A folder of Markdown and text files; None is the built-in corpus.
+        question: Replaces the corpus's own questions.
 
-    Returns:
-        Whether each framework found what the built-in questions should find; True where nobody
-        knows what should be found.
+    Yields:
+        What happens next, for a reader who waits; at the end the outcome.
 
     Raises:
         ConfigurationError: There is nothing to index, or nothing to ask.
@@ -40,44 +53,20 @@ def run(docs: Path | None = None, question: str | None = None) -> bool:
     """
     if question is not None and not question.strip():
         raise ConfigurationError("the question is empty")
-    report = Report()
-    with report.working("Reading the texts"):
-        corpus = docstrings.read() if docs is None else folder.read(docs)
+    yield "Reading the texts"
+    corpus = docstrings.read() if docs is None else folder.read(docs)
     if question is not None:
-        corpus = replace(corpus, questions=[Question(question)], asker="yours")
-    with report.working("Loading LangChain, LlamaIndex and the engine"):
-        from kalm_integrations.quickstart.indexes import open_indexes
+        corpus = corpus._replace(questions=[Question(question)], asker="yours")
+    yield "Loading LangChain, LlamaIndex and the engine"
+    from kalm_integrations.quickstart.index import FRAMEWORKS, open_client, vectors_of
 
-        identity, indexes = open_indexes()
-    report.opening(identity, corpus)
-    for index in indexes:
-        _fill(index, corpus.texts, report)
-    answers = {index: [_ask(index, asked) for asked in corpus.questions] for index in indexes}
-    for index in indexes:
-        report.answers(f"{index.framework}, {index.store}", answers[index])
-    judged = [_judge(report, index.framework, answers[index]) for index in indexes]
-    report.next_steps()
-    return all(judged)
-
-
-def _fill(index: Index, texts: Sequence[Text], report: Report) -> None:
-    with report.progress(index.framework, len(texts)) as advance:
-        for start in range(0, len(texts), _SLICE):
-            part = texts[start : start + _SLICE]
-            index.add(part)
-            advance(len(part))
-
-
-def _ask(index: Index, question: Question) -> Answer:
-    started = time.perf_counter()
-    hits = index.search(question.text)
-    return Answer(question, hits, time.perf_counter() - started)
-
-
-def _judge(report: Report, framework: str, answers: Sequence[Answer]) -> bool:
-    known = [answer for answer in answers if answer.question.expected]
-    if not known:
-        return True
-    found = sum(answer.good for answer in known)
-    report.verdict(framework, found, len(known), found >= GOOD_ANSWERS)
-    return found >= GOOD_ANSWERS
+    with open_client() as client:
+        identity = client.warm_up()
+        yield f"Embedding {len(corpus.texts):,} texts"
+        vectors, origin = vectors_of(client, corpus)
+        indexes = {name: index(client, corpus.texts, vectors) for name, index in FRAMEWORKS.items()}
+        hits = {
+            name: [index.search(each.text) for each in corpus.questions]
+            for name, index in indexes.items()
+        }
+    yield Outcome(corpus, identity, origin, hits)

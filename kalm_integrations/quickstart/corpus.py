@@ -1,42 +1,38 @@
-"""What the quickstart indexes, and what it asks."""
+"""What the quickstart indexes, asks and finds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One text to find: what a hit is called, and what is embedded."""
+class Text(NamedTuple):
+    """One text to find: the name that a hit shows, and what is embedded."""
 
     name: str
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question, and the names of the texts that answer it; none where nobody knows them.
+class Hit(NamedTuple):
+    """A text that was found, as the framework returns it."""
 
-    `meaning` is the question in English, where it is in another language.
-    """
+    name: str
+    content: str
+    score: float
+
+
+class Question(NamedTuple):
+    """A question, the names of the texts that answer it if they are known, and its meaning."""
 
     text: str
     expected: frozenset[str] = frozenset()
-    meaning: str = ""
+    meaning: str = ""  # in English, where the question is in another language
 
 
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Texts, and questions to them.
-
-    Attributes:
-        texts: In the order in which they are indexed.
-        origin: What they are, for the user.
-        questions: At least one.
-        asker: Where the questions are from, for the user.
-    """
+class Corpus(NamedTuple):
+    """Texts, and at least one question; `origin` and `asker` tell the user where they are from."""
 
     texts: list[Text]
+    source: str  # the folder's path; identifies the corpus
     origin: str
     questions: list[Question]
     asker: str

@@ -140,8 +140,8 @@ async def _serve(
         )
         space = container.service.identity
         authentication = "key required" if keys else "NO AUTHENTICATION"
-        summary = f"{space.model}, identity {space.fingerprint}, {authentication}"
-        # Logging a request costs more than refusing it; /metrics counts them.
+        summary = f"{space.model}, space {space.fingerprint}, {authentication}"
+        # Logging a request would cost more than refusing it; /metrics counts them.
         server = HttpServer(app, listeners, options, end_now=_kill, access_log=False)
         server.on_ready = lambda: _print(f"ready: {summary}, on {server.address}")
 

@@ -108,7 +108,9 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ConfigurationError:
-    return ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}.")
+    return ConfigurationError(
+        f"cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port."
+    )
 
 
 class HttpServer(uvicorn.Server):

@@ -58,16 +58,17 @@ def test_no_command_is_forgotten() -> None:
     assert [line for line in ci if line in COMMANDS] == tests
 
 
-def test_make_quickstart(venv: Path) -> None:
+def test_make_quickstart(venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one run over all the docstrings of the standard library."""
     assert QUICKSTARTS[0] == "make quickstart"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(venv / "cache"))
     shown = run(f"make quickstart VENV={venv}")
     assert EMBEDDED.space.model.rpartition("/")[2] in shown
     assert "It is not KaLM" in shown
     for framework in ("LangChain", "LlamaIndex"):
-        assert re.search(rf"✓ {framework}: [23] of 3 questions", shown)
+        assert re.search(rf"✓ {framework} .*: [23] of 3 questions", shown)
     for question in docstrings.QUESTIONS:
-        assert shown.count(question.text) == 2
+        assert shown.count(question.text) == 1
     assert 'make quickstart Q="' in shown
 
 

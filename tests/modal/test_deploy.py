@@ -321,5 +321,5 @@ def test_the_local_entrypoint_checks_a_deployment(run: Any, emulator: Emulator) 
     emulator.deploy("modal_backend.app", cwd=ROOT, env=EMBEDDED)
     modal_run = [sys.executable, "-m", "modal", "run", "-m", "modal_backend.app"]
     output = run(*modal_run, **EMBEDDED).stdout
-    for check in ("identity", "vectors", "latency"):
-        assert check in output
+    for check in ("start", "identity", "vectors", "latency"):
+        assert re.search(rf"^✓ {check} ", output, re.MULTILINE)

@@ -136,7 +136,7 @@ class TestCold:
         assert "from MODAL_TOKEN_ID and MODAL_TOKEN_SECRET" in diagnosis.text("token")
         assert deployed.web_url(SERVICE, "http") in diagnosis.text("http endpoint")
         assert "--wake does it" in diagnosis.text("container")
-        assert "Nothing was woken" in diagnosis.summary
+        assert "No container was started" in diagnosis.summary
 
     def test_a_token_that_modal_refuses(self, doctor: Callable[..., Diagnosis]) -> None:
         shown = stopped_at("token", doctor(MODAL_TOKEN_SECRET="hunter2"), *COLD[1:], *AWAKE)
@@ -284,12 +284,12 @@ class TestAwake:
         assert "`kalm deploy` again" in diagnosis.text("warnings")
         assert "load_again_again" in diagnosis.text("start")
 
-    def test_golden_texts_are_for_kalm_only(
+    def test_reference_texts_are_for_kalm_only(
         self, doctor: Callable[..., Diagnosis], deployed: Emulator
     ) -> None:
-        diagnosis = doctor("--golden")
-        assert list(diagnosis.found)[4:] == [*COLD, *AWAKE, "golden"]
-        assert diagnosis.status(*AWAKE, "golden") == ["ok"] * 6 + ["skipped"]
+        diagnosis = doctor("--reference")
+        assert list(diagnosis.found)[4:] == [*COLD, *AWAKE, "reference"]
+        assert diagnosis.status(*AWAKE, "reference") == ["ok"] * 6 + ["skipped"]
         assert deployed.running(SERVICE)
 
     def test_over_http(self, doctor: Callable[..., Diagnosis]) -> None:
@@ -335,8 +335,8 @@ def test_as_it_is_typed(deployed: Emulator) -> None:
 
 def test_modal_is_not_reached() -> None:
     code = (
-        "from kalm_integrations.cli import main; from kalm_integrations.doctor import checks\n"
-        "checks.LIMIT = 0  # Modal's client itself would try for much longer\n"
+        "from kalm_integrations.cli import main; from kalm_integrations.doctor import base\n"
+        "base.LIMIT = 0  # Modal's client itself would try for much longer\n"
         "raise SystemExit(main(['doctor']))"
     )
     shown = run("-c", code, MODAL_TOKEN_ID="hunter2", MODAL_SERVER_URL="http://127.0.0.1:9")

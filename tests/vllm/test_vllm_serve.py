@@ -102,7 +102,7 @@ class TestServing:
         ours = [line for line in serving.log.splitlines() if line.startswith("kalm serve: ")]
         assert ours == [
             f"kalm serve: loading {folder} with vLLM; a minute or more",
-            f"kalm serve: ready: {NAME}, identity {fingerprint}, key required, on {serving.url}",
+            f"kalm serve: ready: {NAME}, space {fingerprint}, key required, on {serving.url}",
         ]
 
     def test_every_client_gets_the_reference_vectors(
