@@ -79,7 +79,8 @@ def _run(argv: Sequence[str]) -> int:
     arguments = argparse.Namespace(verb="", extra="")
     try:
         _parser().parse_args(argv, arguments)
-        return 0 if arguments.run(arguments) else FAILED
+        status = arguments.run(arguments)
+        return int(not status) if isinstance(status, bool) else int(status)
     except BrokenPipeError:
         raise
     except (UsageError, KalmError, ImportError, OSError) as error:

@@ -65,7 +65,7 @@ class Dispatcher:
                     completed.wait()
                     completed.clear()
                 else:
-                    self._report_usage(result)
+                    self.report_usage(result)
                     yield result
 
     async def arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
@@ -78,7 +78,7 @@ class Dispatcher:
                     await completed.wait()
                     completed.clear()
                 else:
-                    self._report_usage(result)
+                    self.report_usage(result)
                     yield result
 
     def ensure_ready(self, timeout: float) -> Future[SpaceIdentity | None]:
@@ -112,7 +112,7 @@ class Dispatcher:
                 wake()
 
         def start(batch: Batch) -> None:
-            future = background_loop().submit(self._send(batch, call))
+            future = background_loop().submit(self.send(batch, call))
             running.add(future)
             future.add_done_callback(complete)
 
@@ -146,14 +146,16 @@ class Dispatcher:
         finally:
             _cancel(running)
 
-    def _report_usage(self, result: EmbeddedBatch) -> None:
+    def report_usage(self, result: EmbeddedBatch) -> None:
+        """Tell the caller's `on_usage` what a result has cost."""
         if self._config.on_usage is not None and result.usage.requests:
             try:
                 self._config.on_usage(result.usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 
-    async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+    async def send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+        """Send one batch; on the background loop only."""
         return await self._open().send(batch, call)
 
     async def _ensure_ready(self, timeout: float) -> SpaceIdentity | None:

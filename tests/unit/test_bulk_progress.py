@@ -86,7 +86,7 @@ def test_a_later_warning_tells_how_many_were_not_said(
     said: list[str] = []
     clock = iter([0.0, 1.0, 2.0, 11.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
-    handler = progress_module._Troubles(said.append)
+    handler = progress_module._Warnings(said.append)
     for n in range(4):
         handler.emit(logging.makeLogRecord({"msg": f"retry {n}"}))
     assert said == ["retry 0", "retry 3 (2 more warnings since the last of these lines)"]
