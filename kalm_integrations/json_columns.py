@@ -61,8 +61,7 @@ def encoded(values: list[Any], as_json: bool, kind: pa.DataType) -> list[Any]:
         return [None if value is None else _dumped(value) for value in values]
     if kind == pa.string():
         return [
-            value if value is None or isinstance(value, str) else _dumped(value)
-            for value in values
+            value if value is None or isinstance(value, str) else _dumped(value) for value in values
         ]
     return values
 

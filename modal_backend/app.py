@@ -262,7 +262,7 @@ def prepare_bulk(asked: dict[str, Any]) -> dict[str, Any]:
     home = Path.home()
     bulk_volume.reload()  # a warm container has what was there when it started
     if asked["volume"] is not None:
-        environment = asked["queue"]["environment_name"]
+        environment = asked["environment"]
         modal.Volume.from_name(asked["volume"], environment_name=environment).reload()
     return prepare(
         asked,

@@ -161,7 +161,7 @@ class LocalExecutor:
 
     def _start(self, part: Part) -> None:
         if self.earlier is not None:
-            self._reuse(part)
+            reuse(self.earlier, part)
         builder = ShardBuilder(part, self.manifest.job, self.width)
         shard = _OpenShard(builder, self._vector_file(f"part-{part.number:06}"))
         self._open.append(shard)
@@ -282,16 +282,6 @@ class LocalExecutor:
     def _vector_file(self, name: str) -> VectorFile:
         return VectorFile(self.folder / KEPT / name, self.width, self.manifest.job.vector_dtype)
 
-    def _reuse(self, part: Part) -> None:
-        assert self.earlier is not None
-        rows = np.flatnonzero(part.first >= 0)
-        entries = self.earlier.find(part.keys[rows])
-        rows, entries = rows[entries >= 0], entries[entries >= 0]
-        if len(rows):
-            vectors, cut = self.earlier.get(entries)
-            known = zip(vectors, cut.tolist(), strict=True)
-            part.vectors.update(zip(rows.tolist(), known, strict=True))
-
     def _new_sender(self) -> Sender:
         config = self.client.config
         patient: dict[str, Any] = {}
@@ -315,6 +305,17 @@ class LocalExecutor:
             self._clients.append(client)
         call = Call(role="document", timeout=client.config.timeout, skip_invalid=True)
         return lambda batch: client._dispatcher.send(batch, call)
+
+
+def reuse(earlier: EarlierVectors, part: Part) -> None:
+    """Give a part the vectors that earlier outputs have of its texts."""
+    rows = np.flatnonzero(part.first >= 0)
+    entries = earlier.find(part.keys[rows])
+    rows, entries = rows[entries >= 0], entries[entries >= 0]
+    if len(rows):
+        vectors, truncated = earlier.get(entries)
+        known = zip(vectors, truncated.tolist(), strict=True)
+        part.vectors.update(zip(rows.tolist(), known, strict=True))
 
 
 def discard_leftovers(folder: Path) -> None:

@@ -14,7 +14,6 @@ from kalm_integrations.errors import ConfigurationError, KalmError, TransportErr
 
 if TYPE_CHECKING:
     from kalm_integrations.argparsing import Parser, Verbs
-    from kalm_integrations.bulk.plan import Options
     from kalm_integrations.client import KalmClient
     from modal_backend.costs import Choice
 

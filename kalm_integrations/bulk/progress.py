@@ -87,11 +87,10 @@ class ProgressView:
         elif finished:
             parts.append(f"{counted(finished, 'row')} done before")
         self.say("; ".join(parts))
-        self._total, self._finished, self._rows = plan.rows, finished, 0
-        self._left = plan.rows - finished
+        self._total, self._finished, self._rows = plan.rows - plan.bad, finished, 0
+        self._left = max(0, self._total - finished)
         self._begin = time.monotonic()
         _LOGGER.addHandler(self._warnings)
-        # Nothing else prints them meanwhile: logging's own last resort would break the bar.
 
     def embedded(self, rows: int, tokens: int, rejected: int) -> None:
         """So many rows more have their vectors, or were rejected."""

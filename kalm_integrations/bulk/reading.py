@@ -43,9 +43,7 @@ class Rows:
         """The other columns, one dictionary a row. A column with values that Python cannot hold,
         such as dates after the year 9999, comes as text."""
         columns = {name: _python_values(self.columns[name]) for name in self.columns.column_names}
-        return [
-            {name: values[row] for name, values in columns.items()} for row in range(len(self))
-        ]
+        return [{name: values[row] for name, values in columns.items()} for row in range(len(self))]
 
 
 def read(folder: str | Path, *, expected: VectorIdentity | None = None) -> Iterator[Rows]:

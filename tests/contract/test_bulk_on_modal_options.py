@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kalm_integrations.bulk.job_spec import Options, Terms
+from kalm_integrations.bulk.on_modal.remote_input import Remote
+from kalm_integrations.bulk.on_modal.submit import scanned
 
 from kalm_integrations import cli
 from kalm_integrations.bulk import parts
-from kalm_integrations.bulk.job_spec import Options, Terms
 from kalm_integrations.bulk.on_modal import job_state, output, worker_pool
-from kalm_integrations.bulk.on_modal.remote_input import Remote
-from kalm_integrations.bulk.on_modal.submit import scanned
 from kalm_integrations.errors import ConfigurationError
 from modal_backend import gpus
 from modal_backend.costs import choices

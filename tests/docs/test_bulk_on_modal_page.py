@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from kalm_integrations.bulk.on_modal.forecast import large_table
 
 from kalm_integrations.bulk.on_modal import job_state, monitor, worker_pool
-from kalm_integrations.bulk.on_modal.forecast import large_table
 from modal_backend.settings import DeploySettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bulk-on-modal.md").read_text()
