@@ -178,6 +178,8 @@ def _remote(pattern: str) -> tuple[Any, str | None, list[str]]:
         found = filesystem.find(path) if is_folder else filesystem.glob(path)
     except (ImportError, ValueError, OSError) as error:
         raise ConfigurationError(f"{pattern}: {error}.") from error
+    if not is_folder and not glob.has_magic(path):
+        return filesystem, None, []
     root = path.rstrip("/") if is_folder else re.split(r"[*?[]", path)[0].rpartition("/")[0]
     files = [f for f in found if not _hidden(PurePosixPath(f), PurePosixPath(root))]
     if is_folder:

@@ -298,15 +298,18 @@ def _without_broken_text(
         for row in broken:
             where = "" if name == text_column else f"column {name!r} "
             problems.setdefault(row, f"{where}is not UTF-8{_which_byte(column, row)}")
-        kept: list[int | None] = list(range(len(column)))
+        pieces, start = [], 0
         for row in broken:
-            kept[row] = None
-        batch = batch.set_column(number, batch.schema.field(number), column.take(pa.array(kept)))
+            pieces += [column.slice(start, row - start), pa.nulls(1, column.type)]
+            start = row + 1
+        whole = pa.concat_arrays([*pieces, column.slice(start)])
+        batch = batch.set_column(number, batch.schema.field(number), whole)
     return batch, problems
 
 
 def _broken_rows(column: pa.Array, start: int, end: int) -> Iterator[int]:
-    if _is_utf8(column.take(pa.array(range(start, end), pa.int64()))):
+    # A slice of a list is checked with all of its values, unless it is copied.
+    if _is_utf8(pa.concat_arrays([column.slice(start, end - start)])):
         return
     if end - start == 1:
         yield start
@@ -484,7 +487,7 @@ def _add(
 def _decoded_lines(
     source: Source, opened: io.BufferedReader, newline: str
 ) -> tuple[Iterator[str], Callable[[], bytes]]:
-    """Lines whose undecodable bytes are lone surrogates, and the digest of all bytes read so far."""
+    """Lines, with lone surrogates for bad bytes; and the digest of all bytes read so far."""
     hashed = _Hashed(opened)
     buffered = io.BufferedReader(hashed, _READ_BYTES)
     encoding = "utf-8-sig" if source.encoding == "utf-8" else source.encoding

@@ -24,6 +24,8 @@ from kalm_integrations.errors import (
 from kalm_integrations.result import EmbeddedBatch, Usage
 
 Send = Callable[[Batch], Awaitable[EmbeddedBatch]]
+_SUSPICIOUS: Final = 16
+"""If none of so many texts can be embedded, the service is to blame: it embeds the probe alone."""
 PROBE: Final = "Does the service embed a plain text?"
 _CONCERNS_SERVICE: Final = (
     AuthenticationError,
@@ -114,7 +116,7 @@ class Sender:
         first, second = batch.halves()
         joined = await self._isolated(send, first)
         joined = joined.joined(await self._isolated(send, second))
-        if not len(joined):  # a service that embeds the probe alone
+        if not len(joined) and len(batch) >= _SUSPICIOUS:
             raise failure
         return joined
 

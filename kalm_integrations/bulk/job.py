@@ -149,8 +149,7 @@ def _opened(folder: Path, new: Manifest) -> Manifest:
         raise ConfigurationError(f"{folder} holds another version's job: choose another --output.")
     check_same(manifest.job, new.job, folder)
     names = [shards.name_of(number) for number in range(len(manifest.shards))]
-    whole = len(names) == manifest.job.shards
-    if [shard.name for shard in manifest.shards] != names or manifest.complete > whole:
+    if [shard.name for shard in manifest.shards] != names:
         raise ConfigurationError(
             f"{folder / NAME} lists other shards than the job has: restore it from a copy, or "
             "choose another --output."

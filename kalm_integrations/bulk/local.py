@@ -88,6 +88,7 @@ class LocalExecutor:
     progress: Progress
     _open: deque[_OpenShard] = field(default_factory=deque)
     _writing: int = 0
+    _write_failed: bool = False
     _events: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
 
     def run(self) -> None:
@@ -253,6 +254,8 @@ class LocalExecutor:
 
     def _write(self, shard: _OpenShard) -> None:
         """On the writer's thread."""
+        if self._write_failed:  # shards end in order
+            return
         try:
             self._recurring.sync()
             finished = shard.builder.write(self.folder)
@@ -266,6 +269,7 @@ class LocalExecutor:
             manifest.write(self.folder)
             shard.kept.remove()
         except BaseException as error:
+            self._write_failed = True
             self._events.put(partial(self._failed, error))
             raise
         self._events.put(partial(self._written, finished))

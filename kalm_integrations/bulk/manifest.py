@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
@@ -81,15 +88,14 @@ class Job(Record):
 
     @property
     def vector_identity(self) -> VectorIdentity:
-        """`identity`, checked.
+        """`identity`, as an object."""
+        return VectorIdentity.from_dict(self.identity)
 
-        Raises:
-            ConfigurationError: It is not one.
-        """
-        try:
-            return VectorIdentity.from_dict(self.identity)
-        except ValueError as error:
-            raise ConfigurationError(f"the job's identity is not valid: {error}.") from error
+    @field_validator("identity")
+    @classmethod
+    def _is_identity(cls, value: dict[str, Any]) -> dict[str, Any]:
+        VectorIdentity.from_dict(value)
+        return value
 
 
 class Shard(Record):
@@ -139,10 +145,17 @@ class Manifest(Record):
     tokens: Count = 0
     requests: Count = 0
     job: Job
-    shards: list[Shard] = []
+    shards: list[Shard] = Field(default_factory=list)
     seconds: Amount = 0.0
     dollars: Amount | None = None
     runs: Count = 0
+
+    @model_validator(mode="after")
+    def _has_all_shards(self) -> Self:
+        names = [f"part-{number:06}.parquet" for number in range(self.job.shards)]
+        if self.complete and [shard.name for shard in self.shards] != names:
+            raise ValueError("it lists other shards than the job has")
+        return self
 
     def add(self, shard: Shard) -> None:
         """Count a finished shard."""

@@ -8,6 +8,7 @@ bytes a row.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -15,7 +16,6 @@ from typing import Any, Final, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
@@ -109,7 +109,7 @@ class Plan:
     @property
     def is_first(self) -> NDArray[np.bool_]:
         """The rows whose texts have not occurred before."""
-        return self.first == np.arange(self.rows)
+        return np.equal(self.first, np.arange(self.rows))
 
     @property
     def distinct(self) -> int:
@@ -187,7 +187,9 @@ class Plan:
 
     def _part(self, number: int, pieces: list[tuple[Block, int, int]]) -> Part:
         start = number * self.options.shard_rows
-        tables, texts, places = [], [], []
+        tables: list[pa.Table] = []
+        texts: list[Any] = []
+        places: list[str] = []
         reasons: dict[int, str] = {}
         for block, begin, end in pieces:
             table = block.table(self.schema, self.columns)
@@ -323,11 +325,6 @@ def _check_columns(plan: Plan) -> None:
         )
     if taken := [name for name in names if name.startswith(_OURS)]:
         raise ConfigurationError(f"column {taken[0]!r}: names with {_OURS!r} are reserved.")
-    try:  # so that a type that Parquet cannot hold is not found after everything was paid
-        empty = pa.schema([plan.schema.arrow.field(n) for n in plan.columns]).empty_table()
-        pq.write_table(empty, pa.BufferOutputStream())
-    except pa.ArrowException as error:
-        raise ConfigurationError(f"a column cannot be written as Parquet: {error}.") from error
 
 
 def _check_rows(plan: Plan) -> None:
@@ -359,7 +356,11 @@ def id_strings(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
         column = pc.cast(column, kind.value_type)
     if pa.types.is_temporal(kind):  # Python has not all dates that Arrow has
         column = pc.cast(column, pa.string() if not pa.types.is_duration(kind) else pa.int64())
-    return [None if v is None or v != v else str(v) for v in column.to_pylist()]
+    return [None if _is_missing(value) else str(value) for value in column.to_pylist()]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _id_keys(block: Block, name: str, constants: dict[str, Any]) -> bytes:
@@ -374,7 +375,7 @@ def _id_keys(block: Block, name: str, constants: dict[str, Any]) -> bytes:
         values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return b"".join(
         _NO_ID
-        if v is None or v == "" or v != v
+        if v == "" or _is_missing(v)
         else hashlib.blake2b(str(v).encode(), digest_size=16).digest()
         for v in values
     )

@@ -314,15 +314,20 @@ def write_table(path: Path, table: pa.Table, vector: str | None = None) -> tuple
     try:
         with temporary.open("wb") as file:
             hashed = _Hashed(file)
-            pq.write_table(
-                table,
+            writer = pq.ParquetWriter(
                 hashed,
-                row_group_size=_GROUP_ROWS,
+                table.schema,
                 # Numbers that look like noise take longer to compress than to write.
                 compression={str(vector): "none", **dict.fromkeys(others, "zstd")},
                 use_dictionary=others,
                 write_statistics=others,
             )
+            with writer:
+                for start in range(0, max(1, len(table)), _GROUP_ROWS):
+                    group = table.slice(start, _GROUP_ROWS)
+                    if any("view" in str(kind) for kind in table.schema.types):
+                        group = _copied(group)
+                    writer.write_table(group, row_group_size=_GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -332,6 +337,15 @@ def write_table(path: Path, table: pa.Table, vector: str | None = None) -> tuple
             temporary.unlink()
         raise
     return size, hashed.hexdigest()
+
+
+def _copied(table: pa.Table) -> pa.Table:
+    """A slice as a table of its own: Arrow cannot write slices of some types, views in structs."""
+    columns = [
+        pa.concat_arrays(table[name].chunks or [table[name].combine_chunks()])
+        for name in table.column_names
+    ]
+    return pa.table(columns, schema=table.schema)
 
 
 class _Hashed(io.RawIOBase):

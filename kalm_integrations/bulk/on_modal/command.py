@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,7 +118,7 @@ def _embed(
         name = job_state.job_name(job.model_dump())
         if folder is not None:
             claim(folder, name, job)
-        if _send(deployment, name, plan, job, arguments.input, limits, view):
+        if _send(deployment, _Sending(name, plan, job, arguments.input, limits), view):
             view.say(f"{name} is complete")
         else:
             view.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
@@ -165,27 +165,28 @@ def _is_under_way(deployment: Deployment, store: VolumeStore) -> bool:
         return False  # an earlier preparation failed, or there was none
 
 
-def _send(
-    deployment: Deployment,
-    name: str,
-    plan: Plan,
-    job: Job,
-    source: str,
-    limits: Run,
-    view: ProgressView,
-) -> bool:
+@dataclass(frozen=True)
+class _Sending:
+    name: str
+    plan: Plan
+    job: Job
+    source: str
+    limits: Run
+
+
+def _send(deployment: Deployment, sending: _Sending, view: ProgressView) -> bool:
     """Upload and send what is neither finished nor under way; whether all was finished before."""
-    store = deployment.store(name)
+    store = deployment.store(sending.name)
     state = Reader(store).read()
     if state is None:
-        description = upload(store, plan, job, source, view)
+        description = upload(store, sending.plan, sending.job, sending.source, view)
         state = State(description=description, finished={})
     elif cloud.is_alive(deployment, store, state):
-        view.say(f"{name} runs already")
+        view.say(f"{sending.name} runs already")
         return False
     if state.missing:
         with cloud.translated(deployment.config):
-            deployment.queue(limits).send(store, name, state.missing)
+            deployment.queue(sending.limits).send(store, sending.name, state.missing)
     return state.complete
 
 

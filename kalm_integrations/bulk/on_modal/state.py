@@ -79,7 +79,7 @@ class Attempt(Record):
 class Attempts(Record):
     """`attempts-000000.json`."""
 
-    attempts: list[Attempt] = []
+    attempts: list[Attempt] = Field(default_factory=list)
 
 
 class ShardRecord(Attempts):
