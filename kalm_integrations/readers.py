@@ -368,12 +368,17 @@ def _json(source: Source, file: InputFile, opened: io.BufferedReader) -> Iterato
         block = Block(file.name, digest=digest.digest())
         if not number:
             lines[0] = lines[0].removeprefix(_BOM)
+        records, texts, places = block.records, block.texts, block.places
         for line in lines:
             number += 1
             if line.isspace() or not line:
                 continue
             record, problem = parse(line)
-            _add(block, f"{file.name} line {number}", record, source.text_column, problem)
+            if problem is not None:
+                block.problems[len(texts)] = problem
+            records.append(record)
+            texts.append(record.get(source.text_column))
+            places.append(f"{file.name} line {number}")
         yield block
 
 

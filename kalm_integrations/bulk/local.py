@@ -255,6 +255,7 @@ class LocalExecutor:
     def _write(self, shard: _OpenShard) -> None:
         """On the writer's thread."""
         if self._write_failed:  # shards end in order
+            shard.kept.close()
             return
         try:
             self._recurring.sync()
@@ -270,6 +271,7 @@ class LocalExecutor:
             shard.kept.remove()
         except BaseException as error:
             self._write_failed = True
+            shard.kept.close()
             self._events.put(partial(self._failed, error))
             raise
         self._events.put(partial(self._written, finished))

@@ -7,10 +7,11 @@ bytes a row.
 
 from __future__ import annotations
 
-import hashlib
 import math
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -237,7 +238,7 @@ def make_plan(
     if source.kind == "parquet":
         source.schema()  # broken files are named before anything is read
     constants = partitions(source.files)
-    keys, ids, tokens = bytearray(), bytearray(), bytearray()
+    keys, ids, tokens = bytearray(), bytearray(), array("I")
     digests: list[list[bytes]] = []
     file_rows: list[int] = []
     examples: list[str] = []
@@ -246,18 +247,20 @@ def make_plan(
         begin = rows
         digests.append([])
         for block in source.blocks(file):
+            problems, found = block.problems, []
             for row, text in enumerate(block.texts):
-                reason = block.problems.get(row) or why_invalid(text, truncate)
+                reason = (problems.get(row) if problems else None) or why_invalid(text, truncate)
                 if reason is None:
                     content = text.encode()
-                    keys += hashlib.blake2b(content, digest_size=16).digest()
-                    tokens += min(estimate_tokens(len(content)), 2**32 - 1).to_bytes(4, "little")
+                    found.append(sha256(content).digest()[:16])
+                    tokens.append(estimate_tokens(len(content)))
                     continue
                 bad += 1
                 if len(examples) < _SHOWN:
                     examples.append(f"{block.places[row]} {reason}")
-                keys += (2**64 - 1).to_bytes(8, "little") + (rows + row).to_bytes(8, "little")
-                tokens += bytes(4)
+                found.append(_bad_key(rows + row))
+                tokens.append(0)
+            keys += b"".join(found)
             digests[-1].append(block.digest)
             if options.id_column is not None:
                 ids += _id_keys(block, options.id_column, constants)
@@ -268,7 +271,7 @@ def make_plan(
     if not rows:
         raise ConfigurationError(f"{', '.join(names[:_SHOWN])}: no text at all.")
     key_array = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
-    row_tokens = np.frombuffer(tokens, dtype="<u4")
+    row_tokens = np.frombuffer(tokens, dtype=np.uint32)
     first = np.where(row_tokens > 0, first_of_each(key_array), -1)
     plan = Plan(
         source=source,
@@ -294,6 +297,11 @@ def make_plan(
     if options.id_column is not None:
         _check_ids(plan, np.frombuffer(ids, dtype="<u8").reshape(-1, 2))
     return plan
+
+
+def _bad_key(row: int) -> bytes:
+    """A key that no other row has."""
+    return (2**64 - 1).to_bytes(8, "little") + row.to_bytes(8, "little")
 
 
 def _running(source: Source) -> bool:
@@ -374,9 +382,7 @@ def _id_keys(block: Block, name: str, constants: dict[str, Any]) -> bytes:
         # One column may have both 7 and 7.0, which are one number.
         values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return b"".join(
-        _NO_ID
-        if v == "" or _is_missing(v)
-        else hashlib.blake2b(str(v).encode(), digest_size=16).digest()
+        _NO_ID if v == "" or _is_missing(v) else sha256(str(v).encode()).digest()[:16]
         for v in values
     )
 

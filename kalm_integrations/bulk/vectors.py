@@ -183,7 +183,7 @@ class EarlierVectors:
                         rows = np.flatnonzero(table.column(1).is_valid())
                         table = table.filter(table.column(1).is_valid())
                     texts = python_texts(table.column(0))
-                    keys += [hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts]
+                    keys += [hashlib.sha256(t.encode()).digest()[:16] for t in texts]
                     entries = [(number, group, row) for row in rows.tolist()]
                     where.append(np.array(entries, dtype=np.int64).reshape(-1, 3))
 

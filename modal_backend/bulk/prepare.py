@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.on_modal import state as job_state
-from kalm_integrations.bulk.on_modal.cloud import Queue
+from kalm_integrations.bulk.on_modal.queue import Queue
 from kalm_integrations.bulk.on_modal.state import Description, FolderStore, Reader, Run
 from kalm_integrations.bulk.plan import Options, make_plan
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Final
 
 from kalm_integrations.bulk.on_modal import state as job_state
 from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.on_modal.queue import Queue, call_of
 from kalm_integrations.bulk.on_modal.state import Call, Run, State, Store
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -132,54 +132,6 @@ def translated(config: ClientConfig) -> Iterator[None]:
         raise error_of(error, config) from error
 
 
-@dataclass(frozen=True)
-class Queue:
-    """Modal's own queue. It starts containers, hands out shards, and tries again.
-
-    Attributes:
-        app_name: The app's name on Modal.
-        environment_name: Its environment; None is the token's own.
-        limits: A run with the limits of those that are sent.
-    """
-
-    app_name: str
-    environment_name: str | None
-    limits: Run
-
-    def send(self, store: Store, job: str, shards: list[int]) -> None:
-        """Send a new run of `shards`. The run counts before the first of them starts."""
-        import modal
-
-        run = self.limits.model_copy(update={"id": job_state.new_run(), "shards": shards})
-        folder = f"{job_state.RUNS}/{run.id}"
-        store.write({f"{folder}/{job_state.RUN}": run.to_bytes()})
-        if not shards:
-            return
-        found = modal.Cls.from_name(
-            self.app_name, worker_pool.CLASS, environment_name=self.environment_name
-        )
-        workers = found()
-        with warnings.catch_warnings():
-            # Modal's own class method calls what Modal deprecated for functions. Not through
-            # `with_options`: each set of arguments is a variant with snapshots of its own.
-            warnings.filterwarnings("ignore", ".*update_autoscaler")
-            workers.update_autoscaler(max_containers=run.max_containers)
-        count = len(shards)
-        call = workers.embed_shard.experimental_spawn_map([job] * count, [run.id] * count, shards)
-        store.write({f"{folder}/{job_state.CALL}": Call(call=call.object_id).to_bytes()})
-
-
-def _call_of(store: Store, path: str) -> Any:
-    """Modal's handle of a call that was noted; None if nobody lived to note it."""
-    import modal
-
-    try:
-        content = store.read(path)
-    except FileNotFoundError:
-        return None
-    return modal.FunctionCall.from_id(Call.from_bytes(content, path).call)
-
-
 def is_alive(deployment: Deployment, store: Store, state: State) -> bool:
     """Whether Modal still has shards of the newest run, waiting or running."""
     import modal
@@ -194,7 +146,7 @@ def is_alive(deployment: Deployment, store: Store, state: State) -> bool:
         modal.exception.ClientClosed,
     )
     with translated(deployment.config):
-        call = _call_of(store, f"{job_state.RUNS}/{state.run.id}/{job_state.CALL}")
+        call = call_of(store, f"{job_state.RUNS}/{state.run.id}/{job_state.CALL}")
         for number in state.waiting[:_PROBED] if call is not None else ():
             try:
                 call.get(timeout=0, index=state.run.shards.index(number))
@@ -217,7 +169,7 @@ def cancel_run(deployment: Deployment, store: Store, state: State) -> None:
     folder = f"{job_state.RUNS}/{state.run.id}"
     store.write({f"{folder}/{job_state.STOPPED}": stop.to_bytes()})
     with translated(deployment.config):
-        call = _call_of(store, f"{folder}/{job_state.CALL}")
+        call = call_of(store, f"{folder}/{job_state.CALL}")
         if call is not None:
             call.cancel()
 
@@ -354,5 +306,5 @@ def cancel_preparation(deployment: Deployment, store: Store) -> bool:
     except KalmError:
         return False  # it has ended, or there was none
     with translated(deployment.config):
-        _call_of(store, job_state.PREPARING).cancel()
+        call_of(store, job_state.PREPARING).cancel()
     return True
