@@ -112,7 +112,8 @@ class LineParser:
 
     def __init__(self, text_column: str) -> None:
         self._text_column = text_column
-        self._scan = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite).scan_once
+        strict: Any = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+        self._scan = strict.scan_once
 
     def __call__(self, line: bytes) -> tuple[dict[str, Any], str | None]:
         """The object, as far as it is good, and what is wrong with it."""
@@ -158,7 +159,7 @@ class LineParser:
         return value, problem
 
 
-_scan_fast = json.JSONDecoder().scan_once
+_scan_fast: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
 def _is_surely_exact(text: str, value: Any) -> bool:

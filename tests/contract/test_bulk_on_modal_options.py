@@ -34,7 +34,7 @@ IDENTITY = KalmClient(backend="local").vector_identity.to_dict()
     [
         ("in.jsonl --output o --detach", "--detach is for --on modal"),
         ("in.jsonl --output o --max-containers 2", "--max-containers is for --on modal"),
-        ("s3://b/x --output o", "s3://b/x can be read with --on modal only"),
+        ("modal://b/x --output o", "modal://b/x can be read with --on modal only"),
         ("in.jsonl --output o --on modal --backend local", "does not go with --backend local"),
         ("in.jsonl --output o --on modal --gpu H100", "--gpu goes with --dry-run"),
         ("in.jsonl --on modal", "--output names the folder"),
