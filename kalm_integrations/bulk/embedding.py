@@ -75,6 +75,8 @@ class Sender:
         self._send, self._send_cut, self._wait = send, send_cut, wait
         self._template, self._limits = template, limits
         self._slots = asyncio.Semaphore(concurrency)
+        self.backlog = asyncio.Semaphore(2 * concurrency)
+        """Batches that are sent or not yet taken: results that wait would fill the memory."""
 
     def batches(self, texts: list[tuple[int, str]]) -> list[Batch]:
         """The requests for the texts of a part; always the same for the same texts."""
@@ -137,7 +139,7 @@ class Sender:
 async def embed_texts(
     sender: Sender,
     texts: list[tuple[int, str]],
-    take: Callable[[list[Result]], object],
+    take: Callable[[list[Result]], Awaitable[object] | None],
     known: Callable[[Batch], list[Result] | None] = lambda _: None,
 ) -> None:
     """Embed the texts of a part.
@@ -145,7 +147,7 @@ async def embed_texts(
     Args:
         sender: The service.
         texts: Texts with their rows in the part; identical ones are embedded once.
-        take: Called with the results of each batch, in any order.
+        take: Called with the results of each batch, in any order; what it returns is awaited.
         known: Results of a batch that an earlier run has kept.
 
     Raises:
@@ -153,7 +155,10 @@ async def embed_texts(
     """
 
     async def one(batch: Batch) -> None:
-        take(known(batch) or await sender.send(batch))
+        async with sender.backlog:
+            waiting = take(known(batch) or await sender.send(batch))
+            if waiting is not None:
+                await waiting
 
     batches = await asyncio.to_thread(sender.batches, texts)
     tasks = [asyncio.ensure_future(one(batch)) for batch in batches]

@@ -6,11 +6,12 @@ event loop; one more thread writes. At most three shards are in memory, whatever
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -174,13 +175,24 @@ class LocalExecutor:
         work = embed_texts(
             self._sender,
             texts,
-            lambda results: self._events.put(partial(self._take, shard, results)),
+            partial(self._hand_over, shard),
             partial(self._known, shard),
         )
         shard.work = background_loop().submit(work)
         shard.work.add_done_callback(
             lambda done: self._events.put(partial(self._embedded, shard, done))
         )
+
+    def _hand_over(self, shard: _OpenShard, results: list[Result]) -> Awaitable[object]:
+        """On the event loop: have the caller's thread take results; done when it has."""
+        loop, taken = asyncio.get_running_loop(), asyncio.Event()
+
+        def take() -> None:
+            self._take(shard, results)
+            loop.call_soon_threadsafe(taken.set)
+
+        self._events.put(take)
+        return taken.wait()
 
     def _take(self, shard: _OpenShard, results: list[Result]) -> None:
         builder = shard.builder
@@ -192,8 +204,8 @@ class LocalExecutor:
                 continue
             self.client._dispatcher.report_usage(batch)
             rows = batch.indices
-            vectors, cut = builder.vectors[rows], builder.truncated[rows]
-            shard.kept.put(rows, builder.part.keys[rows], vectors, cut)
+            cut = builder.truncated[rows]
+            shard.kept.put(rows, builder.part.keys[rows], batch.packed, cut)
             self.progress.embedded(len(batch), batch.usage.tokens, len(batch.rejected))
 
     def _known(self, shard: _OpenShard, batch: Batch) -> list[Result] | None:

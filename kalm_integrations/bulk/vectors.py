@@ -66,7 +66,7 @@ class VectorFile:
         slots = slots[order]
         # Neighbours are written at once.
         for run in np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1):
-            content = memoryview(records[run[0] : run[-1] + 1].tobytes())
+            content = _bytes_of(records[run[0] : run[-1] + 1])
             self._file.seek(int(slots[run[0]]) * self._type.itemsize)
             while content:
                 content = content[self._file.write(content) :]
@@ -103,11 +103,16 @@ class VectorFile:
         self._path.unlink(missing_ok=True)
 
 
+def _bytes_of(records: NDArray[Any]) -> memoryview:
+    return memoryview(records.view(np.uint8)).cast("B")
+
+
 def _sums(records: NDArray[Any]) -> NDArray[np.uint64]:
-    size = records.dtype.itemsize - 8
-    content = memoryview(records.tobytes())
-    starts = range(0, len(content), records.dtype.itemsize)
-    sums = [xxhash.xxh3_64_intdigest(content[start : start + size], seed=1) for start in starts]
+    if not len(records):
+        return np.zeros(0, dtype=np.uint64)
+    content, step = _bytes_of(records), records.dtype.itemsize
+    starts = range(0, len(content), step)
+    sums = [xxhash.xxh3_64_intdigest(content[s : s + step - 8], seed=1) for s in starts]
     return np.array(sums, dtype=np.uint64)
 
 
