@@ -75,7 +75,7 @@ class Sender:
         self._send, self._send_cut, self._wait = send, send_cut, wait
         self._template, self._limits = template, limits
         self._slots = asyncio.Semaphore(concurrency)
-        self.backlog = asyncio.Semaphore(2 * concurrency)
+        self.backlog = asyncio.Semaphore(concurrency + 4)
         """Batches that are sent or not yet taken: results that wait would fill the memory."""
 
     def batches(self, texts: list[tuple[int, str]]) -> list[Batch]:

@@ -210,6 +210,8 @@ class LocalExecutor:
 
     def _known(self, shard: _OpenShard, batch: Batch) -> list[Result] | None:
         """A batch that an earlier run has kept whole."""
+        if shard.kept.is_empty:
+            return None
         rows = np.array([row for places in batch.positions for row in places], dtype=np.int64)
         found, vectors, cut = shard.kept.get(rows, shard.builder.part.keys[rows])
         if not found.all():
@@ -218,6 +220,7 @@ class LocalExecutor:
         return [Result(EmbeddedBatch(r, v, Usage()), flag) for r, v, flag in parts if len(r)]
 
     def _embedded(self, shard: _OpenShard, done: Future[None]) -> None:
+        shard.work = None  # it refers to the shard, whose memory a cycle would keep
         done.result()
         shard.builder.check()
         shard.embedded = True

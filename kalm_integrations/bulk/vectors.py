@@ -40,6 +40,8 @@ class VectorFile:
         )
         # No memory map: a full disk would end the process there and then.
         self._file = FileIO(path, "r+b") if path.exists() else None
+        self.is_empty = self._file is None
+        """Whether no earlier run has left anything in it."""
 
     def put(
         self,
