@@ -7,7 +7,6 @@ bytes a row.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
 from kalm_integrations.batching import estimate_tokens
+from kalm_integrations.bulk import ids
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.shards import TRUNCATED, Part
 from kalm_integrations.errors import BadRowsError, ConfigurationError
@@ -31,10 +30,7 @@ from kalm_integrations.validation import why_invalid
 
 OnError = Literal["fail", "skip", "null"]
 SHARD_ROWS: Final = 8192
-_SHOWN: Final = 5  # bad rows, or repeated ids, that are named
 _OURS: Final = "kalm:"
-Keys = NDArray[np.uint64]
-"""Digests of texts, shape (n, 2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +96,7 @@ class Plan:
     bad: int
     examples: tuple[str, ...]
     first: NDArray[np.int64] = field(repr=False)
-    keys: Keys = field(repr=False)
+    keys: ids.Keys = field(repr=False)
     row_tokens: NDArray[np.uint32] = field(repr=False)
     files: dict[str, str]
     file_rows: list[int] = field(repr=False)
@@ -158,7 +154,7 @@ class Plan:
             if row + rows <= skip:
                 row += rows
                 continue
-            for block in self._same_blocks(index):
+            for block in self.same_blocks(index):
                 start = max(0, skip - row)
                 row += len(block)
                 while start < len(block):
@@ -171,7 +167,7 @@ class Plan:
         if count:
             yield self._part(number, pending)
 
-    def _same_blocks(self, index: int) -> Iterator[Block]:
+    def same_blocks(self, index: int) -> Iterator[Block]:
         file, rows = self.source.files[index], 0
         changed = ConfigurationError(
             f"{file} changed after it was planned. What is finished stays. Run the command again "
@@ -238,7 +234,7 @@ def make_plan(
     if source.kind == "parquet":
         source.schema()  # broken files are named before anything is read
     constants = partitions(source.files)
-    keys, ids, tokens = bytearray(), bytearray(), array("I")
+    keys, id_keys, tokens = bytearray(), bytearray(), array("I")
     digests: list[list[bytes]] = []
     file_rows: list[int] = []
     examples: list[str] = []
@@ -256,23 +252,23 @@ def make_plan(
                     tokens.append(estimate_tokens(len(content)))
                     continue
                 bad += 1
-                if len(examples) < _SHOWN:
+                if len(examples) < ids.SHOWN:
                     examples.append(f"{block.places[row]} {reason}")
                 found.append(_bad_key(rows + row))
                 tokens.append(0)
             keys += b"".join(found)
             digests[-1].append(block.digest)
             if options.id_column is not None:
-                ids += _id_keys(block, options.id_column, constants)
+                id_keys += ids.keys_of(block, options.id_column, constants)
             rows += len(block)
             seen(len(block))
         file_rows.append(rows - begin)
     names = manifest_names(source.files)
     if not rows:
-        raise ConfigurationError(f"{', '.join(names[:_SHOWN])}: no text at all.")
+        raise ConfigurationError(f"{', '.join(names[: ids.SHOWN])}: no text at all.")
     key_array = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
     row_tokens = np.frombuffer(tokens, dtype=np.uint32)
-    first = np.where(row_tokens > 0, first_of_each(key_array), -1)
+    first = np.where(row_tokens > 0, ids.first_of_each(key_array), -1)
     plan = Plan(
         source=source,
         options=options,
@@ -295,7 +291,7 @@ def make_plan(
     if refuse_bad:
         _check_rows(plan)
     if options.id_column is not None:
-        _check_ids(plan, np.frombuffer(ids, dtype="<u8").reshape(-1, 2))
+        ids.check(plan, np.frombuffer(id_keys, dtype="<u8").reshape(-1, 2))
     return plan
 
 
@@ -343,98 +339,3 @@ def _check_rows(plan: Plan) -> None:
         f"{plan.bad:,} of {plan.rows:,} {'row' if plan.rows == 1 else 'rows'} cannot be embedded: "
         f"{'; '.join(plan.examples)}{f'; and {more:,} more' if more else ''}. Nothing was sent."
     )
-
-
-# --- ids
-
-
-_NO_ID: Final = b"\xff" * 16
-
-
-def id_strings(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
-    """A column's values as document IDs.
-
-    Raises:
-        ConfigurationError: Its type makes no IDs.
-    """
-    kind = column.type
-    if pa.types.is_nested(kind):
-        raise ConfigurationError(f"--id-column: a column of {kind} cannot be the document ID.")
-    if pa.types.is_dictionary(kind):
-        column = pc.cast(column, kind.value_type)
-    if pa.types.is_temporal(kind):  # Python has not all dates that Arrow has
-        column = pc.cast(column, pa.string() if not pa.types.is_duration(kind) else pa.int64())
-    return [None if _is_missing(value) else str(value) for value in column.to_pylist()]
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _id_keys(block: Block, name: str, constants: dict[str, Any]) -> bytes:
-    """A digest of each row's ID; `_NO_ID` where it has none."""
-    if block.batch is not None and name in block.batch.schema.names:
-        values: list[Any] = id_strings(block.batch.column(name))
-    elif name in constants and not any(name in record for record in block.records):
-        values = [constants[name][1].get(block.file)] * len(block)
-    else:
-        values = [record.get(name) for record in block.records]
-        # One column may have both 7 and 7.0, which are one number.
-        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    return b"".join(
-        _NO_ID if v == "" or _is_missing(v) else sha256(str(v).encode()).digest()[:16]
-        for v in values
-    )
-
-
-def _check_ids(plan: Plan, ids: Keys) -> None:
-    """Refuse null and repeated IDs of rows that get a vector."""
-    good = np.flatnonzero(plan.first >= 0)
-    missing = good[(ids[good] == np.uint64(2**64 - 1)).all(axis=1)]
-    name = plan.options.id_column
-    if len(missing):
-        shown = ", ".join(place for place, _ in _located(plan, missing[:_SHOWN].tolist()))
-        raise ConfigurationError(
-            f"--id-column {name}: {len(missing):,} of {plan.rows:,} rows have no ID: {shown}"
-            f"{' and more' if len(missing) > _SHOWN else ''}. Nothing was sent. Give each row an "
-            "ID, or leave out --id-column."
-        )
-    repeated = good[first_of_each(ids[good]) != np.arange(len(good))]
-    if len(repeated) and not plan.options.allow_duplicate_ids:
-        shown = ", ".join(
-            f"{value!r} ({place})" for place, value in _located(plan, repeated[:_SHOWN].tolist())
-        )
-        raise ConfigurationError(
-            f"--id-column {name}: {len(repeated):,} of {plan.rows:,} rows have an ID that occurred "
-            f"before: {shown}{' and more' if len(repeated) > _SHOWN else ''}. Nothing was sent. A "
-            "store keeps one row of each ID; --allow-duplicate-ids embeds them nevertheless."
-        )
-
-
-def _located(plan: Plan, wanted: list[int]) -> Iterator[tuple[str, str | None]]:
-    """Place and ID of some rows, which are read again."""
-    row, left = 0, list(wanted)
-    for index, rows in enumerate(plan.file_rows):
-        if not left or row + rows <= left[0]:
-            row += rows
-            continue
-        for block in plan._same_blocks(index):
-            while left and left[0] < row + len(block):
-                at = left.pop(0) - row
-                column = block.column(str(plan.options.id_column), plan.schema)
-                yield block.places[at], id_strings(column.slice(at, 1))[0]
-            row += len(block)
-            if not left:
-                return
-
-
-def first_of_each(keys: Keys) -> NDArray[np.int64]:
-    """For each key, the position at which it occurs first."""
-    high, low = keys.T
-    order = np.lexsort((low, high))  # stable: of equal keys, the first comes first
-    new = np.ones(len(order), dtype=np.bool_)
-    new[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
-    starts = np.flatnonzero(new)
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
-    return first

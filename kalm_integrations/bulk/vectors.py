@@ -106,7 +106,7 @@ class VectorFile:
 
 
 def _bytes_of(records: NDArray[Any]) -> memoryview:
-    return memoryview(records.view(np.uint8)).cast("B")
+    return records.view(np.uint8).data.cast("B")
 
 
 def _sums(records: NDArray[Any]) -> NDArray[np.uint64]:

@@ -23,12 +23,12 @@ from kalm_integrations.bulk.manifest import (
     rename,
     replace_file,
 )
-from kalm_integrations.bulk.on_modal import cloud, worker_pool
+from kalm_integrations.bulk.on_modal import cloud, status_view, worker_pool
 from kalm_integrations.bulk.on_modal import state as job_state
 from kalm_integrations.bulk.on_modal.cloud import Deployment, RemoteInput, VolumeStore
 from kalm_integrations.bulk.on_modal.state import Description, Reader, Run, State
 from kalm_integrations.bulk.plan import Options, Plan
-from kalm_integrations.bulk.progress import ProgressView, counted, duration, outcome
+from kalm_integrations.bulk.progress import ProgressView, counted, outcome
 from kalm_integrations.bulk.vectors import EarlierVectors
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import (
@@ -77,10 +77,10 @@ def run(
             if state is None or state.run is None:
                 raise JobFailedError(f"there is no job {name} that was sent.")
             cloud.cancel_run(deployment, store, state)
-        return None, _shown(name, Reader(store).read(), False, arguments.json)
+        return None, status_view.shown(name, Reader(store).read(), False, arguments.json)
     state = _known_state(deployment, store)
     alive = state is None or cloud.is_alive(deployment, store, state)
-    return None, _shown(name, state, alive, arguments.json)
+    return None, status_view.shown(name, state, alive, arguments.json)
 
 
 def _known_state(deployment: Deployment, store: VolumeStore) -> State | None:
@@ -121,7 +121,7 @@ def _embed(
         if _send(deployment, _Sending(name, plan, job, arguments.input, limits), view):
             view.say(f"{name} is complete")
         else:
-            view.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
+            view.say(f"{name} is on Modal; this terminal may close. {status_view.ways(name)}")
     else:
         fixed = {"reuse": (), "dollars_per_second": None, "max_dollars": None, "max_hours": None}
         request: dict[str, Any] = {
@@ -136,7 +136,7 @@ def _embed(
         store = deployment.store(name)
         if not _is_under_way(deployment, store):
             remote.prepare(deployment, name, limits, request)
-        view.say(f"{name} is on Modal; this terminal may close. {_ways(name)}")
+        view.say(f"{name} is on Modal; this terminal may close. {status_view.ways(name)}")
     if arguments.detach or folder is None:
         return None, json.dumps({"job": name}, indent=2) if arguments.json else name
     store = deployment.store(name)
@@ -146,7 +146,7 @@ def _embed(
         state = _wait(deployment, name, view)
     except KeyboardInterrupt:
         view.close()
-        view.say(f"{name} goes on. {_ways(name)}")
+        view.say(f"{name} goes on. {status_view.ways(name)}")
         raise
     stopped_at_limit = state.stop is not None and state.stop.reason == "limit"
     if not stopped_at_limit:
@@ -250,7 +250,7 @@ def _wait(deployment: Deployment, name: str, view: ProgressView) -> State:
         if state is None:
             raise JobFailedError(f"{name} has no {job_state.JOB}: its upload was interrupted.")
         manifest = state.manifest()
-        view.show(manifest.rows + manifest.rejected, manifest.job.rows, _line(state))
+        view.show(manifest.rows + manifest.rejected, manifest.job.rows, status_view.line(state))
         if state.over:
             return state
         now = time.monotonic()
@@ -408,81 +408,3 @@ def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) ->
 
 def _is_there(path: Path, digest: str) -> bool:
     return path.is_file() and file_digest(path) == digest
-
-
-# --- what is shown
-
-
-def phase(state: State, *, alive: bool) -> str:
-    """In one word: "complete", "stopped", "failed", "running" or "interrupted"."""
-    if state.complete:
-        return "complete"
-    if state.stop is not None:
-        return "stopped"
-    if state.over:
-        return "failed" if state.failed else "interrupted"
-    return "running" if alive else "interrupted"
-
-
-def _shown(name: str, state: State | None, alive: bool, as_json: bool) -> str:
-    """What `--status` and `--cancel` print."""
-    if state is None:
-        word, text = (
-            ("preparing", "its input is being read")
-            if alive
-            else ("stopped", "stopped, before anything was sent")
-        )
-        return json.dumps({"job": name, "state": word}, indent=2) if as_json else f"{name}: {text}"
-    if not as_json:
-        lines = [f"{name}: {phase(state, alive=alive)}, {_line(state)}"]
-        for number, failure in sorted(state.failed.items()):
-            lines.append(f"shard {number} failed: {failure.code}: {failure.message}")
-        if state.stop is not None:
-            lines.append(f"stopped ({state.stop.reason}): {state.stop.message}")
-        return "\n".join(lines)
-    manifest, speed, stop = state.manifest(), state.speed, state.stop
-    data = {
-        "job": name,
-        "state": phase(state, alive=alive),
-        "source": state.description.source,
-        "shards": state.total,
-        "finished": len(state.finished),
-        "failed": [
-            {"shard": number, "code": failure.code, "message": failure.message}
-            for number, failure in sorted(state.failed.items())
-        ],
-        "stopped": stop and {"reason": stop.reason, "message": stop.message},
-        **{n: getattr(manifest, n) for n in ("rows", "rejected", "truncated", "reused", "tokens")},
-        "tokens_per_second": speed and speed[0],
-        "seconds_left": speed and speed[1],
-        "containers": len(state.containers),
-        "container_seconds": state.seconds,
-        "dollars": state.dollars,
-        "dollars_to_come": None if state.over else state.dollars_to_come,
-        "runs": state.runs,
-        "identity": manifest.job.identity,
-    }
-    return json.dumps(data, indent=2)
-
-
-def _line(state: State) -> str:
-    """How far a job is."""
-    manifest = state.manifest()
-    parts = [f"{len(state.finished):,} of {counted(state.total, 'shard')}"]
-    if state.failed:
-        parts.append(f"{len(state.failed):,} failed")
-    parts += [counted(manifest.rows, "row"), counted(manifest.tokens, "token")]
-    if not state.over and state.speed:
-        parts += [f"{state.speed[0]:,.0f} tokens/s", f"about {duration(state.speed[1])} left"]
-    if state.containers:
-        parts += [counted(len(state.containers), "container"), f"${state.dollars:,.2f} so far"]
-    if not state.over and state.dollars_to_come is not None:
-        parts.append(f"${state.dollars_to_come:,.2f} to come")
-    return ", ".join(parts)
-
-
-def _ways(name: str) -> str:
-    return (
-        f"Come back with the same command, or with `kalm embed --status {name}`, `--fetch {name} "
-        f"--output DIR`, `--cancel {name}`."
-    )
