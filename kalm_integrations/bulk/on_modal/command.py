@@ -259,7 +259,7 @@ def _wait(deployment: Deployment, name: str, view: ProgressView) -> State:
             before, changed = seen, now
         elif now - changed > _SILENCE:
             if not cloud.is_alive(deployment, store, state):
-                raise JobFailedError(f"Modal has no shard of {name} any more.")
+                raise JobFailedError(f"Modal has no shard of {name} any more, waiting or running.")
             changed = now
         time.sleep(min(5.0, max(0.3, (now - begun) / 20)))
 
