@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import xxhash
+
 from kalm_integrations.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -162,10 +164,17 @@ def count_tokens(path: Path, text_column: str | None) -> int:
         ConfigurationError: It cannot be read, or has no text.
         ImportError: The extra "bulk" is not installed.
     """
-    from kalm_integrations.bulk.scan import scan
-    from kalm_integrations.bulk.sources import find
+    from kalm_integrations.batching import estimate_tokens
+    from kalm_integrations.readers import rows
 
-    tokens = scan(find(str(path), text_column), "end", lambda _: None).tokens
+    seen, tokens = set[bytes](), 0
+    for row in rows(str(path), text_column):
+        if not isinstance(row.text, str):
+            raise ConfigurationError(f"--corpus: {row.place} is not a text.")
+        data = row.text.encode(errors="surrogatepass")
+        if (digest := xxhash.xxh3_128_digest(data)) not in seen:
+            seen.add(digest)
+            tokens += estimate_tokens(len(data))
     if not tokens:
         raise ConfigurationError(f"--corpus: {path} has no text.")
     return tokens

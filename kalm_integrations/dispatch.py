@@ -131,11 +131,11 @@ class Dispatcher:
                         failure = _more_severe(failure, error)
                     reading = batch is not None
                     if batch is not None:
-                        future = background_loop().submit(self._send(batch, call))
+                        future = background_loop().submit(self.send(batch, call))
                         running.add(future)
                         future.add_done_callback(complete)
                 if result is not None:
-                    self._report(result.usage)
+                    self.report_usage(result.usage)
                     yield result
                 elif not completed and running and (full or not reading):
                     yield None
@@ -144,14 +144,15 @@ class Dispatcher:
         finally:
             _cancel(running)
 
-    def _report(self, usage: Usage) -> None:
+    def report_usage(self, usage: Usage) -> None:
         if self._config.on_usage is not None and usage.requests:
             try:
                 self._config.on_usage(usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 
-    async def _send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+    async def send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+        """Send one batch; on the background loop only."""
         return await self._open().send(batch, call)
 
     async def _ensure_ready(self, timeout: float) -> SpaceIdentity | None:

@@ -241,7 +241,7 @@ def prepare_bulk(request: dict[str, Any]) -> dict[str, Any]:
     home = Path.home()
     bulk_volume.reload()  # a warm container has the files from its start
     if request["volume"] is not None:
-        environment = request["queue"]["environment_name"]
+        environment = request["environment"]
         modal.Volume.from_name(request["volume"], environment_name=environment).reload()
     return prepare(
         request,

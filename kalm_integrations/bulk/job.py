@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.job_spec import Options, Terms, check
-from kalm_integrations.bulk.lock import locked
-from kalm_integrations.bulk.manifest import Manifest, check_same
-from kalm_integrations.bulk.pipeline import Pipeline, Watcher, Work
-from kalm_integrations.bulk.scan import Scan, scan
-from kalm_integrations.bulk.sources import Source, find
+from kalm_integrations.bulk.local import LocalExecutor, Progress, discard_leftovers
+from kalm_integrations.bulk.manifest import FORMAT, NAME, Manifest, check_same
+from kalm_integrations.bulk.plan import Options, Plan, make_plan
+from kalm_integrations.bulk.vectors import EarlierVectors, check_shard
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.readers import Source
 
-_RETRIES: Final = 100  # of one request, more than an hour of them: its `timeout` comes before
-
-
-class Screen(Watcher, Protocol):
-    """Who shows how a job goes."""
-
-    def scanned(self, rows: int) -> None:
-        """So many rows more were read, before anything is sent."""
-        ...
-
-    def begun(self, found: Scan, finished: int, manifest: Manifest) -> None:
-        """The work begins, with so many rows finished before."""
-        ...
+_LOCK = ".lock"
 
 
 class Silent:
-    """Nobody watches."""
+    """Shows nothing."""
 
     def scanned(self, rows: int) -> None: ...
-    def begun(self, found: Scan, finished: int, manifest: Manifest) -> None: ...
+    def begun(self, plan: Plan, finished: int, manifest: Manifest) -> None: ...
     def embedded(self, rows: int, tokens: int, rejected: int) -> None: ...
     def written(self, shard: Any) -> None: ...
 
@@ -44,101 +33,147 @@ def embed_corpus(
     output: str | Path,
     client: KalmClient,
     options: Options | None = None,
-    screen: Screen | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
-    """Embed a corpus into shards, or go on with it where it was interrupted.
+    """Embed a corpus into shards, or resume a job that was interrupted.
 
     Args:
-        source: A file (Parquet, JSON Lines, CSV, text), a folder of such, or a glob.
-        output: A folder for the shards and `manifest.json`; the same one resumes.
+        source: A file (Parquet, JSON Lines, CSV, text), a folder of such files, a glob, or an
+            address that fsspec can read.
+        output: A folder for the shards and `manifest.json`; the same folder resumes.
         client: To embed with.
         options: The defaults, if None.
-        screen: Nobody is shown anything, if None.
+        progress: Is told how the job goes.
 
     Returns:
-        The finished job's record.
+        The job's record; complete unless a limit of `options` has stopped it.
 
     Raises:
         ConfigurationError: The input cannot be read, or is not that of the job in `output`.
         InvalidInputError: With on_error="fail", rows that cannot be embedded.
         IdentityMismatchError: The service's vectors are not those of the job in `output`.
-        KalmError: The service failed; what is finished stays, and the same call goes on.
-        OSError: The output could not be written; the same holds.
+        KalmError: The service failed; what is finished stays, and the same call resumes.
+        OSError: The output could not be written; what is finished stays, too.
     """
-    options, screen = options or Options(), screen or Silent()
-    files = find(str(source), options.text_column)
-    found = _checked(files, options, client, screen)
+    options, progress = options or Options(), progress or Silent()
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder for the shards.")
-    (folder / shards.FOLDER).mkdir(parents=True, exist_ok=True)
+    if options.max_dollars is not None and options.dollars_per_second is None:
+        raise ConfigurationError(
+            "--max-dollars needs the price of the GPU that computes: name it with --gpu."
+        )
+    plan = plan_input(source, client, options, progress, folder)
+    for name in (folder, folder / shards.FOLDER):
+        name.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         identity = client.warm_up()
         width = client.vector_dimensions or _width(client)
-        terms = Terms(
-            identity=identity.to_dict(),
-            vector_dtype=client.config.vector_dtype,
-            truncate=client.config.truncate,
-        )
-        job = terms.job(files, found, options)
-        manifest = Manifest.read(folder)
-        if manifest is None:
-            manifest = Manifest(job=job)
-        check_same(manifest.job, job, folder)
-        _check_shards(folder, manifest)
-        screen.begun(found, min(len(manifest.shards) * job.shard_rows, job.rows), manifest)
+        job = plan.job(identity.to_dict(), client.config.vector_dtype)
+        manifest = _opened(folder, Manifest(job=job))
+        earlier = EarlierVectors(options.reuse, job) if options.reuse else None
+        progress.begun(plan, min(len(manifest.shards) * job.shard_rows, job.rows), manifest)
         if not manifest.complete:
-            for left in folder.rglob(".*.tmp"):  # of a process that was killed
-                left.unlink()
+            discard_leftovers(folder)
             manifest.runs += 1
             manifest.write(folder)
-            dollars = options.dollars_per_second
-            with _patient(client) as patient:
-                work = Work(patient, files, found, manifest, folder, width, dollars, screen)
-                Pipeline(work).run()
-            shards.gather_rejected(folder, manifest.shards)
-            manifest.complete = True
-            manifest.write(folder)
+            LocalExecutor(client, plan, manifest, folder, width, earlier, progress).run()
+            if len(manifest.shards) == job.shards:
+                shards.gather_rejected(folder, manifest.shards)
+                manifest.complete = True
+                manifest.write(folder)
         return manifest
+
+
+def plan_input(
+    source: str | Path,
+    client: KalmClient,
+    options: Options,
+    progress: Progress | None = None,
+    output: Path | None = None,
+    *,
+    refuse_bad: bool = True,
+) -> Plan:
+    """The plan of what `embed_corpus` would embed. Sends nothing, writes nothing.
+
+    Raises:
+        KalmError: What `embed_corpus` would raise of the input.
+    """
+    files = Source(str(source), options.text_column, options.encoding, exclude=output)
+    if output is not None:
+        _check_apart(str(source), output)
+    scanned = (progress or Silent()).scanned
+    return make_plan(files, client.config.truncate, options, scanned, refuse_bad=refuse_bad)
 
 
 def estimate(
     source: str | Path,
     client: KalmClient,
     options: Options | None = None,
-    screen: Screen | None = None,
-) -> Scan:
-    """What `embed_corpus` would embed. Sends nothing, writes nothing; raises what it would."""
-    options = options or Options()
-    files = find(str(source), options.text_column)
-    return _checked(files, options, client, screen or Silent())
+    progress: Progress | None = None,
+) -> Plan:
+    """`plan_input`, by its public name."""
+    return plan_input(source, client, options or Options(), progress)
 
 
-def _checked(source: Source, options: Options, client: KalmClient, screen: Screen) -> Scan:
-    found = scan(source, client.config.truncate, screen.scanned)
-    check(found, options)
-    return found
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a job's output. The lock ends with the process.
+
+    Raises:
+        ConfigurationError: One is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / _LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigurationError(f"another process is at work in {folder}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _patient(client: KalmClient) -> KalmClient:
-    """The same, but it waits for `timeout` for a service that is gone for a while: a job of hours
-    shall not end because a service is started anew. One that asked for a number gets that."""
-    most = (
-        client.config.max_retries if "max_retries" in client.config.model_fields_set else _RETRIES
-    )
-    return client.with_options(max_retries=most)
+def _opened(folder: Path, new: Manifest) -> Manifest:
+    """The manifest to go on with: that of the same job, or `new`."""
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        if any((folder / shards.FOLDER).glob("*.parquet")):
+            raise ConfigurationError(
+                f"{folder} has shards and no {NAME}: choose another --output, or restore the file."
+            )
+        return new
+    if manifest.format != FORMAT:
+        raise ConfigurationError(f"{folder} holds another version's job: choose another --output.")
+    check_same(manifest.job, new.job, folder)
+    names = [shards.name_of(number) for number in range(len(manifest.shards))]
+    if [shard.name for shard in manifest.shards] != names:
+        raise ConfigurationError(
+            f"{folder / NAME} lists other shards than the job has: restore it from a copy, or "
+            "choose another --output."
+        )
+    for shard in manifest.shards:
+        check_shard(folder / shards.FOLDER / shard.name, shard.bytes, shard.digest)
+    return manifest
+
+
+def _check_apart(source: str, output: Path) -> None:
+    """Refuse an output within the input, unless it is a job's, whose files are left out."""
+    if "://" in source:
+        return
+    path, folder = Path(source).expanduser().resolve(), output.expanduser().resolve()
+    if path.is_dir() and (folder == path or path in folder.parents):
+        if folder != path and (folder / NAME).is_file():
+            return
+        raise ConfigurationError(
+            f"--output {output} is within the input {source}: choose a folder outside of it."
+        )
+    if folder / shards.FOLDER in (path, *path.parents):
+        raise ConfigurationError(f"the input {source} is within --output {output}.")
 
 
 def _width(client: KalmClient) -> int:
-    # A model that nobody described: its first answer tells.
+    """Dimensions of a model without a profile: its first answer tells."""
     return int(client.embed(["how many dimensions?"]).packed.shape[1])
-
-
-def _check_shards(folder: Path, manifest: Manifest) -> None:
-    for shard in manifest.shards:
-        path = folder / shards.FOLDER / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise ConfigurationError(
-                f"{path} is missing or was changed since it was written: restore it from a copy, "
-                f"or remove {folder}, and begin anew."
-            )

@@ -1,161 +1,247 @@
-"""`manifest.json`: what a job is, and how far it has come. Rewritten whole, in one step."""
+"""`manifest.json`: what a job is and how far it has come. Always replaced whole, in one step."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
+
+import xxhash
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 
 NAME: Final = "manifest.json"
-FORMAT: Final = 1
+FORMAT: Final = 2
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What decides every byte of a job's vectors and rows. A resumed job must be the same.
+class Record(BaseModel):
+    """A JSON document of a job."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    def to_bytes(self) -> bytes:
+        """For the file."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> Self:
+        """The inverse.
+
+        Raises:
+            ConfigurationError: It is not such a document of this version.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the document"
+            raise ConfigurationError(
+                f"{name} is not valid in this version: {where}: {first['msg']}."
+            ) from None
+
+
+class Job(Record):
+    """Everything that decides a job's output. A resumed job must be the same.
 
     Attributes:
-        files: Digest (SHA-256) of each input file, in order.
-        text_column: What is embedded.
-        id_column: What names a row to stores; None where nothing does.
-        rows: Of the input.
+        files: A digest of each input file, in order.
+        text_column: The column that is embedded.
+        id_column: The column used as the document ID; None without one.
+        vector_column: The column that gets the vectors.
+        rows: Rows of the input.
         identity: What the vectors may be compared with.
         vector_dtype: "float16" or "float32".
         truncate: What is done with texts over the model's length.
         on_error: What is done with rows that cannot be embedded.
         shard_rows: Input rows of each shard.
+        encoding: Of CSV and text files.
     """
 
     files: dict[str, str]
     text_column: str
-    id_column: str | None
-    rows: int
+    id_column: str | None = None
+    vector_column: str = "vector"
+    rows: Count
     identity: dict[str, Any]
-    vector_dtype: str
-    truncate: str
-    on_error: str
-    shard_rows: int
+    vector_dtype: Literal["float16", "float32"]
+    truncate: Literal["error", "end"]
+    on_error: Literal["fail", "skip", "null"]
+    shard_rows: Annotated[int, Field(ge=1)]
+    encoding: str = "utf-8"
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def vector_identity(self) -> VectorIdentity:
+        """`identity`, as an object."""
+        return VectorIdentity.from_dict(self.identity)
+
+    @field_validator("identity")
+    @classmethod
+    def _is_identity(cls, value: dict[str, Any]) -> dict[str, Any]:
+        VectorIdentity.from_dict(value)
+        return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """A finished one. `rows` are in the file, `rejected` are not embedded."""
+class Shard(Record):
+    """A finished shard.
+
+    Attributes:
+        name: Of its file.
+        rows: In the file.
+        rejected: Rows that were not embedded.
+        truncated: Rows whose text was cut.
+        reused: Rows whose vectors are another job's.
+        bytes: Of its file.
+        digest: Of its file; empty in a manifest of the first format.
+        tokens: That were embedded.
+        requests: That were sent.
+    """
 
     name: str
-    rows: int
-    rejected: int
-    bytes: int
-    tokens: int
-    requests: int
+    rows: Count
+    rejected: Count
+    truncated: Count = 0
+    reused: Count = 0
+    bytes: Count
+    digest: str = ""
+    tokens: Count
+    requests: Count
 
 
-@dataclass(slots=True, kw_only=True)
-class Manifest:
+class Manifest(Record):
     """A job's record.
 
     Attributes:
         job: What it is.
-        shards: What is finished: always the first so many.
-        seconds: That embedding took, over all runs.
+        shards: The finished ones, in order.
+        seconds: Time that embedding took, over all runs.
+        dollars: Price of these seconds on the GPU that was named; None if none was.
         runs: How often it was started.
-        dollars: For those seconds on the GPU that was named; None if none was.
-        complete: Whether all is there.
+        complete: Whether every shard is finished.
     """
 
-    job: Job
-    shards: list[Shard] = field(default_factory=list)
-    seconds: float = 0.0
-    runs: int = 0
-    dollars: float | None = None
+    format: Literal[1, 2] = FORMAT
     complete: bool = False
+    rows: Count = 0
+    rejected: Count = 0
+    truncated: Count = 0
+    reused: Count = 0
+    tokens: Count = 0
+    requests: Count = 0
+    job: Job
+    shards: list[Shard] = Field(default_factory=list)
+    seconds: Amount = 0.0
+    dollars: Amount | None = None
+    runs: Count = 0
 
-    @property
-    def tokens(self) -> int:
-        """That were embedded."""
-        return sum(shard.tokens for shard in self.shards)
+    @model_validator(mode="after")
+    def _has_all_shards(self) -> Self:
+        names = [f"part-{number:06}.parquet" for number in range(self.job.shards)]
+        if self.complete and [shard.name for shard in self.shards] != names:
+            raise ValueError("it lists other shards than the job has")
+        return self
+
+    def add(self, shard: Shard) -> None:
+        """Count a finished shard."""
+        self.shards.append(shard)
+        self.count()
+
+    def count(self) -> None:
+        """Set the sums."""
+        for name in ("rows", "rejected", "truncated", "reused", "tokens", "requests"):
+            setattr(self, name, sum(getattr(shard, name) for shard in self.shards))
 
     def write(self, folder: Path) -> None:
-        """Replace the one in `folder`; whoever reads it sees the old one or this one."""
-        content = {"format": FORMAT, "complete": self.complete, **self._totals(), **asdict(self)}
-        replace_file(folder / NAME, json.dumps(content, indent=1).encode() + b"\n")
-
-    def _totals(self) -> dict[str, Any]:
-        return {
-            "rows": sum(shard.rows for shard in self.shards),
-            "rejected": sum(shard.rejected for shard in self.shards),
-            "tokens": self.tokens,
-            "requests": sum(shard.requests for shard in self.shards),
-        }
+        """Replace the one in `folder`; a reader sees the old one or this one."""
+        replace_file(folder / NAME, self.to_bytes())
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The one in `folder`, or None.
+        """The one in `folder`; None if there is none.
 
         Raises:
-            ConfigurationError: It is none of this version's.
+            ConfigurationError: It is not valid.
         """
         path = folder / NAME
         try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}")
-            return cls(
-                job=Job(**content["job"]),
-                shards=[Shard(**shard) for shard in content["shards"]],
-                seconds=float(content["seconds"]),
-                runs=int(content["runs"]),
-                dollars=content["dollars"],
-                complete=bool(content["complete"]),
-            )
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise ConfigurationError(f"{path}: {error.strerror}.") from error
+        try:
+            return cls.from_bytes(content, str(path))
+        except ConfigurationError as error:
             raise ConfigurationError(
-                f"{path} is no manifest of this version ({error!r}): choose another --output."
-            ) from error
+                f"{error.message} Restore it from a copy, or choose another --output."
+            ) from None
 
 
-def check_same(stored: Job, asked: Job, folder: Path) -> None:
-    """See that a job goes on as it was begun.
+def check_same(stored: Job, job: Job, folder: Path) -> None:
+    """Check that a job is resumed as it was begun.
 
     Raises:
         IdentityMismatchError: The service has other vectors now.
-        ConfigurationError: The input, or an option, is another.
+        ConfigurationError: The input, or an option, has changed.
     """
-    if stored.identity != asked.identity:
-        VectorIdentity.from_dict(asked.identity).check(VectorIdentity.from_dict(stored.identity))
-    before, now = asdict(stored), asdict(asked)
-    differ = [name for name in before if before[name] != now[name]]
-    if not differ:
+    if stored.identity != job.identity:
+        job.vector_identity.check(stored.vector_identity)
+    before, now = stored.model_dump(), job.model_dump()
+    different = [name for name in before if before[name] != now[name]]
+    if list(stored.files) != list(job.files) and "files" not in different:
+        different.append("files")
+    if not different:
         return
-    if "files" in differ:
-        said = _changed_files(stored.files, asked.files)
+    if "files" in different:
+        what = _changed_files(stored.files, job.files)
     else:
-        said = "; ".join(f"{name} was {before[name]!r}, and is {now[name]!r}" for name in differ)
+        what = "; ".join(f"{name} was {before[name]!r}, and is {now[name]!r}" for name in different)
     raise ConfigurationError(
-        f"{folder} holds another job: {said}. Name another --output: what is finished here stays "
-        "good. Or remove it."
+        f"{folder} holds another job: {what}. Choose another --output, which keeps what is "
+        "finished here, or remove the folder."
     )
 
 
 def _changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    gone, new = [*(before.keys() - now.keys())], [*(now.keys() - before.keys())]
     changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
-    parts = {"changed": changed, "missing": gone, "new": new}
+    kinds = {
+        "changed": changed,
+        "missing": [*(before.keys() - now.keys())],
+        "new": [*(now.keys() - before.keys())],
+    }
     return (
         "; ".join(
             f"{what} input: {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}"
-            for what, names in parts.items()
+            for what, names in kinds.items()
             if names
         )
         or "the input files are in another order"
     )
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file, which detects damage."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,4 +1,5 @@
-"""How a job goes, for people: a bar on a terminal, a line now and then anywhere else."""
+"""How a job goes, for people: a bar on a terminal, a line now and then anywhere else. On stderr:
+stdout is for the result."""
 
 from __future__ import annotations
 
@@ -12,135 +13,162 @@ from typing import Any, Final
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Manifest, Shard
-from kalm_integrations.bulk.scan import Scan
+from kalm_integrations.bulk.plan import Plan
 from kalm_integrations.terminal import write
 
 _LOGGER: Final = logging.getLogger("kalm_integrations")
 _EVERY: Final = 10.0
 """Seconds between two lines."""
+_OUTAGE: Final = 60.0
+"""Seconds without a retry after which the next retry belongs to another outage."""
 
 
-class Progress:
-    """On stderr: stdout is for what the job says at its end.
+class ProgressView:
+    """The view of a job, here or on Modal.
 
     Args:
         dollars_per_second: Of the GPU that computes; None shows no cost.
     """
 
-    def __init__(self, dollars_per_second: float | None) -> None:
+    def __init__(self, dollars_per_second: float | None = None) -> None:
         self._dollars = dollars_per_second
         self._bar: Any = None
-        self._scanned = 0
-        self._rows = self._total = self._tokens = self._rejected = 0
-        self._troubles = _Troubles(self._say)
-        self._begun = self._said = time.monotonic()
+        self._task: Any = None
+        self._scanned = self._rows = self._tokens = self._rejected = self._left = 0
+        self._warnings = _Warnings(self.say)
+        self._begin = self._last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Show a line, now."""
+        if self._bar is not None:
+            self._bar.console.print(f"kalm embed: {text}", markup=False, highlight=False)
+        else:
+            write(f"kalm embed: {text}", sys.stderr)
+        self._last = time.monotonic()
+
+    def show(self, done: int, total: int, text: str) -> None:
+        """Show how far a job is.
+
+        Args:
+            done: Rows that are finished.
+            total: All rows.
+            text: The rest of the line.
+        """
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._open_bar(total)
+            self._bar.update(self._task, completed=done, total=total, text=text)
+        else:
+            self.now_and_then(f"{done:,} of {counted(total, 'row')}, {text}")
+
+    def now_and_then(self, text: str) -> None:
+        """Show a line, if the last one was a while ago."""
+        if time.monotonic() - self._last >= _EVERY:
+            self.say(text)
 
     def scanned(self, rows: int) -> None:
-        """Rows that were read before anything is sent."""
+        """So many rows more were read, before anything is sent."""
         self._scanned += rows
-        if self._scanned and self._due():
-            self._say(f"reading: {self._scanned:,} rows")
+        self.now_and_then(f"reading: {counted(self._scanned, 'row')}")
 
-    def begun(self, found: Scan, finished: int, manifest: Manifest) -> None:
-        """What there is to do."""
-        copies = found.rows - found.bad - found.distinct
-        parts = [f"{found.rows:,} rows", f"{found.distinct:,} texts, about {found.tokens:,} tokens"]
+    def begun(self, plan: Plan, finished: int, manifest: Manifest) -> None:
+        """The work begins."""
+        copies = plan.rows - plan.bad - plan.distinct
+        parts = [
+            counted(plan.rows, "row"),
+            f"{counted(plan.distinct, 'text')}, about {counted(plan.tokens, 'token')}",
+        ]
         if copies:
-            parts.append(f"{copies:,} copies")
-        if found.bad:
-            parts.append(f"{found.bad:,} cannot be embedded")
+            parts.append(f"{copies:,} {'copy' if copies == 1 else 'copies'}")
+        if plan.bad:
+            parts.append(f"{plan.bad:,} cannot be embedded")
         if manifest.complete:
             parts.append("all done before")
         elif finished:
-            parts.append(f"{finished:,} rows done before")
-        self._say("; ".join(parts))
-        self._total, self._rows = found.rows - found.bad, 0
-        self._begun = self._said = time.monotonic()
-        self._left = self._total - finished
-        _LOGGER.addHandler(self._troubles)
-        if not manifest.complete and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=self._total, initial=finished, unit=" rows", desc="Embedding", leave=False
-            )
+            parts.append(f"{counted(finished, 'row')} done before")
+        self.say("; ".join(parts))
+        self._total, self._finished, self._rows = plan.rows - plan.bad, finished, 0
+        self._left = max(0, self._total - finished)
+        self._begin = time.monotonic()
+        _LOGGER.addHandler(self._warnings)
 
     def embedded(self, rows: int, tokens: int, rejected: int) -> None:
-        """Rows that have their vectors, or cannot have any."""
+        """So many rows more have their vectors, or were rejected."""
         self._rows += rows + rejected
         self._tokens += tokens
         self._rejected += rejected
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._rates(), refresh=False)
-            self._bar.update(rows + rejected)
-        elif self._due():
-            seconds = time.monotonic() - self._begun
-            left = max(0, self._left - self._rows) * seconds / max(1, self._rows)
-            self._say(
-                f"{self._total - self._left + self._rows:,} of {self._total:,} rows, "
-                f"{self._rows / seconds:,.0f} rows/s, {self._rates()}, about {duration(left)} left"
-            )
+        self.show(min(self._total, self._finished + self._rows), self._total, self._rates())
 
     def written(self, shard: Shard) -> None:
-        """Nothing: a bar is enough."""
+        """A shard is on the disk."""
 
     def close(self) -> None:
         """Take the bar away."""
-        _LOGGER.removeHandler(self._troubles)
+        _LOGGER.removeHandler(self._warnings)
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
             self._bar = None
 
+    def _open_bar(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("Embedding"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("rows, {task.fields[text]}", markup=False),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total, text="")
+        self._bar.start()
+
     def _rates(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._begun)
-        said = [f"{self._tokens / seconds:,.0f} tokens/s"]
-        if self._dollars is not None and self._rows:
-            so_far = seconds * self._dollars
-            to_come = so_far * max(0, self._left - self._rows) / self._rows
-            said += [f"${so_far:,.2f} so far", f"${to_come:,.2f} to come"]
-        for number, what in ((self._rejected, "rejected"), (self._troubles.seen, "warnings")):
-            if number:
-                said.append(f"{number:,} {what}")
-        return ", ".join(said)
-
-    def _due(self) -> bool:
-        now = time.monotonic()
-        if now - self._said < _EVERY:
-            return False
-        self._said = now
-        return True
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        write(f"kalm embed: {text}", sys.stderr)
-        if self._bar is not None:
-            self._bar.refresh()
+        seconds = max(1e-9, time.monotonic() - self._begin)
+        left = max(0, self._left - self._rows) * seconds / max(1, self._rows)
+        parts = [
+            f"{self._rows / seconds:,.0f} rows/s",
+            f"{self._tokens / seconds:,.0f} tokens/s",
+            f"about {duration(left)} left",
+        ]
+        if self._dollars is not None:
+            parts += [
+                f"${seconds * self._dollars:,.2f} so far",
+                f"${left * self._dollars:,.2f} to come",
+            ]
+        if self._rejected:
+            parts.append(f"{self._rejected:,} rejected")
+        if self._warnings.seen:
+            parts.append(counted(self._warnings.seen, "warning"))
+        return ", ".join(parts)
 
 
-class _Troubles(logging.Handler):
-    """What the client warns of while it goes on, retries for instance: counted, and now and then
-    said. Many requests are under way, and what one of them meets, all do."""
+class _Warnings(logging.Handler):
+    """The client's warnings while it goes on: each once, and one retry of each outage, because
+    many requests are under way and all of them meet what one of them meets."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         super().__init__(logging.WARNING)
         self._say = say
-        self._said = -_EVERY
-        self._unsaid = self.seen = 0
+        self._last_retry = -_OUTAGE
+        self._shown: set[str] = set()
+        self.seen = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         self.seen += 1
-        now = time.monotonic()
-        if now - self._said < _EVERY:
-            self._unsaid += 1
-            return
-        more = f" ({self._unsaid:,} more warnings since the last of these lines)"
-        self._say(record.getMessage() + (more if self._unsaid else ""))
-        self._said, self._unsaid = now, 0
+        text, now = record.getMessage(), time.monotonic()
+        if text.startswith("retry "):
+            if now - self._last_retry >= _OUTAGE:
+                self._say(f"the service does not answer, and is waited for: {text}")
+            self._last_retry = now
+        elif text not in self._shown:
+            self._shown.add(text)
+            self._say(text)
 
 
 def counted(number: int, what: str) -> str:
-    """A number and what there are so many of: "1 shard", "2,000 shards"."""
+    """A number and its unit: "1 shard", "2,000 shards"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -154,38 +182,43 @@ def duration(seconds: float) -> str:
 
 
 def outcome(
-    done: Manifest, folder: Path, *, as_json: bool, more: Mapping[str, Any] | None = None
+    manifest: Manifest, folder: Path, *, as_json: bool, more: Mapping[str, Any] | None = None
 ) -> str:
-    """What is said of a job that has come to its end.
+    """The result of a job that has come to its end, or to a limit.
 
     Args:
-        done: Its record.
+        manifest: Its record.
         folder: Its output.
         as_json: As one document.
         more: Further fields of that.
     """
-    rows, rejected = (sum(getattr(s, n) for s in done.shards) for n in ("rows", "rejected"))
+    names = ("rows", "rejected", "truncated", "reused", "tokens", "seconds", "dollars", "runs")
     if as_json:
         content = {
             "output": str(folder),
-            "rows": rows,
-            "rejected": rejected,
-            "tokens": done.tokens,
-            "shards": len(done.shards),
-            "seconds": done.seconds,
-            "dollars": done.dollars,
-            "runs": done.runs,
-            "identity": done.job.identity,
+            "complete": manifest.complete,
+            "shards": len(manifest.shards),
+            "identity": manifest.job.identity,
+            **{name: getattr(manifest, name) for name in names},
             **(more or {}),
         }
         return json.dumps(content, indent=2)
-    said = (
-        f"{counted(rows, 'row')} in {counted(len(done.shards), 'shard')}, {done.tokens:,} tokens, "
-        f"{duration(done.seconds)}"
-    )
-    if done.dollars is not None:
-        said += f", ${done.dollars:,.2f}"
-    said += f": {folder / shards.FOLDER}"
-    if rejected:
-        said += f"\n{counted(rejected, 'row')} rejected: {folder / shards.REJECTED} has the reasons"
-    return said
+    lines = [
+        f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}, "
+        f"{counted(manifest.tokens, 'token')}, {duration(manifest.seconds)}"
+        + ("" if manifest.dollars is None else f", ${manifest.dollars:,.2f}")
+        + f": {folder / shards.FOLDER}"
+    ]
+    if manifest.reused:
+        lines.append(f"{counted(manifest.reused, 'row')} reused the vector of an earlier output")
+    if manifest.truncated:
+        lines.append(
+            f"{counted(manifest.truncated, 'row')} cut to the model's length: column "
+            f"{shards.TRUNCATED!r}"
+        )
+    if manifest.rejected:
+        lines.append(
+            f"{counted(manifest.rejected, 'row')} rejected: {folder / shards.REJECTED} has the "
+            "reasons"
+        )
+    return "\n".join(lines)

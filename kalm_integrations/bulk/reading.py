@@ -1,4 +1,5 @@
-"""What a job has made, read back: for numpy, and for the stores of LangChain and LlamaIndex."""
+"""The output of a finished job, read back: for numpy, and for the stores of LangChain and
+LlamaIndex."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.shards import FOLDER, METADATA, VECTOR
+from kalm_integrations.bulk.ids import id_strings
+from kalm_integrations.bulk.manifest import Manifest, Shard
+from kalm_integrations.bulk.shards import FOLDER, METADATA, python_texts, read_table
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 
@@ -39,8 +40,10 @@ class Rows:
         return len(self.texts)
 
     def metadata(self) -> list[dict[str, Any]]:
-        """The other columns, one dictionary a row."""
-        return list(self.columns.to_pylist())
+        """The other columns, one dictionary a row. A column with values that Python cannot hold,
+        such as dates after the year 9999, comes as text."""
+        columns = {name: _python_values(self.columns[name]) for name in self.columns.column_names}
+        return [{name: values[row] for name, values in columns.items()} for row in range(len(self))]
 
 
 def read(folder: str | Path, *, expected: VectorIdentity | None = None) -> Iterator[Rows]:
@@ -52,7 +55,7 @@ def read(folder: str | Path, *, expected: VectorIdentity | None = None) -> Itera
             space before they are in an index.
 
     Raises:
-        ConfigurationError: There is no job, or it is not finished.
+        ConfigurationError: There is no job, or it is not finished, or a shard is damaged.
         IdentityMismatchError: The vectors are not the expected ones.
     """
     folder = Path(folder)
@@ -62,27 +65,41 @@ def read(folder: str | Path, *, expected: VectorIdentity | None = None) -> Itera
     if not manifest.complete:
         raise ConfigurationError(f"the job in {folder} is not finished: run it again.")
     if expected is not None:
-        expected.check(VectorIdentity.from_dict(manifest.job.identity))
-    return _rows(folder, manifest)
+        expected.check(manifest.job.vector_identity)
+    return (_rows(folder, manifest, shard) for shard in manifest.shards)
 
 
-def _rows(folder: Path, manifest: Manifest) -> Iterator[Rows]:
-    job = manifest.job
-    for shard in manifest.shards:
-        table = pq.read_table(folder / FOLDER / shard.name)
+def _rows(folder: Path, manifest: Manifest, shard: Shard) -> Rows:
+    job, path = manifest.job, folder / FOLDER / shard.name
+    try:
+        table = read_table(path, shard.digest)
         written = json.loads(table.schema.metadata[METADATA])
-        if written != job.identity or len(table) != shard.rows:
-            raise ConfigurationError(f"{shard.name} in {folder} is not this job's.")
-        column = table.column(VECTOR).combine_chunks()
-        if column.null_count:
-            table = table.filter(column.is_valid())
-            column = table.column(VECTOR).combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        width = column.type.list_size
-        ids = None if job.id_column is None else list(map(str, table[job.id_column].to_pylist()))
-        yield Rows(
-            texts=table[job.text_column].to_pylist(),
-            ids=ids,
-            vectors=flat.reshape(-1, width).astype(np.float32),
-            columns=table.drop_columns([VECTOR, job.text_column]),
-        )
+        vector = table.column(job.vector_column).combine_chunks()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}.") from error
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}.") from error
+    if written != job.identity or len(table) != shard.rows:
+        raise ConfigurationError(f"{shard.name} in {folder} is not this job's.")
+    if vector.null_count:
+        table = table.filter(vector.is_valid())
+        vector = table.column(job.vector_column).combine_chunks()
+    flat = vector.flatten().to_numpy(zero_copy_only=False)
+    ids = None if job.id_column is None else id_strings(table[job.id_column])
+    return Rows(
+        texts=python_texts(table[job.text_column]),
+        ids=None if ids is None else [str(value) for value in ids],
+        vectors=flat.reshape(-1, vector.type.list_size).astype(np.float32),
+        columns=table.drop_columns([job.vector_column, job.text_column]),
+    )
+
+
+def _python_values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, ArithmeticError):
+        pass
+    try:
+        return list(column.cast(pa.string()).to_pylist())
+    except pa.ArrowException:
+        return [str(value) for chunk in column.chunks for value in chunk]

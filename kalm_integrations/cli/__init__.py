@@ -150,14 +150,14 @@ def _run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         failure = Failure.of(error, command)
-    except KeyboardInterrupt:
-        failure = Failure("interrupted", "interrupted by Ctrl-C.", "", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        failure = Failure("interrupted", str(error) or "interrupted.", "", INTERRUPTED)
     except Exception as error:
         if not as_json:
             raise
         traceback.print_exc()
         failure = Failure.of(error, command)
-    if failure.exit_status != INTERRUPTED:
+    if failure.exit_status != INTERRUPTED or command == "kalm embed":
         sys.stderr.write(f"{command}: {failure.message} {failure.remedy}".strip() + "\n")
     if as_json:  # also where the arguments were not understood
         from kalm_integrations.cli.documents import Error, ErrorDocument

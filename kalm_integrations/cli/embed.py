@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from cyclopts import Group, Parameter
 
-from kalm_integrations.cli import console
 from kalm_integrations.cli.failures import needs
-from kalm_integrations.cli.parameters import Json, Quantization, TextColumn, between
+from kalm_integrations.cli.parameters import (
+    Json,
+    Quantization,
+    TextColumn,
+    between,
+    positive,
+)
 from kalm_integrations.errors import ConfigurationError
 
 _ON_MODAL: Final = Group(
@@ -35,6 +39,10 @@ class EmbedOptions:
     ] = None
     text_column: TextColumn = None
     id_column: Annotated[str | None, Parameter(help="Column used as the document ID.")] = None
+    allow_duplicate_ids: Annotated[bool, Parameter(help="Accept an ID more than once.")] = False
+    encoding: Annotated[
+        str | None, Parameter(help="Encoding of CSV and text files. Default: utf-8.")
+    ] = None
     on_error: Annotated[
         Literal["fail", "skip", "null"],
         Parameter(
@@ -47,6 +55,8 @@ class EmbedOptions:
         Literal["auto", "local", "http", "modal"] | None,
         Parameter(help="Where vectors come from. Default: KALM_BACKEND, else what is configured."),
     ] = None
+    vector_column: Annotated[str, Parameter(help="Column for the vectors.")] = "vector"
+    replace_vector: Annotated[bool, Parameter(help="Drop the input's column of that name.")] = False
     vector_dtype: Annotated[
         Literal["float16", "float32"] | None,
         Parameter(help="Type of the vectors. Default: float16."),
@@ -60,6 +70,22 @@ class EmbedOptions:
             validator=between(1),
             help="Input rows of each shard, of which three are in memory. Default: 8192.",
         ),
+    ] = None
+    reuse: Annotated[
+        tuple[str, ...],
+        Parameter(
+            metavar="DIR",
+            consume_multiple=False,
+            help="Take the vectors of texts that this complete output already has. May be "
+            "repeated.",
+        ),
+    ] = ()
+    max_dollars: Annotated[
+        float | None,
+        Parameter(validator=positive, help="Stop before the job costs more; needs --gpu."),
+    ] = None
+    max_hours: Annotated[
+        float | None, Parameter(validator=positive, help="Stop before the job takes longer.")
     ] = None
     gpu: Annotated[
         str | None, Parameter(help="GPU that the service runs on, to show what the job costs.")
@@ -115,30 +141,20 @@ def embed(
         str | None,
         Parameter(
             help="Parquet, JSON Lines, CSV (*.csv, *.tsv), text (*.txt, one text a line; *.md and "
-            "*.rst, one text a file), a folder of such files, or a glob in quotes."
+            "*.rst, one text a file), a folder of such files, a glob in quotes, or an address "
+            "such as s3://BUCKET/path that fsspec reads."
         ),
     ] = None,
     /,
     *,
     options: Annotated[EmbedOptions, Parameter(name="*")] = EmbedOptions(),
-) -> None:
+) -> int:
     """Embed a corpus, or show what that would take."""
     _check(input, options)
     with needs("bulk"):
-        from kalm_integrations.bulk.options import run
+        from kalm_integrations.bulk.command import run
 
-        text = run(input, options)
-    if not options.json:
-        sys.stdout.write(text + "\n")
-        return
-    from kalm_integrations.cli import documents
-
-    kind: type[documents.Document] = documents.EmbedOutcome
-    if options.dry_run:
-        kind = documents.EmbedForecast
-    elif options.status or options.cancel or options.detach:
-        kind = documents.JobStatus
-    console.print_document(kind.model_validate_json(text))
+        return run(input, options)
 
 
 def _check(source: str | None, options: EmbedOptions) -> None:
@@ -174,7 +190,7 @@ def _check_modal(source: str, options: EmbedOptions, given: set[str]) -> None:
     if options.on is None:
         if wrong := [name for name in _FOR_MODAL if name in given]:
             raise ConfigurationError(f"{_option(wrong[0])} is for --on modal.")
-        if remote:
+        if source.startswith("modal://"):
             raise ConfigurationError(f"{source} can be read with --on modal only.")
     elif options.backend not in (None, "modal"):
         raise ConfigurationError(f"--on modal does not go with --backend {options.backend}.")
@@ -183,6 +199,8 @@ def _check_modal(source: str, options: EmbedOptions, given: set[str]) -> None:
         raise ConfigurationError(f"--dry-run does not go with {what}: it reads on this machine.")
     elif not options.dry_run and options.gpu is not None:
         raise ConfigurationError("--gpu goes with --dry-run: a job on Modal records its own cost.")
+    elif remote and options.reuse:
+        raise ConfigurationError(f"--reuse does not go with {source}: it reads on this machine.")
 
 
 def _option(name: str) -> str:

@@ -53,6 +53,16 @@ def between(low: int, high: int | None = None) -> Any:
     return validators.Number(gte=low, lte=high)
 
 
+def positive(_: type, value: float | None) -> None:
+    """The validator of an amount.
+
+    Raises:
+        ValueError: It is not a number above 0.
+    """
+    if value is not None and not 0 < value < float("inf"):  # NaN too
+        raise ValueError("Must be a number above 0.")
+
+
 def names(_: type, tokens: Sequence[Token]) -> tuple[str, ...]:
     """Read names with commas between them.
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.validation import why_invalid
-
-if TYPE_CHECKING:
-    from kalm_integrations.bulk.sources import Row
 
 
 class Texts(NamedTuple):
@@ -32,23 +28,6 @@ class Judged(NamedTuple):
     relevance: dict[str, dict[str, int]]
 
 
-def rows(path: Path, text_column: str | None) -> Iterator[Row]:
-    """The rows of a file or folder that `kalm embed` reads.
-
-    Raises:
-        ConfigurationError: A row cannot be read.
-        ImportError: The extra "eval" is not installed.
-    """
-    from kalm_integrations.bulk.sources import find
-
-    source = find(str(path), text_column)
-    for file in source.files:
-        for row in source.rows(file):
-            if row.unreadable:
-                raise ConfigurationError(f"{row.place} {row.unreadable}.")
-            yield row
-
-
 def _checked(text: Any, place: str) -> str:
     if reason := why_invalid(text, "end"):
         raise ConfigurationError(f"{place} {reason}. Fix or remove this text.")
@@ -57,8 +36,10 @@ def _checked(text: Any, place: str) -> str:
 
 def read_distinct(path: Path, text_column: str | None, maximum: int) -> Texts:
     """Different texts of a file or folder; of more than `maximum` always the same sample."""
+    from kalm_integrations.readers import rows
+
     places: dict[str, str] = {}
-    for row in rows(path, text_column):
+    for row in rows(str(path), text_column):
         places.setdefault(_checked(row.text, row.place), row.place)
     texts = list(places)
     if len(texts) > maximum:
@@ -99,8 +80,10 @@ def read_judged(folder: Path, split: str) -> Judged:
 
 
 def _with_ids(path: Path) -> Texts:
+    from kalm_integrations.readers import rows
+
     texts: dict[str, str] = {}
-    for row in rows(path, None):
+    for row in rows(str(path)):
         name = str(row.columns.get("_id", ""))
         if not name or name in texts:
             raise ConfigurationError(f"{row.place} has no '_id', or that of another row.")

@@ -10,26 +10,33 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-import pyarrow as pa
-
-from kalm_integrations.bulk import parts, shards
+from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.embedding import Send, Sender, embed_texts
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import job_state, worker_pool
-from kalm_integrations.bulk.on_modal.job_state import Attempt, Description, Record, Stop
-from kalm_integrations.bulk.on_modal.state import Reader
-from kalm_integrations.bulk.on_modal.store import FolderStore
-from kalm_integrations.bulk.shards import Filling
-from kalm_integrations.errors import (
-    InvalidInputError,
-    KalmError,
-    TransportError,
+from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.on_modal.state import (
+    Attempt,
+    Attempts,
+    Description,
+    Failure,
+    FolderStore,
+    Reader,
+    Run,
+    ShardRecord,
+    Stop,
+    file_of,
 )
+from kalm_integrations.bulk.shards import Part, ShardBuilder
+from kalm_integrations.config import ClientConfig
+from kalm_integrations.errors import InvalidInputError, KalmError, TransportError
 from kalm_integrations.identity import SpaceIdentity
-from modal_backend.bulk.embedding import embed
+from kalm_integrations.session import Call, Session
+from kalm_integrations.transports.in_process import InProcessTransport
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -67,6 +74,8 @@ class Container:
     failure: KalmError | None = None
 
 
+_FOREVER: Final = 86_400.0
+"""Seconds for a request: how long a shard may take is for Modal's own limit."""
 VOLUME_SECONDS = 600.0
 """How long one reading or writing of files may take before another container is asked."""
 
@@ -96,6 +105,7 @@ class Worker:
         self._container = container
         self._give_way = give_way
         self._lock = asyncio.Lock()
+        self._readers: dict[Path, Reader] = {}
         self._over: dict[str, str] = {}
         """Runs that are known to be over, and why: their inputs need no look at the Volume."""
 
@@ -120,7 +130,7 @@ class Worker:
         limit = asyncio.timeout(worker_pool.seconds_for(claimed.tokens[number]))
         try:
             async with limit:
-                await self._embed_claimed(folder, run, claimed.job, number)
+                await self._embed_claimed(folder, run, claimed, number)
         except Exception as error:
             failure = error if isinstance(error, KalmError) else _unexpected(error)
             if limit.expired():
@@ -135,11 +145,16 @@ class Worker:
             await self._with_files(lambda: _write_manifest(folder))
         return "finished"
 
-    async def _embed_claimed(self, folder: Path, run: str, job: Job, number: int) -> None:
+    async def _embed_claimed(
+        self, folder: Path, run: str, description: Description, number: int
+    ) -> None:
+        job = description.job
         path = folder / job_state.INPUT / shards.name_of(number)
-        part = await self._with_files(lambda: parts.read(path, job.text_column), commit=False)
-        filling = await embed(self._service, job, number, part)
-        await self._with_files(lambda: self._finish(folder, run, job, filling, part.columns))
+        part = await self._with_files(
+            lambda: Part.read(path, number, job, description.digests[number]), commit=False
+        )
+        builder = await embed_part(self._service, job, part)
+        await self._with_files(lambda: self._finish(folder, run, builder))
 
     async def _with_files(
         self, work: Callable[[], T], *, reload: bool = False, commit: bool = True
@@ -173,11 +188,13 @@ class Worker:
             stopped = self._note_canary(store, here, self._container.failure)
             # It is this container that sees the run's other inputs off: another would be paid.
             return self._ended(run, "the run was stopped") if stopped else None
-        description = Description.from_bytes(store.read(job_state.JOB))
+        description = Description.from_bytes(store.read(job_state.JOB), job_state.JOB)
         if self._service.failure is None and (differs := self._differs(description.job.identity)):
-            stop = Stop(reason="identity", message=differs)
-            store.write({f"{here}/{job_state.STOPPED}": job_state.to_bytes(stop)})
+            self._stop(store, here, "identity", differs)
             return self._ended(run, differs)
+        if limit := self._limit_reached(folder, run):
+            self._stop(store, here, "limit", limit)
+            return self._ended(run, limit)
         attempts = self._attempts(folder, run, number)
         if len(attempts) >= job_state.MOST_ATTEMPTS:
             lost = TransportError(
@@ -193,9 +210,34 @@ class Worker:
                 dollars_per_second=self._container.dollars_per_second,
             )
         )
-        store.write({f"{here}/{job_state.attempts_name(number)}": job_state.to_bytes(attempts)})
+        self._note_attempts(store, here, number, attempts)
         (folder / shards.FOLDER).mkdir(exist_ok=True)
         return description
+
+    def _limit_reached(self, folder: Path, run: str) -> str:
+        """Which limit the job has reached; empty if none."""
+        path = folder / job_state.RUNS / run / job_state.RUN
+        limits = Run.from_bytes(path.read_bytes(), job_state.RUN)
+        if limits.max_dollars is None and limits.max_hours is None:
+            return ""
+        state = self._readers.setdefault(folder, Reader(FolderStore(folder))).read()
+        if state is None:
+            return ""
+        if limits.max_dollars is not None and state.dollars >= limits.max_dollars:
+            return f"the job has cost ${state.dollars:,.2f}, and --max-dollars is reached."
+        if limits.max_hours is not None and state.seconds >= 3600 * limits.max_hours:
+            return f"containers took {state.seconds / 3600:,.2f} h, and --max-hours is reached."
+        return ""
+
+    def _stop(self, store: FolderStore, here: str, reason: str, message: str) -> None:
+        stop = Stop(reason=reason, message=message)
+        store.write({f"{here}/{job_state.STOPPED}": stop.to_bytes()})
+
+    def _note_attempts(
+        self, store: FolderStore, here: str, number: int, attempts: list[Attempt]
+    ) -> None:
+        content = Attempts(attempts=attempts).to_bytes()
+        store.write({f"{here}/{file_of(number, 'attempts')}": content})
 
     def _unwanted(self, store: FolderStore, run: str, number: int) -> str:
         """Why nothing is to be done; empty if something is."""
@@ -205,59 +247,52 @@ class Worker:
             return self._ended(run, "a newer run has taken over")
         if (store.folder / here / job_state.STOPPED).exists():
             return self._ended(run, "the run was stopped")
-        if (store.folder / job_state.RECORDS / job_state.record_name(number)).exists():
+        if (store.folder / job_state.RECORDS / file_of(number)).exists():
             return "finished before"
-        given_up = (store.folder / here / job_state.failed_name(number)).exists()
+        given_up = (store.folder / here / file_of(number, "failed")).exists()
         return "given up" if given_up else ""
 
-    def _finish(
-        self, folder: Path, run: str, job: Job, filling: Filling, columns: pa.Table
-    ) -> None:
-        shard = shards.write(folder, filling, job, columns)
-        record = Record(
-            shard=shard,
-            attempts=self._attempts(folder, run, filling.number),
+    def _finish(self, folder: Path, run: str, builder: ShardBuilder) -> None:
+        record = ShardRecord(
+            shard=builder.write(folder),
+            attempts=self._attempts(folder, run, builder.part.number),
             finished=time.time(),
             gpu=self._container.gpu,
         )
-        name = f"{job_state.RECORDS}/{job_state.record_name(filling.number)}"
-        FolderStore(folder).write({name: job_state.to_bytes(record)})
+        name = f"{job_state.RECORDS}/{file_of(builder.part.number)}"
+        FolderStore(folder).write({name: record.to_bytes()})
 
     def _failed(self, folder: Path, run: str, number: int, failure: KalmError) -> bool:
         """Record it; whether the shard is given up."""
         store, here = FolderStore(folder), f"{job_state.RUNS}/{run}"
         attempts = self._attempts(folder, run, number)
-        attempts[-1] = replace(attempts[-1], error=str(failure))
+        attempts[-1] = attempts[-1].model_copy(update={"error": str(failure)})
         hopeless = isinstance(failure, InvalidInputError)
         if hopeless or len(attempts) >= job_state.MOST_ATTEMPTS:
             self._give_up(store, here, number, failure, attempts)
             return True
-        store.write({f"{here}/{job_state.attempts_name(number)}": job_state.to_bytes(attempts)})
+        self._note_attempts(store, here, number, attempts)
         return False
 
     def _attempts(self, folder: Path, run: str, number: int) -> list[Attempt]:
-        path = folder / job_state.RUNS / run / job_state.attempts_name(number)
-        return job_state.read_attempts(path.read_bytes()) if path.exists() else []
+        path = folder / job_state.RUNS / run / file_of(number, "attempts")
+        return Attempts.from_bytes(path.read_bytes(), path.name).attempts if path.exists() else []
 
     def _give_up(
         self, store: FolderStore, here: str, number: int, why: KalmError, attempts: list[Attempt]
     ) -> None:
-        said = why.message
-        failure = job_state.Failure(code=why.code, message=said, attempts=attempts)
-        store.write({f"{here}/{job_state.failed_name(number)}": job_state.to_bytes(failure)})
+        failure = Failure(code=why.code, message=why.message, attempts=attempts)
+        store.write({f"{here}/{file_of(number, 'failed')}": failure.to_bytes()})
 
     def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> bool:
         """Record it; whether it was one too many."""
-        said = failure.message
-        store.write(
-            {f"{here}/canary-{self._container.id}.json": job_state.to_bytes({"said": said})}
-        )
+        note = Stop(reason="canary", message=failure.message).to_bytes()
+        store.write({f"{here}/canary-{self._container.id}.json": note})
         found = [name for name in store.names(here) if name.startswith("canary-")]
         if len(found) < job_state.MOST_CANARIES:
             return False
-        message = f"{len(found)} containers could not be trusted, the last one said: {said}"
-        stop = Stop(reason="canary", message=message)
-        store.write({f"{here}/{job_state.STOPPED}": job_state.to_bytes(stop)})
+        message = f"{len(found)} containers could not be trusted, the last one: {failure.message}"
+        self._stop(store, here, "canary", message)
         return True
 
     def _differs(self, identity: dict[str, object]) -> str:
@@ -268,6 +303,44 @@ class Worker:
     def _ended(self, run: str, why: str) -> str:
         self._over[run] = why
         return why
+
+
+async def embed_part(service: EmbeddingService, job: Job, part: Part) -> ShardBuilder:
+    """Embed a part with the service in this process, as a local job does with any service.
+
+    Raises:
+        InvalidInputError: With on_error="fail", texts that cannot be embedded, by their places.
+        KalmError: The engine failed, or gave what is no vector of the job's.
+    """
+    identity = job.vector_identity
+    builder = ShardBuilder(part, job, identity.dimensions or service.dimensions[0])
+    transport, cut = InProcessTransport(service), job.truncate == "end"
+
+    def sending(truncate: str) -> tuple[ClientConfig, Send]:
+        fixed: dict[str, Any] = {
+            "model": identity.space.model,
+            "expected_identity": identity.space,
+            "dimensions": identity.dimensions or None,
+            "vector_dtype": job.vector_dtype,
+            "truncate": truncate,
+        }
+        config = ClientConfig(backend="modal", timeout=_FOREVER, max_retries=2, **fixed)
+        session = Session(config, transport)
+        call = Call(role="document", timeout=_FOREVER, skip_invalid=True)
+        return config, lambda batch: session.send(batch, call)
+
+    config, send = sending(job.truncate)
+    sender = Sender(
+        sending("error")[1] if cut else send,
+        send_cut=send if cut else None,
+        wait=send,
+        template=identity.document_template,
+        limits=config.request_limits,
+        concurrency=config.max_concurrency,
+    )
+    await embed_texts(sender, builder.own_texts(), builder.add)
+    builder.check()
+    return builder
 
 
 def _all_there(folder: Path) -> bool:

@@ -12,18 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_integrations import cli
-from kalm_integrations.bulk import parts
-from kalm_integrations.bulk.job_spec import Options, Terms
-from kalm_integrations.bulk.on_modal import job_state, output, worker_pool
-from kalm_integrations.bulk.on_modal.remote_input import Remote
-from kalm_integrations.bulk.on_modal.submit import scanned
+from kalm_integrations import KalmClient, cli
+from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.manifest import Job
+from kalm_integrations.bulk.on_modal import command as modal_command
+from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.on_modal.cloud import RemoteInput
+from kalm_integrations.bulk.plan import Options, Plan, make_plan
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.readers import Source
 from modal_backend import gpus
 from modal_backend.costs import choices
 
 JOB = "embed-0123456789abcdef"
-TERMS = Terms(identity={}, vector_dtype="float16", truncate="error")
+IDENTITY = KalmClient(backend="local").vector_identity.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ TERMS = Terms(identity={}, vector_dtype="float16", truncate="error")
     [
         ("in.jsonl --output o --detach", "--detach is for --on modal"),
         ("in.jsonl --output o --max-containers 2", "--max-containers is for --on modal"),
-        ("s3://b/x --output o", "s3://b/x can be read with --on modal only"),
+        ("modal://b/x --output o", "modal://b/x can be read with --on modal only"),
         ("in.jsonl --output o --on modal --backend local", "does not go with --backend local"),
         ("in.jsonl --output o --on modal --gpu H100", "--gpu goes with --dry-run"),
         ("in.jsonl --on modal", "--output is missing"),
@@ -57,7 +60,7 @@ def test_what_does_not_go_together_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
-    monkeypatch.setattr("kalm_integrations.bulk.on_modal.deployment.find", lambda _: None)
+    monkeypatch.setattr("kalm_integrations.bulk.on_modal.cloud.find", lambda _: None)
     assert cli.main(["embed", *command.split()]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -92,6 +95,11 @@ VALUES = st.one_of(
 )
 
 
+def planned(source: Path, options: Options) -> tuple[Plan, Job]:
+    plan = make_plan(Source(str(source)), "error", options, lambda _: None)
+    return plan, plan.job(IDENTITY, "float16")
+
+
 @given(rows=st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=25), size=st.integers(1, 7))
 def test_parts_have_every_row_once_with_its_text_or_its_reason(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[Any, Any]], size: int
@@ -103,26 +111,30 @@ def test_parts_have_every_row_once_with_its_text_or_its_reason(
     options = Options(shard_rows=size, on_error="null")
     if not any(good):
         return
-    local = scanned(str(source), options, TERMS, lambda _: None)
+    plan, job = planned(source, options)
     row = 0
-    for path, tokens in parts.split(local.source, local.found, local.job, folder):
-        part = parts.read(path, "text")
-        texts = dict(part.texts)
-        for n, place in enumerate(part.places):
+    for part in plan.parts():
+        path = folder / shards.name_of(part.number)
+        _, digest = part.write(path)
+        read = shards.Part.read(path, part.number, job, digest)
+        assert read.places == part.places
+        assert read.reasons == part.reasons
+        assert read.columns.equals(part.columns)
+        assert list(read.first >= 0) == list(part.first >= 0)
+        for n, place in enumerate(read.places):
             assert place == f"in.jsonl line {row + 1}"
-            assert texts.get(n) == (rows[row][0] if good[row] else None)
-            assert (n in part.reasons) == (not good[row])
+            assert (n in read.reasons) == (not good[row])
+            assert not good[row] or read.texts[n] == rows[row][0]
             row += 1
-        assert part.columns.schema.equals(local.found.schema)
-        assert (tokens > 0) == bool(texts)
+        assert (part.tokens > 0) == any(n not in read.reasons for n in range(len(read)))
     assert row == len(rows)
 
 
 def test_columns_with_our_names_are_refused(tmp_path: Path) -> None:
     table = pa.table({"text": ["a"], "kalm:place": ["b"]})
     pq.write_table(table, tmp_path / "in.parquet")
-    with pytest.raises(ConfigurationError, match="names that begin with 'kalm:' are ours"):
-        scanned(str(tmp_path / "in.parquet"), Options(), TERMS, lambda _: None)
+    with pytest.raises(ConfigurationError, match="'kalm:place'"):
+        planned(tmp_path / "in.parquet", Options())
 
 
 def test_a_job_s_name_follows_from_what_decides_its_output(tmp_path: Path) -> None:
@@ -131,29 +143,23 @@ def test_a_job_s_name_follows_from_what_decides_its_output(tmp_path: Path) -> No
     (tmp_path / "elsewhere" / "in.jsonl").write_text('{"text": "a"}\n')
 
     def name(where: str = "in.jsonl", **changed: Any) -> str:
-        return scanned(str(tmp_path / where), Options(**changed), TERMS, lambda _: None).name
+        _, job = planned(tmp_path / where, Options(**changed))
+        return job_state.job_name(job.model_dump())
 
     assert job_state.is_job_name(name())
     assert name() == name("elsewhere/in.jsonl") == name(dollars_per_second=1.0)
     assert len({name(), name(shard_rows=5), name(on_error="skip"), name(id_column="text")}) == 4
-    remote = Remote.read("s3://b/x", None)
-    assert remote is not None
-    same, other = (
-        Remote.read(f"s3://b/{path}", secret) for path, secret in (("x", "s"), ("y", None))
-    )
-    assert same is not None
-    assert other is not None
-    names = [r.job_name(Options(), TERMS) for r in (remote, same, other)]
-    assert names[0] == names[1] != names[2]
+    addresses = [RemoteInput.parse(f"s3://b/{path}", None) for path in ("x", "/x/", "y")]
+    assert [remote and remote.address for remote in addresses] == ["s3://b/x"] * 2 + ["s3://b/y"]
 
 
 def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
-    output.claim(tmp_path / "out", JOB, None)
-    output.claim(tmp_path / "out", JOB, None)
-    assert output.named(str(tmp_path / "out")) == JOB
+    modal_command.claim(tmp_path / "out", JOB, None)
+    modal_command.claim(tmp_path / "out", JOB, None)
+    assert modal_command.job_named(str(tmp_path / "out")) == JOB
     with pytest.raises(ConfigurationError, match=f"holds {JOB}"):
-        output.claim(tmp_path / "out", "embed-ffffffffffffffff", None)
+        modal_command.claim(tmp_path / "out", "embed-ffffffffffffffff", None)
     (tmp_path / "of somebody" / "shards").mkdir(parents=True)
     (tmp_path / "of somebody" / "shards" / "part-000000.parquet").touch()
     with pytest.raises(ConfigurationError, match="shards of another job"):
-        output.claim(tmp_path / "of somebody", JOB, None)
+        modal_command.claim(tmp_path / "of somebody", JOB, None)

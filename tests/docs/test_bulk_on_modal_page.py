@@ -7,11 +7,39 @@ from pathlib import Path
 
 import pytest
 
-from kalm_integrations.bulk.on_modal import job_state, monitor, worker_pool
-from kalm_integrations.bulk.on_modal.forecast import large_table
+from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.forecast import forecast
+from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.plan import SHARD_ROWS
+from modal_backend.costs import choices
 from modal_backend.settings import DeploySettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bulk-on-modal.md").read_text()
+
+
+def large_table(documents: int) -> str:
+    """200 tokens and 800 bytes a document, 7,680 bytes a vector, two commits a shard."""
+    (gpu,) = choices(["H100"], "none")
+    tokens, number = documents * 200, -(-documents // SHARD_ROWS)
+    inside, outside = documents * 800 / 1e9, documents * 8480 / 1e9
+    lines = [
+        f"{documents:,} documents of 200 tokens: {tokens / 1e9:,.0f} G tokens, "
+        f"{number:,} shards of {SHARD_ROWS:,} rows,",
+        f"{inside:,.0f} GB of text into the Volume, {outside:,.0f} GB of shards out of it "
+        "(float16, 3840 dimensions)",
+        "",
+        "containers      hours     days          $  shards/s  commits/s  MB/s written",
+    ]
+    for containers in (1, 4, 16, 64):
+        made = forecast(gpu, tokens, number, containers)
+        rate = number / (3600 * made.hours)
+        lines.append(
+            f"{made.containers:10}  {made.hours:9,.1f}  {made.hours / 24:7,.1f}  "
+            f"{made.dollars:9,.0f}  {rate:8.3f}  {2 * rate:9.3f}  "
+            f"{outside * 1e3 / (3600 * made.hours):12,.1f}"
+        )
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("documents", [10_000_000, 1_000_000_000])
@@ -43,6 +71,6 @@ def test_numbers_and_names() -> None:
         job_state.INPUT,
         job_state.RECORDS,
         job_state.RUNS,
-        monitor.shards.FOLDER,
+        shards.FOLDER,
     ):
         assert name in layout

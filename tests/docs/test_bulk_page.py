@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pyarrow
@@ -60,8 +59,8 @@ def test_every_block_runs(folder: Path, block: str) -> None:
 def test_the_fields_of_the_manifest() -> None:
     section = PAGE.split("`manifest.json`:\n")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", section)) | set(re.findall(r"\b\w+\b", section))
-    assert {field.name for field in fields(Job)} - {"text_column", "id_column"} <= named
-    assert {field.name for field in fields(Shard)} <= named
+    assert set(Job.model_fields) - {"text_column", "id_column"} <= named
+    assert set(Shard.model_fields) <= named
 
 
 def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ from modal_emulator import Emulator
 from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import Options, embed_corpus, read
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import submit
-from kalm_integrations.bulk.on_modal.deployment import VolumeStore
+from kalm_integrations.bulk.on_modal import command
+from kalm_integrations.bulk.on_modal.cloud import VolumeStore
 from kalm_integrations.models import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
@@ -226,9 +226,9 @@ def test_a_laptop_that_dies_costs_nothing(
     faulty: Emulator, gate: Path, kalm: Any, tmp_path: Path
 ) -> None:
     source, out = slow(tmp_path / "in.jsonl", seed=2), tmp_path / "out"
-    command = [*KALM, *map(str, on_modal(source, out))]
+    words = [*KALM, *map(str, on_modal(source, out))]
     around = {**os.environ, **faulty.client_env}
-    with subprocess.Popen(command, env=around, stderr=subprocess.PIPE, text=True) as laptop:
+    with subprocess.Popen(words, env=around, stderr=subprocess.PIPE, text=True) as laptop:
         assert laptop.stderr
         said = next(line for line in laptop.stderr if "is on Modal" in line)
         laptop.send_signal(signal.SIGKILL)
@@ -325,8 +325,8 @@ def test_a_poisoned_shard_is_reported_after_the_others_and_tried_again_later(
     source, out = corpus(tmp_path / "in.jsonl", seed=6, r120="a poisoned text"), tmp_path / "out"
     said = kalm(*on_modal(source, out), status=1)[1]
     assert "1 shard of embed-" in said
-    assert "part-000002.parquet (rows 100 to 149, tried 4 times): unexpected: " in said
-    assert "RuntimeError: the engine choked" in said
+    assert "part-000002.parquet (rows 100 to 149, tried 1 time): bad_rows: " in said
+    assert "(in.jsonl line 121) makes the service fail: RuntimeError: the engine choked" in said
     assert "7 of 8 shards are finished" in said
     end_containers(faulty)
     with faulty.changed(container_env={}):  # mended
@@ -340,14 +340,14 @@ def test_texts_that_only_the_model_refuses(
     faulty: Emulator, kalm: Any, tmp_path: Path, on_error: str
 ) -> None:
     source, out = corpus(tmp_path / "in.jsonl", rows=150, seed=7, r70="refused"), tmp_path / "out"
-    command = on_modal(source, out, "--on-error", on_error)
+    words = on_modal(source, out, "--on-error", on_error)
     if on_error == "fail":
-        said = kalm(*command, status=1)[1]
-        assert "part-000001.parquet (rows 50 to 99, tried 1 times): bad_rows: " in said
+        said = kalm(*words, status=1)[1]
+        assert "part-000001.parquet (rows 50 to 99, tried 1 time): bad_rows: " in said
         assert "(in.jsonl line 71) is refused" in said
         assert "2 of 3 shards are finished" in said
         return
-    kalm(*command)
+    kalm(*words)
     rejected = pq.read_table(out / "rejected.parquet").to_pylist()
     assert rejected == [{"row": 70, "place": "in.jsonl line 71", "reason": "is refused"}]
     column = pq.read_table(out / "shards")["vector"]
@@ -367,7 +367,7 @@ def test_bad_rows_are_refused_before_anything_is_uploaded(
 def test_an_upload_goes_on_where_it_was_interrupted(
     emulator: Emulator, kalm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "_AT_ONCE", 2)
+    monkeypatch.setattr(command, "_PARTS_AT_ONCE", 2)
     source, out = corpus(tmp_path / "in.jsonl", seed=9), tmp_path / "out"
     uploads: list[list[str]] = []
     write = VolumeStore.write

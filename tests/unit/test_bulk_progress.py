@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import io
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tqdm import tqdm
 
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import progress as progress_module
 from kalm_integrations.bulk.job import embed_corpus
-from kalm_integrations.bulk.job_spec import Options
-from kalm_integrations.bulk.progress import Progress, duration
+from kalm_integrations.bulk.plan import Options
+from kalm_integrations.bulk.progress import ProgressView, duration
 
 log = logging.getLogger("kalm_integrations.session")
 
@@ -34,9 +32,8 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(stream: io.StringIO, warns: int = 0, every: float = 0.0) -> str:
         monkeypatch.setattr(progress_module.sys, "stderr", stream)
         monkeypatch.setattr(progress_module, "_EVERY", every)
-        monkeypatch.setattr("tqdm.tqdm", partial(tqdm, mininterval=0))  # however short the job
 
-        class Watched(Progress):
+        class Watched(ProgressView):
             def begun(self, *arguments: Any) -> None:
                 super().begun(*arguments)
                 for n in range(warns):
@@ -67,29 +64,29 @@ def test_without_a_terminal_a_short_job_says_nothing_on_its_way(shown: Any) -> N
 
 def test_on_a_terminal_there_is_a_bar_with_rates_and_cost(shown: Any) -> None:
     said = shown(Terminal())
-    assert "Embedding:" in said
-    assert "/36 [" in said
+    assert "Embedding" in said
+    assert "/36" in said
     assert "tokens/s" in said
     assert "so far" in said
 
 
-def test_of_many_warnings_few_are_said_and_all_are_counted(shown: Any) -> None:
+def test_an_outage_is_one_line(shown: Any) -> None:
     said = shown(Terminal(), warns=30, every=60.0)
-    assert said.count("kalm embed: retry") == 1
-    assert "30 warnings" in said
+    assert said.count("kalm embed: the service does not answer") == 1
     assert "after the job" not in said
 
 
-def test_a_later_warning_tells_how_many_were_not_said(
+def test_another_outage_and_other_warnings_have_lines_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    clock = iter([0.0, 1.0, 2.0, 11.0])
+    clock = iter([0.0, 30.0, 60.0, 125.0, 126.0, 127.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
-    handler = progress_module._Troubles(said.append)
-    for n in range(4):
-        handler.emit(logging.makeLogRecord({"msg": f"retry {n}"}))
-    assert said == ["retry 0", "retry 3 (2 more warnings since the last of these lines)"]
+    handler = progress_module._Warnings(said.append)
+    for text in ("retry 0", "retry 1", "retry 2", "retry 3", "unverified", "unverified"):
+        handler.emit(logging.makeLogRecord({"msg": text}))
+    assert [line.rpartition(": ")[2] for line in said] == ["retry 0", "retry 3", "unverified"]
+    assert handler.seen == 6
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ import pytest
 from scripted import DIMENSIONS, vector_of
 from scripted_engine import ScriptedEngine
 
-from kalm_integrations.bulk import parts, shards
-from kalm_integrations.bulk.job_spec import Options, Terms
+from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import job_state, worker_pool
-from kalm_integrations.bulk.on_modal.job_state import Description, Run, Stop
-from kalm_integrations.bulk.on_modal.state import Reader, State
-from kalm_integrations.bulk.on_modal.store import FolderStore
-from kalm_integrations.bulk.on_modal.submit import scanned
+from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.on_modal.command import upload
+from kalm_integrations.bulk.on_modal.state import FolderStore, Reader, Run, State, Stop
+from kalm_integrations.bulk.plan import Options, make_plan
+from kalm_integrations.bulk.progress import ProgressView
 from kalm_integrations.errors import CanaryFailedError, KalmError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.readers import Source
 from modal_backend.bulk.worker import Container, Worker
 from modal_backend.service import EmbeddingService
 
@@ -56,21 +56,18 @@ def job(tmp_path: Path) -> FolderStore:
     identity = VectorIdentity(
         space=EMBEDDED.space, dimensions=DIMENSIONS, document_template="<{text}>"
     )
-    terms = Terms(identity=identity.to_dict(), vector_dtype="float16", truncate="error")
-    local = scanned(str(source), Options(shard_rows=4, on_error="null"), terms, lambda _: None)
+    plan = make_plan(
+        Source(str(source)), "error", Options(shard_rows=4, on_error="null"), lambda _: None
+    )
     store = FolderStore(tmp_path / "volume" / job_state.JOBS / JOB)
-    (store.folder / job_state.INPUT).mkdir(parents=True)
-    split = parts.split(local.source, local.found, local.job, store.folder / job_state.INPUT)
-    tokens = [count for _, count in split]
-    description = Description(job=local.job, tokens=tokens, source=str(source))
-    store.write({job_state.JOB: description.to_bytes()})
+    upload(store, plan, plan.job(identity.to_dict(), "float16"), str(source), ProgressView())
     send(store, RUN, [0, 1, 2])
     return store
 
 
-def send(store: FolderStore, run: str, numbers: list[int]) -> None:
-    made = Run(id=run, shards=numbers, max_containers=1)
-    store.write({f"{job_state.RUNS}/{run}/{job_state.RUN}": job_state.to_bytes(made)})
+def send(store: FolderStore, run: str, numbers: list[int], **limits: float) -> None:
+    made = Run(id=run, shards=numbers, max_containers=1, **limits)
+    store.write({f"{job_state.RUNS}/{run}/{job_state.RUN}": made.to_bytes()})
 
 
 class Made:
@@ -137,7 +134,7 @@ def test_every_row_gets_its_vector_and_the_last_shard_the_manifest(
     assert pq.read_table(job.folder / "rejected.parquet")["row"].to_pylist() == [3]
     sent = [text for texts, _ in made.engine.asked for text in texts]
     assert sorted(sent) == [f"<{text}>" for text in "abcdefgh"]  # "a" once
-    assert asdict(manifest.job) == asdict(state(job).description.job)
+    assert manifest.job == state(job).description.job
 
 
 def test_a_finished_shard_is_not_embedded_again(job: FolderStore, new: Any) -> None:
@@ -159,7 +156,7 @@ def test_inputs_of_an_older_run_end_at_once(job: FolderStore, new: Any) -> None:
 
 def test_a_stopped_run_embeds_nothing(job: FolderStore, new: Any) -> None:
     stop = Stop(reason="cancelled", message="It was cancelled.")
-    job.write({f"{job_state.RUNS}/{RUN}/{job_state.STOPPED}": job_state.to_bytes(stop)})
+    job.write({f"{job_state.RUNS}/{RUN}/{job_state.STOPPED}": stop.to_bytes()})
     assert new().embed(0, 1) == ["the run was stopped"] * 2
     assert state(job).over
 
@@ -212,7 +209,7 @@ def test_a_shard_over_its_time_limit_is_tried_again_in_another_container(
     assert "time limit" in str(outcome)
     assert hung.gave_way == 1
     assert limits == [state(job).description.tokens[1]]
-    (attempt,) = state(job).trying[1]
+    (attempt,) = state(job).trying[1].attempts
     assert "time limit" in attempt.error
     assert new(name="ta-2").embed(1) == ["finished"]
 
@@ -228,14 +225,14 @@ def test_a_part_that_cannot_be_read_is_recorded_as_any_failure(job: FolderStore,
     outcomes = [new().embed(2)[0] for _ in range(job_state.MOST_ATTEMPTS)]
     assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 3 + [str]
     assert state(job).failed[2].code == "invalid_request"
-    assert "part-000002.parquet is no input part" in state(job).failed[2].message
+    assert "part-000002.parquet is damaged" in state(job).failed[2].message
 
 
 def test_a_shard_that_cannot_be_written_is_recorded_too(job: FolderStore, new: Any) -> None:
     (job.folder / "shards" / ".part-000000.parquet.tmp").mkdir(parents=True)
     (outcome,) = new().embed(0)
     assert isinstance(outcome, RuntimeError)
-    (attempt,) = state(job).trying[0]
+    (attempt,) = state(job).trying[0].attempts
     assert "Error" in attempt.error
     assert state(job).finished == {}
 

@@ -2,75 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from kalm_integrations.bulk.on_modal import job_state, worker_pool
-from kalm_integrations.bulk.on_modal.job_state import Run
-from kalm_integrations.bulk.on_modal.store import Store
+from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import worker_pool
+from kalm_integrations.bulk.on_modal.state import Call, Run, Store
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Queue:
     """Where shards are sent.
 
     Attributes:
         app_name: The app's name on Modal.
         environment_name: Its environment; None is the token's own.
-        max_containers: That may work at a time, of all jobs from now on.
+        limits: A run with the limits of those that are sent.
     """
 
     app_name: str
     environment_name: str | None
-    max_containers: int
+    limits: Run
 
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments that make the same again."""
-        return asdict(self)
-
-    def send(self, store: Store, job: str, shards: Sequence[int]) -> str:
-        """Send a new run of `shards`; its id. The run counts before the first of them starts."""
+    def send(self, store: Store, job: str, shards: list[int]) -> None:
+        """Send a new run of `shards`. The run counts before the first of them starts."""
         import modal
 
-        run = Run(id=job_state.new_run(), shards=list(shards), max_containers=self.max_containers)
+        run = self.limits.model_copy(update={"id": job_state.new_run(), "shards": shards})
         folder = f"{job_state.RUNS}/{run.id}"
-        store.write({f"{folder}/{job_state.RUN}": job_state.to_bytes(run)})
+        store.write({f"{folder}/{job_state.RUN}": run.to_bytes()})
         if not shards:
-            return run.id
+            return
         found = modal.Cls.from_name(
             self.app_name, worker_pool.CLASS, environment_name=self.environment_name
         )
         workers = found()
-        _limit(workers, self.max_containers)
+        with warnings.catch_warnings():
+            # Modal's own class method calls what Modal deprecated for functions. Not through
+            # `with_options`: each set of arguments is a variant with snapshots of its own.
+            warnings.filterwarnings("ignore", ".*update_autoscaler")
+            workers.update_autoscaler(max_containers=run.max_containers)
         count = len(shards)
-        call = workers.embed_shard.experimental_spawn_map(
-            [job] * count, [run.id] * count, list(shards)
-        )
-        store.write({f"{folder}/{job_state.CALL}": job_state.to_bytes({"call": call.object_id})})
-        return run.id
+        call = workers.embed_shard.experimental_spawn_map([job] * count, [run.id] * count, shards)
+        store.write({f"{folder}/{job_state.CALL}": Call(call=call.object_id).to_bytes()})
 
 
-def _limit(workers: Any, max_containers: int) -> None:
-    """Set the most containers of the pool.
-
-    Not through `with_options`: each set of its arguments is a variant, which loads the model and
-    writes snapshots on its own.
-    """
-    with warnings.catch_warnings():
-        # Modal's own class method calls what Modal deprecated for functions.
-        warnings.filterwarnings("ignore", ".*update_autoscaler")
-        workers.update_autoscaler(max_containers=max_containers)
-
-
-def call_of(store: Store, run: str) -> Any:
-    """Modal's handle of what a run has sent; None if nobody lived to note it."""
+def call_of(store: Store, path: str) -> Any:
+    """Modal's handle of a call that was noted; None if nobody lived to note it."""
     import modal
 
     try:
-        noted = json.loads(store.read(f"{job_state.RUNS}/{run}/{job_state.CALL}"))
+        content = store.read(path)
     except FileNotFoundError:
         return None
-    return modal.FunctionCall.from_id(noted["call"])
+    return modal.FunctionCall.from_id(Call.from_bytes(content, path).call)

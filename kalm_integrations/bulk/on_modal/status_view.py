@@ -1,16 +1,11 @@
-"""What is said of a job on Modal, as text and as JSON."""
+"""How a job on Modal is shown, as text and as JSON."""
 
 from __future__ import annotations
 
-import sys
-import time
-from typing import Any, Final
+import json
 
 from kalm_integrations.bulk.on_modal.state import State
 from kalm_integrations.bulk.progress import counted, duration
-from kalm_integrations.terminal import write
-
-_EVERY: Final = 10.0
 
 
 def phase(state: State, *, alive: bool) -> str:
@@ -24,108 +19,66 @@ def phase(state: State, *, alive: bool) -> str:
     return "running" if alive else "interrupted"
 
 
-def as_data(job: str, state: State, *, alive: bool) -> dict[str, Any]:
-    """For `--json`."""
-    return {
-        "job": job,
+def shown(name: str, state: State | None, alive: bool, as_json: bool) -> str:
+    """What `--status` and `--cancel` print."""
+    if state is None:
+        word, text = (
+            ("preparing", "its input is being read")
+            if alive
+            else ("stopped", "stopped, before anything was sent")
+        )
+        return json.dumps({"job": name, "state": word}, indent=2) if as_json else f"{name}: {text}"
+    if not as_json:
+        lines = [f"{name}: {phase(state, alive=alive)}, {line(state)}"]
+        for number, failure in sorted(state.failed.items()):
+            lines.append(f"shard {number} failed: {failure.code}: {failure.message}")
+        if state.stop is not None:
+            lines.append(f"stopped ({state.stop.reason}): {state.stop.message}")
+        return "\n".join(lines)
+    manifest, speed, stop = state.manifest(), state.speed, state.stop
+    data = {
+        "job": name,
         "state": phase(state, alive=alive),
         "source": state.description.source,
         "shards": state.total,
         "finished": len(state.finished),
         "failed": [
-            {"shard": number, "code": failed.code, "message": failed.message}
-            for number, failed in sorted(state.failed.items())
+            {"shard": number, "code": failure.code, "message": failure.message}
+            for number, failure in sorted(state.failed.items())
         ],
-        "stopped": None
-        if state.stop is None
-        else {"reason": state.stop.reason, "message": state.stop.message},
-        "rows": state.rows,
-        "rejected": state.rejected,
-        "tokens": state.tokens,
-        "tokens_per_second": state.tokens_per_second,
-        "seconds_left": state.seconds_left,
+        "stopped": stop and {"reason": stop.reason, "message": stop.message},
+        **{n: getattr(manifest, n) for n in ("rows", "rejected", "truncated", "reused", "tokens")},
+        "tokens_per_second": speed and speed[0],
+        "seconds_left": speed and speed[1],
         "containers": len(state.containers),
         "container_seconds": state.seconds,
         "dollars": state.dollars,
         "dollars_to_come": None if state.over else state.dollars_to_come,
         "runs": state.runs,
-        "identity": state.description.job.identity,
+        "identity": manifest.job.identity,
     }
-
-
-def as_text(job: str, state: State, *, alive: bool) -> str:
-    """For people."""
-    lines = [f"{job}: {phase(state, alive=alive)}, {line(state)}"]
-    for number, failed in sorted(state.failed.items()):
-        lines.append(f"shard {number} failed: {failed.code}: {failed.message}")
-    if state.stop is not None:
-        lines.append(f"stopped ({state.stop.reason}): {state.stop.message}")
-    return "\n".join(lines)
+    return json.dumps(data, indent=2)
 
 
 def line(state: State) -> str:
-    """How far it is."""
-    said = f"{len(state.finished):,} of {state.total:,} shards"
+    """How far a job is."""
+    manifest = state.manifest()
+    parts = [f"{len(state.finished):,} of {counted(state.total, 'shard')}"]
     if state.failed:
-        said += f", {len(state.failed):,} failed"
-    said += f", {state.rows:,} rows, {state.tokens:,} tokens"
-    if not state.over and state.tokens_per_second and state.seconds_left is not None:
-        said += (
-            f", {state.tokens_per_second:,.0f} tokens/s, about {duration(state.seconds_left)} left"
-        )
+        parts.append(f"{len(state.failed):,} failed")
+    parts += [counted(manifest.rows, "row"), counted(manifest.tokens, "token")]
+    if not state.over and state.speed:
+        parts += [f"{state.speed[0]:,.0f} tokens/s", f"about {duration(state.speed[1])} left"]
     if state.containers:
-        said += f", {counted(len(state.containers), 'container')}, ${state.dollars:,.2f} so far"
+        parts += [counted(len(state.containers), "container"), f"${state.dollars:,.2f} so far"]
     if not state.over and state.dollars_to_come is not None:
-        said += f", ${state.dollars_to_come:,.2f} to come"
-    return said
+        parts.append(f"${state.dollars_to_come:,.2f} to come")
+    return ", ".join(parts)
 
 
-class Screen:
-    """On stderr: a bar on a terminal, a line now and then anywhere else."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._at = 0.0
-        self._rows = 0
-
-    def say(self, text: str) -> None:
-        """A line, now."""
-        write(f"kalm embed: {text}", sys.stderr)
-        self._at = time.monotonic()
-
-    def scanned(self, rows: int) -> None:
-        """So many rows more were read."""
-        self._rows += rows
-        self._now_and_then(f"reading: {self._rows:,} rows")
-
-    def uploaded(self, parts: int, total: int) -> None:
-        """So many parts are on Modal."""
-        self._now_and_then(f"uploading: {parts:,} of {total:,} parts")
-
-    def fetched(self, files: int, total: int) -> None:
-        """So many files were downloaded."""
-        self._now_and_then(f"fetching: {files:,} of {total:,} files")
-
-    def watched(self, state: State) -> None:
-        """The job is so far."""
-        if not sys.stderr.isatty():
-            self._now_and_then(line(state))
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=state.description.job.rows, unit=" rows", desc="Embedding", leave=False
-            )
-        self._bar.set_postfix_str(line(state), refresh=False)
-        self._bar.update(state.rows - self._bar.n)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _now_and_then(self, text: str) -> None:
-        if time.monotonic() - self._at >= _EVERY:
-            self.say(text)
+def ways(name: str) -> str:
+    """How to come back to a job."""
+    return (
+        f"Come back with the same command, or with `kalm embed --status {name}`, `--fetch {name} "
+        f"--output DIR`, `--cancel {name}`."
+    )

@@ -1,0 +1,171 @@
+"""The unit of work: the texts of one part to their vectors, here and in a container alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kalm_integrations import prompts
+from kalm_integrations.batching import Batch, RequestLimits, plan
+from kalm_integrations.errors import (
+    AuthenticationError,
+    CanaryFailedError,
+    DeadlineExceededError,
+    IdentityMismatchError,
+    InvalidText,
+    KalmError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+from kalm_integrations.result import EmbeddedBatch, Usage
+
+Send = Callable[[Batch], Awaitable[EmbeddedBatch]]
+_SUSPICIOUS: Final = 16
+"""If none of so many texts can be embedded, the service is to blame: it embeds the probe alone."""
+PROBE: Final = "Does the service embed a plain text?"
+_CONCERNS_SERVICE: Final = (
+    AuthenticationError,
+    CanaryFailedError,
+    DeadlineExceededError,
+    IdentityMismatchError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Vectors of some rows of a part, or why they have none.
+
+    Attributes:
+        batch: With rows of the part as indices.
+        truncated: Whether these texts were cut.
+    """
+
+    batch: EmbeddedBatch
+    truncated: bool = False
+
+
+class Sender:
+    """Sends batches to a service, and finds out which text a failure is due to.
+
+    Args:
+        send: Embeds a batch; refused texts are in `rejected`.
+        send_cut: The same, with long texts cut; None refuses them.
+        wait: As `send`, for longer: embeds a plain text, to know whether the service works.
+        template: What documents are set into.
+        limits: Of a request.
+        concurrency: Requests at a time.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        *,
+        send_cut: Send | None,
+        wait: Send,
+        template: str,
+        limits: RequestLimits,
+        concurrency: int,
+    ) -> None:
+        self._send, self._send_cut, self._wait = send, send_cut, wait
+        self._template, self._limits = template, limits
+        self._slots = asyncio.Semaphore(concurrency)
+        self.backlog = asyncio.Semaphore(concurrency + 4)
+        """Batches that are sent or not yet taken: results that wait would fill the memory."""
+
+    def batches(self, texts: list[tuple[int, str]]) -> list[Batch]:
+        """The requests for the texts of a part; always the same for the same texts."""
+        return list(plan(texts, self._template, self._limits))
+
+    async def send(self, batch: Batch) -> list[Result]:
+        """Embed one batch. A text that the service refuses or fails on is in `rejected`.
+
+        Raises:
+            KalmError: The service fails for any text.
+        """
+        async with self._slots:
+            whole = await self._isolated(self._send, batch)
+            results = [Result(whole)]
+            if self._send_cut is not None and whole.rejected:
+                # Whatever is refused whole and embedded when cut was too long.
+                refused = {bad.index for bad in whole.rejected}
+                results = [Result(EmbeddedBatch(whole.indices, whole.packed, whole.usage))]
+                fine = [n for n, places in enumerate(batch.positions) if places[0] not in refused]
+                cut = await self._isolated(self._send_cut, batch.without(fine))
+                results.append(Result(cut, truncated=True))
+            return results
+
+    async def _isolated(self, send: Send, batch: Batch) -> EmbeddedBatch:
+        """Embed `batch`, less the texts that make the service fail."""
+        for _ in range(2):
+            try:
+                return await send(batch)
+            except KalmError as error:
+                if isinstance(error, _CONCERNS_SERVICE):
+                    raise
+                failure = error
+            await self._probe(failure)
+        if len(batch) == 1:
+            reason = f"makes the service fail: {failure.message}"
+            rejected = tuple(batch.locate([InvalidText(0, reason)]))
+            nothing = np.empty((0, 0), dtype=np.float16)
+            return EmbeddedBatch(np.empty(0, dtype=np.int64), nothing, Usage(), rejected)
+        first, second = batch.halves()
+        joined = await self._isolated(send, first)
+        joined = joined.joined(await self._isolated(send, second))
+        if not len(joined) and len(batch) >= _SUSPICIOUS:
+            raise failure
+        return joined
+
+    async def _probe(self, failure: KalmError) -> None:
+        """Wait until the service embeds a plain text.
+
+        Raises:
+            KalmError: `failure`: it does not.
+        """
+        try:
+            probe = await self._wait(Batch([prompts.apply(self._template, PROBE)], [[0]]))
+        except KalmError as error:
+            raise failure from error
+        if not len(probe):
+            raise failure
+
+
+async def embed_texts(
+    sender: Sender,
+    texts: list[tuple[int, str]],
+    take: Callable[[list[Result]], Awaitable[object] | None],
+    known: Callable[[Batch], list[Result] | None] = lambda _: None,
+) -> None:
+    """Embed the texts of a part.
+
+    Args:
+        sender: The service.
+        texts: Texts with their rows in the part; identical ones are embedded once.
+        take: Called with the results of each batch, in any order; what it returns is awaited.
+        known: Results of a batch that an earlier run has kept.
+
+    Raises:
+        KalmError: The service failed; what was taken stays good.
+    """
+
+    async def one(batch: Batch) -> None:
+        async with sender.backlog:
+            waiting = take(known(batch) or await sender.send(batch))
+            if waiting is not None:
+                await waiting
+
+    batches = await asyncio.to_thread(sender.batches, texts)
+    tasks = [asyncio.ensure_future(one(batch)) for batch in batches]
+    try:
+        for task in asyncio.as_completed(tasks):
+            await task
+    finally:
+        for pending in tasks:
+            pending.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,341 @@
+"""The plan of a job: one pass over the input before anything is sent.
+
+It counts rows, finds rows that cannot be embedded, identical texts and repeated ids, and keeps a
+digest of every block, so that the second pass knows whether it reads what was planned. It keeps 28
+bytes a row.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Final, Literal
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from kalm_integrations.batching import estimate_tokens
+from kalm_integrations.bulk import ids
+from kalm_integrations.bulk.manifest import Job
+from kalm_integrations.bulk.shards import TRUNCATED, Part
+from kalm_integrations.errors import BadRowsError, ConfigurationError
+from kalm_integrations.input_files import manifest_names, partitions
+from kalm_integrations.protocol import Truncate
+from kalm_integrations.readers import Block, Schema, Source
+from kalm_integrations.validation import why_invalid
+
+OnError = Literal["fail", "skip", "null"]
+SHARD_ROWS: Final = 8192
+_OURS: Final = "kalm:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a corpus is embedded.
+
+    Attributes:
+        text_column: Of Parquet, JSON Lines and CSV, the column that is embedded; None is "text".
+        id_column: The column used as the document ID by stores.
+        on_error: Of rows that cannot be embedded: "fail" before anything is sent, as far as that
+            can be known; "skip" leaves them out; "null" keeps them with a null vector. With the
+            latter two they are in `rejected.parquet`, with their reasons.
+        shard_rows: Input rows of each shard; 8,192 vectors of 3840 float16 are 60 MiB. Three
+            shards are in memory.
+        encoding: Of CSV and text files; None is UTF-8.
+        allow_duplicate_ids: Accept ids that occur more than once.
+        vector_column: The column that gets the vectors.
+        replace_vector: Drop a column of that name from the input.
+        reuse: Outputs of complete jobs whose vectors are used again.
+        dollars_per_second: Of the GPU that computes, for the job's cost.
+        max_dollars: Stop at a finished shard before the job costs more.
+        max_hours: The same, for the hours that embedding takes.
+    """
+
+    text_column: str | None = None
+    id_column: str | None = None
+    on_error: OnError = "fail"
+    shard_rows: int = SHARD_ROWS
+    encoding: str | None = None
+    allow_duplicate_ids: bool = False
+    vector_column: str = "vector"
+    replace_vector: bool = False
+    reuse: tuple[str, ...] = ()
+    dollars_per_second: float | None = None
+    max_dollars: float | None = None
+    max_hours: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What there is to embed.
+
+    Attributes:
+        source: The files.
+        options: Of the job.
+        truncate: What is done with texts over the model's length.
+        rows: All rows, bad ones too.
+        bad: Rows that cannot be embedded, as far as that is known before.
+        examples: The first of them, with place and reason.
+        first: For each row, the row that has its text first; -1 of a bad row.
+        keys: Digest of each row's text.
+        row_tokens: Estimated tokens of each row.
+        files: A digest of each file.
+        file_rows: Rows of each file.
+        block_digests: Of each file, a digest of each of its blocks.
+        schema: The columns.
+    """
+
+    source: Source
+    options: Options
+    truncate: Truncate
+    rows: int
+    bad: int
+    examples: tuple[str, ...]
+    first: NDArray[np.int64] = field(repr=False)
+    keys: ids.Keys = field(repr=False)
+    row_tokens: NDArray[np.uint32] = field(repr=False)
+    files: dict[str, str]
+    file_rows: list[int] = field(repr=False)
+    block_digests: list[list[bytes]] = field(repr=False)
+    schema: Schema
+
+    @property
+    def is_first(self) -> NDArray[np.bool_]:
+        """The rows whose texts have not occurred before."""
+        return np.equal(self.first, np.arange(self.rows))
+
+    @property
+    def distinct(self) -> int:
+        """Texts that are embedded."""
+        return int(self.is_first.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Estimated tokens of the distinct texts."""
+        return int(self.row_tokens[self.is_first].sum())
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that shards have beside vectors."""
+        replaced = self.options.vector_column if self.options.replace_vector else None
+        return [name for name in self.schema.arrow.names if name != replaced]
+
+    def job(self, identity: dict[str, Any], vector_dtype: Any) -> Job:
+        """Everything that decides the output."""
+        return Job(
+            files=self.files,
+            text_column=self.source.text_column,
+            id_column=self.options.id_column,
+            vector_column=self.options.vector_column,
+            rows=self.rows,
+            identity=identity,
+            vector_dtype=vector_dtype,
+            truncate=self.truncate,
+            on_error=self.options.on_error,
+            shard_rows=self.options.shard_rows,
+            encoding=self.source.encoding,
+        )
+
+    def parts(self, begin: int = 0) -> Iterator[Part]:
+        """Read the input again, from part `begin` on; part n is what shard n is made from.
+
+        Raises:
+            ConfigurationError: The input has changed since it was planned.
+        """
+        size, row = self.options.shard_rows, 0
+        skip = min(begin * size, self.rows)
+        pending: list[tuple[Block, int, int]] = []
+        count, number = 0, begin
+        for index, rows in enumerate(self.file_rows):
+            if row + rows <= skip:
+                row += rows
+                continue
+            for block in self.same_blocks(index):
+                start = max(0, skip - row)
+                row += len(block)
+                while start < len(block):
+                    end = min(len(block), start + size - count)
+                    pending.append((block, start, end))
+                    count, start = count + end - start, end
+                    if count == size:
+                        yield self._part(number, pending)
+                        pending, count, number = [], 0, number + 1
+        if count:
+            yield self._part(number, pending)
+
+    def same_blocks(self, index: int) -> Iterator[Block]:
+        file, rows = self.source.files[index], 0
+        changed = ConfigurationError(
+            f"{file} changed after it was planned. What is finished stays. Run the command again "
+            "with the file as it was, or choose another --output."
+        )
+        digests = iter(self.block_digests[index])
+        for block in self.source.blocks(file):
+            rows += len(block)
+            if next(digests, None) != block.digest or rows > self.file_rows[index]:
+                raise changed
+            yield block
+        if rows != self.file_rows[index] or next(digests, None) is not None:
+            raise changed
+
+    def _part(self, number: int, pieces: list[tuple[Block, int, int]]) -> Part:
+        start = number * self.options.shard_rows
+        tables: list[pa.Table] = []
+        texts: list[Any] = []
+        places: list[str] = []
+        reasons: dict[int, str] = {}
+        for block, begin, end in pieces:
+            table = block.table(self.schema, self.columns)
+            tables.append(table.slice(begin, end - begin))
+            for row in range(begin, end):
+                if self.first[start + len(texts)] < 0:
+                    reasons[len(texts)] = _reason(block, row, self.truncate) or "is a bad row"
+                texts.append(block.texts[row])
+                places.append(block.places[row])
+        rows = slice(start, start + len(texts))
+        return Part(
+            number=number,
+            start=start,
+            columns=pa.concat_tables(tables),
+            places=places,
+            texts=texts,
+            reasons=reasons,
+            first=self.first[rows],
+            keys=self.keys[rows],
+            tokens=int(self.row_tokens[rows].sum()),
+        )
+
+
+def make_plan(
+    source: Source,
+    truncate: Truncate,
+    options: Options,
+    seen: Callable[[int], object],
+    *,
+    refuse_bad: bool = True,
+) -> Plan:
+    """Read everything once, and check that it can be embedded as the options say.
+
+    Args:
+        source: What to read.
+        truncate: Whether texts that no model takes are cut rather than refused.
+        options: Of the job.
+        seen: Called with the number of rows that were read since the last call.
+        refuse_bad: Whether bad rows are an error; else they are counted only.
+
+    Raises:
+        ConfigurationError: There is nothing, or it cannot be read, or a column is missing or taken.
+        BadRowsError: Rows cannot be embedded and on_error is "fail"; or no row can.
+    """
+    if source.kind == "parquet":
+        source.schema()  # broken files are named before anything is read
+    constants = partitions(source.files)
+    keys, id_keys, tokens = bytearray(), bytearray(), array("I")
+    digests: list[list[bytes]] = []
+    file_rows: list[int] = []
+    examples: list[str] = []
+    rows = bad = 0
+    for file in source.files:
+        begin = rows
+        digests.append([])
+        for block in source.blocks(file):
+            problems, found = block.problems, []
+            for row, text in enumerate(block.texts):
+                reason = (problems.get(row) if problems else None) or why_invalid(text, truncate)
+                if reason is None:
+                    content = text.encode()
+                    found.append(sha256(content).digest()[:16])
+                    tokens.append(estimate_tokens(len(content)))
+                    continue
+                bad += 1
+                if len(examples) < ids.SHOWN:
+                    examples.append(f"{block.places[row]} {reason}")
+                found.append(_bad_key(rows + row))
+                tokens.append(0)
+            keys += b"".join(found)
+            digests[-1].append(block.digest)
+            if options.id_column is not None:
+                id_keys += ids.keys_of(block, options.id_column, constants)
+            rows += len(block)
+            seen(len(block))
+        file_rows.append(rows - begin)
+    names = manifest_names(source.files)
+    if not rows:
+        raise ConfigurationError(f"{', '.join(names[: ids.SHOWN])}: no text at all.")
+    key_array = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
+    row_tokens = np.frombuffer(tokens, dtype=np.uint32)
+    first = np.where(row_tokens > 0, ids.first_of_each(key_array), -1)
+    plan = Plan(
+        source=source,
+        options=options,
+        truncate=truncate,
+        rows=rows,
+        bad=bad,
+        examples=tuple(examples),
+        first=first,
+        keys=key_array,
+        row_tokens=row_tokens,
+        files={
+            name: xxhash.xxh3_128_hexdigest(b"".join(set_of[-1:] if _running(source) else set_of))
+            for name, set_of in zip(names, digests, strict=True)
+        },
+        file_rows=file_rows,
+        block_digests=digests,
+        schema=source.schema(),
+    )
+    _check_columns(plan)
+    if refuse_bad:
+        _check_rows(plan)
+    if options.id_column is not None:
+        ids.check(plan, np.frombuffer(id_keys, dtype="<u8").reshape(-1, 2))
+    return plan
+
+
+def _bad_key(row: int) -> bytes:
+    """A key that no other row has."""
+    return (2**64 - 1).to_bytes(8, "little") + row.to_bytes(8, "little")
+
+
+def _running(source: Source) -> bool:
+    """Whether a block's digest is of all bytes before it too."""
+    return source.kind != "parquet"
+
+
+def _reason(block: Block, row: int, truncate: Truncate) -> str | None:
+    return block.problems.get(row) or why_invalid(block.texts[row], truncate)
+
+
+def _check_columns(plan: Plan) -> None:
+    names, options = plan.schema.arrow.names, plan.options
+    shown = ", ".join(map(repr, names))
+    if options.id_column is not None and options.id_column not in names:
+        raise ConfigurationError(
+            f"no column {options.id_column!r}, but {shown}: --id-column names one of them."
+        )
+    if options.vector_column in (plan.source.text_column, options.id_column):
+        raise ConfigurationError(f"--vector-column {options.vector_column}: name another column.")
+    if options.vector_column in plan.columns:
+        raise ConfigurationError(
+            f"the input has a column {options.vector_column!r} already: --vector-column NAME puts "
+            "the vectors into another one, --replace-vector drops the input's."
+        )
+    if plan.truncate == "end" and TRUNCATED in plan.columns:
+        raise ConfigurationError(
+            f"the input has a column {TRUNCATED!r}, which is the column for cut texts: rename it."
+        )
+    if taken := [name for name in names if name.startswith(_OURS)]:
+        raise ConfigurationError(f"column {taken[0]!r}: names with {_OURS!r} are reserved.")
+
+
+def _check_rows(plan: Plan) -> None:
+    if plan.distinct and not (plan.bad and plan.options.on_error == "fail"):
+        return
+    more = plan.bad - len(plan.examples)
+    raise BadRowsError(
+        f"{plan.bad:,} of {plan.rows:,} {'row' if plan.rows == 1 else 'rows'} cannot be embedded: "
+        f"{'; '.join(plan.examples)}{f'; and {more:,} more' if more else ''}. Nothing was sent."
+    )

@@ -1,0 +1,227 @@
+"""JSON Lines: strict parsing, and the narrowest column types that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+
+from kalm_integrations.errors import ConfigurationError
+
+_BOOL, _INT, _BIG, _HUGE, _FLOAT, _TEXT, _OTHER = (2**bit for bit in range(7))
+_BITS: Final = {type(None): 0, bool: _BOOL, int: _INT, float: _FLOAT, str: _TEXT}
+_EXACT: Final = 2**53
+"""Largest integer up to which every one is a float64."""
+_INT64: Final = 2**63
+_WHITE_SPACE: Final = " \t\r\n"
+
+
+class ColumnTypes:
+    """Collects the types of columns, row by row. The text column is text whatever bad rows hold."""
+
+    def __init__(self, text_column: str) -> None:
+        self._text_column = text_column
+        self._seen: dict[str, int] = {}
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Widen the types so that these rows fit."""
+        seen = self._seen
+        for record in records:
+            for name, value in record.items():
+                bits = _BITS.get(type(value), _OTHER)
+                if bits == _INT and not -_EXACT <= value <= _EXACT:
+                    bits = _BIG if -_INT64 <= value < _INT64 else _HUGE
+                seen[name] = seen.get(name, 0) | bits
+
+    def schema(self) -> tuple[pa.Schema, frozenset[str]]:
+        """Types in the order in which columns were first seen, and the columns kept as JSON."""
+        self._seen[self._text_column] = _TEXT
+        types = {name: _arrow_type(bits) for name, bits in self._seen.items()}
+        as_json = frozenset(name for name, kind in types.items() if kind is None)
+        fields = [(name, kind or pa.string()) for name, kind in types.items()]
+        return pa.schema(fields), as_json
+
+
+def _arrow_type(bits: int) -> pa.DataType | None:
+    if bits in (0, _TEXT):
+        return pa.string()
+    if bits == _BOOL:
+        return pa.bool_()
+    if not bits & ~(_INT | _BIG):
+        return pa.int64()
+    # Above 2**53 not every integer is a float: a column with fractions is kept as JSON then.
+    return None if bits & ~(_INT | _FLOAT) else pa.float64()
+
+
+def encoded(values: list[Any], as_json: bool, kind: pa.DataType) -> list[Any]:
+    """Values of a column as its type takes them."""
+    if as_json:
+        return [None if value is None else _dumped(value) for value in values]
+    if kind == pa.string():
+        return [
+            value if value is None or isinstance(value, str) else _dumped(value) for value in values
+        ]
+    return values
+
+
+def _dumped(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or is_unicode(text) else json.dumps(value)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string has no lone surrogates, so that it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def which_byte(value: bytes, encoding: str = "utf-8") -> str:
+    """Which byte cannot be decoded, for the end of a message."""
+    try:
+        value.decode(encoding)
+    except UnicodeDecodeError as error:
+        return f": byte {value[error.start]:#04x} at position {error.start}"
+    return ""
+
+
+def undecodable(text: str, encoding: str) -> str | None:
+    """What is wrong with text that was decoded with "surrogateescape"; None if nothing is."""
+    if text.isascii() or is_unicode(text):
+        return None
+    name = {"utf-8": "UTF-8"}.get(encoding, encoding)
+    for position, character in enumerate(text):
+        if "\udc80" <= character <= "\udcff":
+            byte = ord(character) - 0xDC00
+            at = len(text[:position].encode(encoding, "surrogateescape"))
+            return f"is not {name}: byte {byte:#04x} at position {at}"
+    return f"is not {name}: it has a lone surrogate"
+
+
+class LineParser:
+    """Parses one object a line: UTF-8, no key twice, only Unicode in keys and strings.
+
+    Args:
+        text_column: Its own strings are checked with all other texts.
+    """
+
+    def __init__(self, text_column: str) -> None:
+        self._text_column = text_column
+        strict: Any = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+        self._scan = strict.scan_once
+
+    def __call__(self, line: bytes) -> tuple[dict[str, Any], str | None]:
+        """The object, as far as it is good, and what is wrong with it."""
+        try:
+            text = line.decode().strip(_WHITE_SPACE)
+            value, end = _scan_fast(text, 0)
+            if not _is_surely_exact(text, value):
+                value, end = self._scan(text, 0)
+            if end < len(text):
+                raise ValueError(f"extra data at character {end}")
+        except UnicodeDecodeError as error:
+            return {}, f"is not UTF-8: byte {line[error.start]:#04x} at position {error.start}"
+        except _BadObjectError as error:
+            return {}, str(error)
+        except (ValueError, RecursionError) as error:
+            return {}, f"is not JSON: {error}"
+        except StopIteration as error:
+            return {}, f"is not JSON: a value is missing at character {error.value}"
+        return self.checked(value, escapes=b"\\u" in line)
+
+    def checked(self, value: Any, escapes: bool = True) -> tuple[dict[str, Any], str | None]:
+        """An object that was parsed; only where there are escapes can it have surrogates."""
+        if not isinstance(value, dict):
+            return {}, f"is no JSON object, but {type(value).__name__}"
+        problem = None
+        if escapes:
+            value, problem = self._without_surrogates(value)
+        if problem is None and self._text_column not in value:
+            shown = ", ".join(map(repr, value)) or "none"
+            problem = f"has no column {self._text_column!r}, but {shown}: --text-column names it"
+        return value, problem
+
+    def _without_surrogates(self, value: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        problem = None
+        for name, item in list(value.items()):
+            if not is_unicode(name):
+                problem = f"has a key with a lone surrogate: {name!r}"
+                del value[name]
+            elif isinstance(item, str) and not is_unicode(item):
+                where = "" if name == self._text_column else f"column {name!r} "
+                problem = f"{where}has a lone surrogate: it was decoded wrongly"
+                value[name] = None
+        return value, problem
+
+
+_scan_fast: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+
+
+def _is_surely_exact(text: str, value: Any) -> bool:
+    """Whether an object has no key twice and no number that became infinite. Strict parsing takes
+    twice as long, and most lines can be seen not to need it.
+
+    A key ends with a quote, perhaps white space, and a colon. So if no colon follows white space,
+    and there are as many quotes with a colon as keys in a flat object, no key was lost.
+    """
+    if type(value) is not dict or text.count('":') != len(value):
+        return False
+    for item in value.values():
+        kind = type(item)
+        if kind is dict or kind is list or (kind is float and item - item != 0.0):
+            return False
+    return " :" not in text and "\t:" not in text and "\r:" not in text
+
+
+class _BadObjectError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _BadObjectError(f"has the key {twice!r} twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _BadObjectError(f"has the number {text[:40]}, which no column can hold")
+    return value
+
+
+def items(content: bytes, name: str) -> Iterator[Any]:
+    """The items of one JSON array.
+
+    Raises:
+        ConfigurationError: It is not valid; says at which item.
+    """
+    number = 0
+    try:
+        text = content.decode("utf-8-sig").strip()
+        decode = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite).raw_decode
+        at = 1
+        while True:
+            while text[at : at + 1] in " \t\r\n" and at < len(text):
+                at += 1
+            if text[at:] == "]":
+                return
+            if number:
+                if text[at] != ",":
+                    raise ValueError(f"a comma is missing at character {at}")
+                at += 1
+                while text[at] in " \t\r\n":
+                    at += 1
+            number += 1
+            value, at = decode(text, at)
+            yield value
+    except (ValueError, IndexError, RecursionError) as error:
+        raise ConfigurationError(f"{name} item {number}: is not JSON: {error}.") from error

@@ -1,5 +1,0 @@
-"""The name of the column that is embedded unless another one is given."""
-
-from typing import Final
-
-TEXT_COLUMN: Final = "text"
