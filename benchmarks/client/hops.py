@@ -32,7 +32,7 @@ from kalm_integrations import KalmClient
 from kalm_integrations.models import EMBEDDED
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.http.server import HttpServer, bind
 from modal_backend.service import EmbeddingService
 

@@ -34,6 +34,7 @@ def retrieval(
         ExistingPath,
         Parameter(help="In BEIR's format: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."),
     ],
+    /,
     *,
     system: Annotated[
         tuple[str, ...],

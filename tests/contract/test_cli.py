@@ -24,6 +24,7 @@ from cyclopts import App
 from jsonschema import Draft202012Validator
 
 from kalm_integrations import cli
+from kalm_integrations.bulk.command import LIMIT_REACHED
 from kalm_integrations.cli import build_app, cost, failures
 from kalm_integrations.cli.documents import schema
 from kalm_integrations.errors import NotDeployedError, ServiceUnavailableError
@@ -188,7 +189,13 @@ class TestThePage:
     def test_the_exit_statuses(self) -> None:
         documented = set(map(int, rows(section("Exit status"))))
         serves = 128 + signal.SIGTERM  # test_serve.py
-        known = {cli.FAILED, failures.WRONG_USAGE, cli.INTERRUPTED, cli.OUTPUT_CLOSED}
+        known = {
+            LIMIT_REACHED,
+            cli.FAILED,
+            failures.WRONG_USAGE,
+            cli.INTERRUPTED,
+            cli.OUTPUT_CLOSED,
+        }
         assert documented == {0, *known, serves}
 
     def test_the_errors_it_shows(self, capsys: Capture) -> None:

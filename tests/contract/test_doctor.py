@@ -27,16 +27,16 @@ from serving import FaultyServer, Received, Step, packed, reply, serving, stall
 
 from kalm_integrations import reference
 from kalm_integrations.cli import main
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.doctor import _checks, base, machine, over_http
 from kalm_integrations.doctor.base import Check, DoctorContext, Finding
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.options import ClientConfig
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
-from modal_backend.http.middleware import BearerKeys
+from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
 
 ROOT = Path(__file__).parents[2]

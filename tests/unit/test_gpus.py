@@ -72,7 +72,7 @@ class TestMemory:
         assert match
         needed = [f"{gpus.needed_gib(quantization):.0f}" for quantization in QUANTIZATIONS]
         assert list(match.groups()) == needed
-        assert f"{gpus.kv_gib():.1f} the KV cache".replace(".0 ", " ") in page
+        assert f"longest text takes {gpus.kv_gib():.1f} GiB".replace(".0 ", " ") in page
 
 
 class TestDefaults:
