@@ -20,9 +20,10 @@ class KalmError(Exception):
     Attributes:
         status: HTTP status of the response that reports it.
         code: Stable name in the body of that response.
-        retryable: Whether the same request may succeed later. The client has retried already.
-        most_retries: Upper bound, whatever `max_retries` allows.
+        retryable: Whether the same request may succeed later. The client retries it (`retry`).
+        most_retries: Bound for this class, if it is lower than `max_retries`; None for none.
         remedy: What to do next.
+        retries: How many times the client has retried the request.
         partial: What was embedded before the call failed, by index in the caller's list; None
             where the call embeds nothing.
     """
@@ -30,8 +31,9 @@ class KalmError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
-    most_retries: ClassVar[int] = 100
+    most_retries: ClassVar[int | None] = None
     remedy: ClassVar[str] = ""
+    retries: int = 0
     partial: PartialResult | None = None
 
     @property
@@ -40,7 +42,9 @@ class KalmError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.message, self.remedy) if part)
+        word = "retry" if self.retries == 1 else "retries"
+        retries = f"Failed after {self.retries} {word}." if self.retries else ""
+        return " ".join(part for part in (self.message, retries, self.remedy) if part)
 
 
 class ConfigurationError(KalmError, ValueError):
@@ -149,11 +153,13 @@ class ServiceUnavailableError(KalmError):
     status = 503
     code = "service_unavailable"
     retryable = True
-    remedy = "The client has retried; look at the service's logs, then call again."
+    remedy = "Look at the service's logs, then call again."
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        # A service may send anything as its time, even NaN.
+        valid = retry_after is not None and retry_after >= 0
+        self.retry_after = retry_after if valid else None
         """Seconds to wait, if the service named any."""
 
 
@@ -162,14 +168,14 @@ class RateLimitError(ServiceUnavailableError):
 
     status = 429
     code = "rate_limited"
-    remedy = "The client has retried; lower max_concurrency, or request a higher limit."
+    remedy = "Lower max_concurrency, or request a higher limit."
 
 
 class ConnectionFailedError(ServiceUnavailableError):
     """The service was not reached, or the connection broke before the response was complete."""
 
     code = "connection_failed"
-    remedy = "The client has retried; check base_url, the network and whether the service runs."
+    remedy = "Check base_url, the network and whether the service runs."
 
 
 class ContainerFailedError(ServiceUnavailableError):
@@ -246,7 +252,7 @@ class TransportError(KalmError):
 
 class InvalidResponseError(_TextsError, KalmError):
     """The response does not hold the requested vectors: wrong count, dimensions or type, values
-    that are not finite, or no unit length. Nothing of that request is returned."""
+    that are not finite, or not of unit length. Nothing of that request is returned."""
 
     code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is fixed."

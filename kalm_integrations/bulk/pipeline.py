@@ -97,10 +97,10 @@ class Pipeline:
             OSError: A shard could not be written.
         """
         job, client = self._work.manifest.job, self._work.client
-        call = client._call(
-            "document", "raise" if job.on_error == "fail" else "skip", each_request=True
+        call = client._call_settings(
+            "document", "raise" if job.on_error == "fail" else "skip", timeout_per_request=True
         )
-        parts = client._dispatcher.run(self._batches(), call, busy=self._busy)
+        parts = client._dispatcher.run(self._batches(), call, pause_reading=self._busy)
         try:
             try:
                 for part in parts:

@@ -140,13 +140,13 @@ class Patient:
     @property
     def limit(self) -> float:
         """Seconds that a check may wait for the service."""
-        from kalm_integrations.options import FIRST_START
+        from kalm_integrations.options import STARTUP_TIMEOUT
 
         timeout = self.settings.timeout
         if not self.wake:
             return min(timeout, LIMIT)
         chosen = "timeout" in self.settings.model_fields_set or not self.on_modal
-        return timeout if chosen else max(timeout, FIRST_START)
+        return timeout if chosen else max(timeout, STARTUP_TIMEOUT)
 
 
 def skipped(check: Check, patient: Patient, before: Mapping[str, Finding]) -> Finding | None:

@@ -19,7 +19,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.event_loop import background_loop
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.models import KALM
-from kalm_integrations.options import FIRST_START
+from kalm_integrations.options import STARTUP_TIMEOUT
 from kalm_integrations.transports.base import describe_service
 
 QUESTION: Final = "How tall is K2?"
@@ -28,7 +28,7 @@ UNRELATED: Final = "Bread rises because yeast gives off gas."
 _QUERIES: Final = 5
 _SILENCE: Final = (
     "See the service's own log (on Modal: `modal app logs APP --since 1h`, with the app's name). "
-    f"Unset KALM_TIMEOUT: on Modal `--wake` then waits for up to {FIRST_START:g} s. Elsewhere, "
+    f"Unset KALM_TIMEOUT: on Modal `--wake` then waits for up to {STARTUP_TIMEOUT:g} s. Elsewhere, "
     "raise KALM_TIMEOUT if a start takes longer."
 )
 _IF_BF16: Final = (

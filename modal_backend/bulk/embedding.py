@@ -19,7 +19,7 @@ from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import BadRowsError, InvalidInputError, InvalidText
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.result import EmbeddedBatch
-from kalm_integrations.session import Call, Session
+from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.in_process import InProcessTransport
 from modal_backend.service import EmbeddingService
 
@@ -50,7 +50,7 @@ async def embed(service: EmbeddingService, job: Job, number: int, part: Part) ->
         reasons=dict(part.reasons),
     )
     session = Session(settings, InProcessTransport(service))
-    call = Call(role="document", timeout=_FOREVER, skip_invalid=job.on_error != "fail")
+    call = CallSettings(role="document", timeout=_FOREVER, skip_invalid=job.on_error != "fail")
     batches = plan(part.texts, identity.document_template, settings.request_limits)
     sending = [asyncio.ensure_future(session.send(batch, call)) for batch in batches]
     try:

@@ -16,7 +16,7 @@ from kalm_integrations.errors import (
     JobFailedError,
     KalmError,
 )
-from kalm_integrations.protocol import read_error
+from kalm_integrations.protocol import error_from_fields
 
 SCHEMES: Final = ("modal", "s3")
 
@@ -142,7 +142,7 @@ def prepared(place: Place, store: Store) -> bool:
     except ContainerFailedError as error:
         raise JobFailedError(f"{noted['source']} could not be prepared: {error}") from error
     if "error" in said:
-        raise read_error(said["error"])
+        raise error_from_fields(said["error"])
     return True
 
 
