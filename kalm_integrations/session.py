@@ -32,10 +32,10 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.options import STARTUP_TIMEOUT
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
+from kalm_integrations.response_validator import ResponseValidator
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryPolicy
 from kalm_integrations.transports.base import Transport
-from kalm_integrations.validation import ResponseValidator
 
 log = logging.getLogger(__name__)
 
