@@ -247,16 +247,12 @@ class KalmClient(ClientBase):
         role: Role,
         on_progress: Progress | None,
     ) -> tuple[CallSettings, Iterator[Batch], ResultBuilder[R], AbstractContextManager[Progress]]:
-        """What `_collect` and `_acollect` share; the only difference is how they wait."""
+        """Check the arguments of a call; return what `_collect` and `_acollect` share."""
         call = self._call_settings(role)
         checked = validation.check_texts(texts, self._config.truncate)
+        batches, builder = self._plan(enumerate(checked), role), new_builder(len(checked))
         show = self._config.show_progress and role == "document"
-        return (
-            call,
-            self._plan(enumerate(checked), role),
-            new_builder(len(checked)),
-            reporting(len(checked), on_progress, show),
-        )
+        return call, batches, builder, reporting(len(checked), on_progress, show)
 
     def _call_settings(
         self, role: Role, on_error: OnError = "raise", timeout_per_request: bool = False
@@ -265,13 +261,9 @@ class KalmClient(ClientBase):
         for name, value, known in (("role", role, _ROLES), ("on_error", on_error, _ON_ERROR)):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}: must be one of {known}.")
-        deadline = None if timeout_per_request else time.monotonic() + self._config.timeout
-        return CallSettings(
-            role=role,
-            timeout=self._config.timeout,
-            deadline=deadline,
-            skip_invalid=on_error == "skip",
-        )
+        timeout, skip = self._config.timeout, on_error == "skip"
+        deadline = None if timeout_per_request else time.monotonic() + timeout
+        return CallSettings(role=role, timeout=timeout, deadline=deadline, skip_invalid=skip)
 
     def _plan(self, texts: Iterable[tuple[int, str]], role: Role) -> Iterator[Batch]:
         return plan(texts, self._config.template(role), self._config.request_limits)

@@ -146,8 +146,8 @@ class ClientConfig(EnvironmentSettings):
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickles lie in files and travel: they hold no secret. Unpickling reads those from the
         # environment, and nothing else. What was not set has its default there too.
-        values = {name: getattr(self, name) for name in self.model_fields_set}
-        plain = {name: v for name, v in values.items() if not isinstance(v, SecretStr)}
+        values = {n: v for n, v in self.__dict__.items() if n in self.model_fields_set}
+        plain = {n: v for n, v in values.items() if not isinstance(v, SecretStr)}
         return _unpickled, (plain,)
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:

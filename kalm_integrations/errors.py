@@ -24,8 +24,7 @@ class KalmError(Exception):
         most_retries: Bound for this class, if it is lower than `max_retries`; None for none.
         remedy: What to do next.
         retries: How many times the client has retried the request.
-        partial: What was embedded before the call failed, by index in the caller's list; None
-            where the call embeds nothing.
+        partial: What the call embedded before, by the caller's indices; None if it embeds nothing.
     """
 
     status: ClassVar[int] = 500
@@ -42,8 +41,7 @@ class KalmError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        word = "retry" if self.retries == 1 else "retries"
-        retries = f"Failed after {self.retries} {word}." if self.retries else ""
+        retries = f"Retries: {self.retries}." if self.retries else ""
         return " ".join(part for part in (self.message, retries, self.remedy) if part)
 
 
@@ -60,7 +58,6 @@ class EngineLoadError(KalmError):
 
     permanent: bool = False
     """Whether loading it again on the same machine would fail in the same way."""
-
     status = 503
     code = "engine_not_loaded"
     remedy = "The service cannot embed until the model loads. Fix the problem above."
@@ -78,8 +75,7 @@ class _TextsError(Exception):
     """An error about particular texts.
 
     Attributes:
-        invalid: Every text concerned, by index in the caller's list; empty where the error is
-            about the request as a whole.
+        invalid: Every text concerned, by the caller's index; empty if the request as a whole is.
     """
 
     def __init__(self, message: str = "", invalid: Sequence[InvalidText] = ()) -> None:
@@ -157,10 +153,8 @@ class ServiceUnavailableError(KalmError):
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        # A service may send anything as its time, even NaN.
-        valid = retry_after is not None and retry_after >= 0
-        self.retry_after = retry_after if valid else None
-        """Seconds to wait, if the service named any."""
+        self.retry_after = None if retry_after is None or not retry_after >= 0 else retry_after
+        """Seconds to wait, if the service named any; it may send anything, even NaN."""
 
 
 class RateLimitError(ServiceUnavailableError):

@@ -342,7 +342,7 @@ class TestRetries:
             way(over(transport, max_retries=2), ["a"])
         assert len(transport.requests) == 3
         assert caught.value.retries == 2
-        assert "2 retries" in str(caught.value)
+        assert "Retries: 2" in str(caught.value)
 
     def test_retry_after_is_honoured(self, over: Over) -> None:
         transport = ScriptedTransport([ServiceUnavailableError("busy", retry_after=0.2)])

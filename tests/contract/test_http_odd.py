@@ -126,7 +126,7 @@ class TestCredentials:
     def test_a_key_that_cannot_be_sent_is_refused_on_construction(self) -> None:
         with pytest.raises(errors.ConfigurationError, match="api_key: it holds control characters"):
             KalmClient(base_url="http://there", api_key="a\nb")
-        assert KalmClient(base_url="http://there", api_key=" \n").api_key is None
+        assert KalmClient(base_url="http://there", api_key=" \n").config.api_key is None
 
     @pytest.mark.parametrize("url", ["http://there:99999", "http://there:abc"])
     def test_an_invalid_port_is_refused_on_construction(self, url: str) -> None:
