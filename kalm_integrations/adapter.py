@@ -1,16 +1,16 @@
-"""The base class of both adapters: it holds a `KalmClient` and forwards its methods."""
+"""The base class of the adapters: it holds a `KalmClient` and forwards its methods."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from kalm_integrations.client import KalmClient, OnError
-from kalm_integrations.client_base import ClientBase
+from kalm_integrations.client_base import ClientBase, client_defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
-from kalm_integrations.options import ClientOptions, forget
+from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import Progress
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, EmbeddingResult
@@ -21,6 +21,11 @@ class SharedClient(TypedDict, total=False):
 
     client: KalmClient | None
     """A client to share, instead of its arguments. Default: None."""
+
+
+def adapter_defaults() -> dict[str, Any]:
+    """The default of each argument of an adapter."""
+    return {"client": None, **client_defaults()}
 
 
 class ClientAdapter(ClientBase):
@@ -106,4 +111,4 @@ def client_of(client: KalmClient | None, options: ClientOptions) -> KalmClient:
             )
         return client
     finally:
-        forget(options)
+        clear_arguments(options)

@@ -9,6 +9,8 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 Backend = Literal["auto", "modal", "http", "local"]
+ResolvedBackend = Literal["modal", "http", "local", "transport"]
+"""What sends the requests; "transport" is one that the caller passed."""
 
 NO_BACKEND: Final = (
     'backend="auto" found no service to talk to. For a service on Modal install modal (the extra '
@@ -18,7 +20,7 @@ NO_BACKEND: Final = (
 )
 
 
-def resolve(backend: Backend, base_url: str | None) -> Literal["modal", "http", "local"]:
+def resolve(backend: Backend, base_url: str | None) -> ResolvedBackend:
     """The backend that "auto" stands for, or `backend` itself.
 
     Raises:

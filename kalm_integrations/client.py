@@ -1,8 +1,6 @@
 """`KalmClient`: texts in, numpy vectors out, from any thread or event loop.
 
-Both adapters hold one. Requests run on the process's background event loop. The caller's own code
-(its iterator, its callbacks, its progress bar) runs on the caller's thread. The sync and async
-methods differ only in how they wait.
+The adapters hold one. The sync and async methods differ only in how they wait.
 """
 
 from __future__ import annotations
@@ -11,18 +9,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import replace
 from typing import Any, Literal, Never, Self, TypeVar, Unpack, get_args
 
 from kalm_integrations import validation
 from kalm_integrations.batching import Batch, numbered_blocks, plan
-from kalm_integrations.client_base import ClientBase, defaults
+from kalm_integrations.client_base import ClientBase, client_defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
 from kalm_integrations.errors import ConfigurationError, InvalidText
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
-from kalm_integrations.options import ClientOptions, forget
+from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import Progress, reporting
 from kalm_integrations.prompts import Role
 from kalm_integrations.result import (
@@ -32,7 +30,7 @@ from kalm_integrations.result import (
     ListBuilder,
     ResultBuilder,
 )
-from kalm_integrations.session import Call
+from kalm_integrations.session import CallSettings
 from kalm_integrations.signatures import documented, refuse_positional
 
 OnError = Literal["raise", "skip"]
@@ -40,7 +38,7 @@ R = TypeVar("R")
 _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
 
 
-@documented(ClientOptions, defaults=defaults)
+@documented(ClientOptions, defaults=client_defaults)
 class KalmClient(ClientBase):
     """Embed texts with KaLM, or with the embedded engine, as numpy arrays.
 
@@ -59,7 +57,7 @@ class KalmClient(ClientBase):
         try:
             self._config = ClientConfig(**options)
         finally:
-            forget(options)
+            clear_arguments(options)
         self._dispatcher = Dispatcher(self._config)
 
     @property
@@ -71,7 +69,7 @@ class KalmClient(ClientBase):
         try:
             config = self._config.model_copy(update={**options})
         finally:
-            forget(options)
+            clear_arguments(options)
         changed = type(self).__new__(type(self))
         changed.__setstate__({**self.__getstate__(), "_config": config})
         return changed
@@ -145,8 +143,8 @@ class KalmClient(ClientBase):
         Raises:
             KalmError: As `embed`; what was yielded before stays good.
         """
-        batches = self._plan_stream(texts, role, on_error)
-        return self._dispatcher.run(batches, self._call(role, on_error, each_request=True))
+        call = self._call_settings(role, on_error, timeout_per_request=True)
+        return self._dispatcher.run(self._plan_stream(texts, role, on_error), call)
 
     def aiter_embed(
         self,
@@ -156,8 +154,8 @@ class KalmClient(ClientBase):
         on_error: OnError = "raise",
     ) -> AsyncGenerator[EmbeddedBatch]:
         """`iter_embed`, without blocking the running event loop."""
-        batches = self._plan_stream(texts, role, on_error)
-        return self._dispatcher.arun(batches, self._call(role, on_error, each_request=True))
+        call = self._call_settings(role, on_error, timeout_per_request=True)
+        return self._dispatcher.arun(self._plan_stream(texts, role, on_error), call)
 
     def warm_up(self, timeout: float | None = None) -> VectorIdentity:
         """Have the service ready before it is needed; a cold start can take minutes.
@@ -174,11 +172,11 @@ class KalmClient(ClientBase):
             DeadlineExceededError: `timeout` ran out; the message says where to look.
             KalmError: The service cannot be reached, or serves other vectors.
         """
-        return self._identity_in(self._ensure_ready(timeout).result())
+        return self._with_space(self._ensure_ready(timeout).result())
 
     async def awarm_up(self, timeout: float | None = None) -> VectorIdentity:
         """`warm_up`, without blocking the running event loop."""
-        return self._identity_in(await asyncio.wrap_future(self._ensure_ready(timeout)))
+        return self._with_space(await asyncio.wrap_future(self._ensure_ready(timeout)))
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
@@ -195,19 +193,16 @@ class KalmClient(ClientBase):
         self.__dict__.update(state, _dispatcher=Dispatcher(state["_config"]))
 
     def embed_to_lists(
-        self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
+        self, texts: Iterable[str], *, role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
         """`embed`, as the lists of floats that frameworks take; faster than `to_lists()`."""
         return self._collect(self._list_builder, texts, role, on_progress)
 
     async def aembed_to_lists(
-        self, texts: Iterable[str], role: Role, on_progress: Progress | None = None
+        self, texts: Iterable[str], *, role: Role, on_progress: Progress | None = None
     ) -> list[list[float]]:
         """`embed_to_lists`, without blocking the running event loop."""
         return await self._acollect(self._list_builder, texts, role, on_progress)
-
-    def _check(self, texts: Iterable[str]) -> list[str]:
-        return validation.check_texts(texts, self._config.truncate)
 
     def _array_builder(self, total: int) -> ArrayBuilder:
         dimensions, dtype = self._config.vector_dimensions, self._config.vector_dtype
@@ -223,12 +218,9 @@ class KalmClient(ClientBase):
         role: Role,
         on_progress: Progress | None,
     ) -> R:
-        checked, call = self._check(texts), self._call(role)
-        builder = new_builder(len(checked))
-        show = self._config.show_progress and role == "document"
-        progress = reporting(len(checked), on_progress, show)
+        call, batches, builder, progress = self._begin(new_builder, texts, role, on_progress)
         with builder.partial_on_error(), progress as advance:
-            for part in self._dispatcher.run(self._plan(enumerate(checked), role), call):
+            for part in self._dispatcher.run(batches, call):
                 builder.add(part)
                 advance(len(part))
             return builder.result()
@@ -240,30 +232,38 @@ class KalmClient(ClientBase):
         role: Role,
         on_progress: Progress | None,
     ) -> R:
-        checked, call = self._check(texts), self._call(role)
-        builder = new_builder(len(checked))
-        show = self._config.show_progress and role == "document"
-        progress = reporting(len(checked), on_progress, show)
+        call, batches, builder, progress = self._begin(new_builder, texts, role, on_progress)
         with builder.partial_on_error(), progress as advance:
-            parts = self._dispatcher.arun(self._plan(enumerate(checked), role), call)
-            async with aclosing(parts):
+            async with aclosing(self._dispatcher.arun(batches, call)) as parts:
                 async for part in parts:
                     builder.add(part)
                     advance(len(part))
             return builder.result()
 
-    def _call(self, role: Role, on_error: OnError = "raise", each_request: bool = False) -> Call:
+    def _begin(
+        self,
+        new_builder: Callable[[int], ResultBuilder[R]],
+        texts: Iterable[str],
+        role: Role,
+        on_progress: Progress | None,
+    ) -> tuple[CallSettings, Iterator[Batch], ResultBuilder[R], AbstractContextManager[Progress]]:
+        """Check the arguments of a call; return what `_collect` and `_acollect` share."""
+        call = self._call_settings(role)
+        checked = validation.check_texts(texts, self._config.truncate)
+        batches, builder = self._plan(enumerate(checked), role), new_builder(len(checked))
+        show = self._config.show_progress and role == "document"
+        return call, batches, builder, reporting(len(checked), on_progress, show)
+
+    def _call_settings(
+        self, role: Role, on_error: OnError = "raise", timeout_per_request: bool = False
+    ) -> CallSettings:
         # A misspelt word must not lose the instruction or the error.
         for name, value, known in (("role", role, _ROLES), ("on_error", on_error, _ON_ERROR)):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}: must be one of {known}.")
-        deadline = None if each_request else time.monotonic() + self._config.timeout
-        return Call(
-            role=role,
-            timeout=self._config.timeout,
-            deadline=deadline,
-            skip_invalid=on_error == "skip",
-        )
+        timeout, skip = self._config.timeout, on_error == "skip"
+        deadline = None if timeout_per_request else time.monotonic() + timeout
+        return CallSettings(role=role, timeout=timeout, deadline=deadline, skip_invalid=skip)
 
     def _plan(self, texts: Iterable[tuple[int, str]], role: Role) -> Iterator[Batch]:
         return plan(texts, self._config.template(role), self._config.request_limits)
@@ -272,7 +272,8 @@ class KalmClient(ClientBase):
         truncate = self._config.truncate
         blocks: Iterator[tuple[list[tuple[int, str]], list[InvalidText]]]
         if on_error == "raise" and isinstance(texts, Sequence):
-            blocks = ((block, []) for block in numbered_blocks(self._check(texts)))
+            checked = validation.check_texts(texts, truncate)
+            blocks = ((block, []) for block in numbered_blocks(checked))
         else:
             unchecked = numbered_blocks(validation.check_collection(texts))
             blocks = (validation.partition_valid(block, truncate) for block in unchecked)
@@ -293,5 +294,5 @@ class KalmClient(ClientBase):
             raise ConfigurationError(f"timeout={timeout!r}: must be a number of seconds over 0.")
         return self._dispatcher.ensure_ready(seconds)
 
-    def _identity_in(self, space: SpaceIdentity | None) -> VectorIdentity:
+    def _with_space(self, space: SpaceIdentity | None) -> VectorIdentity:
         return replace(self.vector_identity, space=space or self._config.expected_space)

@@ -1,4 +1,4 @@
-"""What `KalmClient` and both adapters share: their arguments, and how they are closed."""
+"""What `KalmClient` and the adapters share: their properties, and how they are closed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from kalm_integrations.config import ClientConfig
 from kalm_integrations.identity import VectorIdentity
 
 
-def defaults() -> dict[str, Any]:
-    """The default of each argument, `client` of the adapters included."""
-    return {"client": None} | {n: field.default for n, field in ClientConfig.model_fields.items()}
+def client_defaults() -> dict[str, Any]:
+    """The default of each argument of `KalmClient`."""
+    return {name: field.default for name, field in ClientConfig.model_fields.items()}
 
 
 class ClientBase:

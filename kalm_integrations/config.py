@@ -1,4 +1,4 @@
-"""`ClientConfig`: the arguments of the client and both adapters, validated, and what follows.
+"""`ClientConfig`: the arguments of the client and the adapters, validated, and what follows.
 
 Each is read from the argument, then from the variable `KALM_` + its name in capitals, then from
 its default. Construction validates all of them and opens nothing.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal, Self, Unpack
+from typing import Annotated, Any, Self, Unpack
 
 import numpy as np
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from kalm_integrations import backends, prompts
-from kalm_integrations.backends import Backend
+from kalm_integrations.backends import Backend, ResolvedBackend
 from kalm_integrations.batching import RequestLimits
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity, fingerprint
@@ -34,7 +34,7 @@ from kalm_integrations.models import (
     ModelProfile,
     profile_of,
 )
-from kalm_integrations.options import ClientOptions, forget
+from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.base import Transport
@@ -88,6 +88,7 @@ class ClientConfig(EnvironmentSettings):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     variable_prefix = "KALM_"
     arguments_only = frozenset({"on_usage", "transport"})
+    protected_fields = ("backend", "transport")
 
     backend: Backend = "auto"
     base_url: str | None = None
@@ -113,16 +114,16 @@ class ClientConfig(EnvironmentSettings):
     show_progress: bool = False
     expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
     on_usage: Annotated[Callable[[Usage], object] | None, Field(exclude=True)] = None
-    _backend: Literal["modal", "http", "local", "transport"] = PrivateAttr()
+    _resolved_backend: ResolvedBackend = PrivateAttr()
 
     def __init__(self, **options: Unpack[ClientOptions]) -> None:
         try:
             super().__init__(**options)  # type: ignore[misc]
         finally:
-            forget(options)
+            clear_arguments(options)
 
     @classmethod
-    def excludes(cls, name: str, value: Any) -> Collection[str]:
+    def contradicted_by(cls, name: str, value: Any) -> Collection[str]:
         match name, value:
             case _, None | "auto":
                 return ()
@@ -136,26 +137,18 @@ class ClientConfig(EnvironmentSettings):
                 return ("backend", *_SERVICE, *_CREDENTIALS)
         return ()
 
-    def unused(self) -> set[str]:
-        """Names of the arguments that have no effect beside the others."""
-        return {
-            other for name, value in self.__dict__.items() for other in self.excludes(name, value)
-        }
-
-    def _kept(self) -> dict[str, Any]:
-        return {"backend": self.backend, "transport": self.transport}
-
     def __copy__(self) -> Self:
-        return self
+        return self  # it cannot be changed
 
     def __deepcopy__(self, memo: object = None) -> Self:
-        return self
+        return self  # nor may its transport and its callback be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickles lie in files and travel: they hold no secret. Unpickling reads those from the
-        # environment again.
-        fields = self.__dict__.items()
-        return _restored, ({n: value for n, value in fields if not isinstance(value, SecretStr)},)
+        # environment, and nothing else. What was not set has its default there too.
+        values = {n: v for n, v in self.__dict__.items() if n in self.model_fields_set}
+        plain = {n: v for n, v in values.items() if not isinstance(v, SecretStr)}
+        return _unpickled, (plain,)
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         """Arguments that differ from their defaults; no secrets, no callback."""
@@ -170,16 +163,17 @@ class ClientConfig(EnvironmentSettings):
 
     def model_post_init(self, context: object) -> None:
         """Resolve "auto" once: the environment is read at construction only."""
+        # pydantic calls this before `_check_values`, which needs it.
         if self.transport is not None:
-            self._backend = "transport"
+            self._resolved_backend = "transport"
         else:
-            self._backend = backends.resolve(self.backend, self.base_url)
+            self._resolved_backend = backends.resolve(self.backend, self.base_url)
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         if self.base_url is not None:
             backends.check_url(self.base_url)
-        if self._backend == "local" and self.model not in (None, EMBEDDED.space.model):
+        if self.resolved_backend == "local" and self.model not in (None, EMBEDDED.space.model):
             raise ValueError(f'model={self.model!r}: backend="local" runs {EMBEDDED.space.model!r}')
         if (self.modal_key is None) != (self.modal_secret is None):
             raise ValueError("modal_key and modal_secret go together: pass both or neither")
@@ -199,14 +193,14 @@ class ClientConfig(EnvironmentSettings):
         return self
 
     @property
-    def resolved_backend(self) -> Literal["modal", "http", "local", "transport"]:
-        """The backend, "auto" resolved; "transport" if one was passed."""
-        return self._backend
+    def resolved_backend(self) -> ResolvedBackend:
+        """What sends the requests: the backend, "auto" resolved, or the transport passed."""
+        return self._resolved_backend
 
     @property
     def served_model(self) -> str:
-        """The model that is asked for."""
-        default = EMBEDDED if self._backend == "local" else KALM
+        """Name of the model that requests name."""
+        default = EMBEDDED if self.resolved_backend == "local" else KALM
         return self.model or default.space.model
 
     @property
@@ -222,7 +216,8 @@ class ClientConfig(EnvironmentSettings):
     @property
     def vector_dimensions(self) -> int:
         """Dimensions that every answer must have; 0 for what the model has, if that is unknown."""
-        return self.dimensions or (*self.profile.dimensions, 0)[0]
+        native, *_ = self.profile.dimensions or (0,)
+        return self.dimensions or native
 
     @property
     def query_template(self) -> str:
@@ -292,7 +287,8 @@ class ClientConfig(EnvironmentSettings):
         return f"kalm-{role}-{fingerprint(key)}"
 
 
-def _restored(fields: dict[str, Any]) -> ClientConfig:
+def _unpickled(fields: dict[str, Any]) -> ClientConfig:
     config = ClientConfig.__new__(ClientConfig)
-    config._validate(fields, config._variables(fields))
+    variables = config._variables(fields).items()
+    config._validate(fields, {name: value for name, value in variables if name in _CREDENTIALS})
     return config

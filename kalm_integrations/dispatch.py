@@ -1,8 +1,8 @@
 """From batches to results: how many requests run at a time, and what happens when one fails.
 
 `_dispatch` is the only implementation. `Dispatcher.run` and `Dispatcher.arun` differ in how they
-wait. Requests run on the process's background event loop (`event_loop`); what belongs to the
-caller (its iterator, its callbacks) stays on the caller's side.
+wait. Requests run on the background event loop (`event_loop`); the caller's iterator and callbacks
+run on the caller's thread.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.result import EmbeddedBatch, Usage
-from kalm_integrations.session import Call, Session
+from kalm_integrations.result import EmbeddedBatch
+from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.base import open_transport
 
 log = logging.getLogger(__name__)
@@ -45,21 +45,25 @@ class Dispatcher:
         self._session: Session | None = None
 
     def run(
-        self, batches: Iterator[Batch], call: Call, busy: Callable[[], bool] = lambda: False
+        self,
+        batches: Iterator[Batch],
+        call: CallSettings,
+        pause_reading: Callable[[], bool] = lambda: False,
     ) -> Generator[EmbeddedBatch]:
         """Send `batches`, and yield their results as they arrive.
 
-        At most `max_concurrency` requests run at a time. Texts that cannot be embedded do not
-        affect other requests; any other failure cancels them. A failure is raised last, after all
-        results that have arrived.
+        At most `max_concurrency` requests of this call run at a time. A failure ends the reading
+        and is raised last, after all results that have arrived. A failed request cancels the
+        others, unless it failed because of its texts. An exception of `batches` cancels none: the
+        running requests are completed first.
 
         Args:
             batches: Read on the caller's thread, one for each free slot.
             call: What the requests share.
-            busy: While this is true, no further batch is read before a result has arrived.
+            pause_reading: While this is true, no further batch is read before a result has arrived.
         """
         completed = threading.Event()
-        with closing(self._dispatch(batches, call, completed.set, busy)) as results:
+        with closing(self._dispatch(batches, call, completed.set, pause_reading)) as results:
             for result in results:
                 if result is None:
                     completed.wait()
@@ -67,7 +71,9 @@ class Dispatcher:
                 else:
                     yield result
 
-    async def arun(self, batches: Iterator[Batch], call: Call) -> AsyncGenerator[EmbeddedBatch]:
+    async def arun(
+        self, batches: Iterator[Batch], call: CallSettings
+    ) -> AsyncGenerator[EmbeddedBatch]:
         """`run`, without blocking the running event loop."""
         loop, completed = asyncio.get_running_loop(), asyncio.Event()
         notify = partial(loop.call_soon_threadsafe, completed.set)
@@ -94,9 +100,9 @@ class Dispatcher:
     def _dispatch(
         self,
         batches: Iterator[Batch],
-        call: Call,
+        call: CallSettings,
         notify: Callable[[], object],
-        busy: Callable[[], bool] = lambda: False,
+        pause_reading: Callable[[], bool] = lambda: False,
     ) -> Generator[EmbeddedBatch | None]:
         """Yield results, or None when the caller has to wait until `notify` is called."""
         running: set[Future[EmbeddedBatch]] = set()
@@ -119,23 +125,25 @@ class Dispatcher:
                     if problem is None:
                         result = future.result()
                     else:
-                        reading, failure = False, _more_severe(failure, problem)
+                        reading, failure = False, _failure_to_raise(failure, problem)
                         if not isinstance(problem, InvalidInputError):
                             _cancel(running)
-                full = len(running) >= self._config.max_concurrency or bool(running and busy())
+                # This bounds what is read ahead; the session's slots bound all calls together.
+                full = len(running) >= self._config.max_concurrency
+                full = full or bool(running and pause_reading())
                 if reading and not full:  # a free slot is filled before the caller gets a result
                     batch = None
                     try:
                         batch = next(batches, None)
                     except Exception as error:  # noqa: BLE001 (raised after the results)
-                        failure = _more_severe(failure, error)
+                        failure = _failure_to_raise(failure, error)
                     reading = batch is not None
                     if batch is not None:
                         future = background_loop().submit(self.send(batch, call))
                         running.add(future)
                         future.add_done_callback(complete)
                 if result is not None:
-                    self.report_usage(result.usage)
+                    self.report_usage(result)
                     yield result
                 elif not completed and running and (full or not reading):
                     yield None
@@ -144,19 +152,20 @@ class Dispatcher:
         finally:
             _cancel(running)
 
-    def report_usage(self, usage: Usage) -> None:
-        if self._config.on_usage is not None and usage.requests:
+    def report_usage(self, result: EmbeddedBatch) -> None:
+        """Call the caller's `on_usage` with the usage of a result."""
+        if self._config.on_usage is not None and result.usage.requests:
             try:
-                self._config.on_usage(usage)
+                self._config.on_usage(result.usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 
-    async def send(self, batch: Batch, call: Call) -> EmbeddedBatch:
+    async def send(self, batch: Batch, call: CallSettings) -> EmbeddedBatch:
         """Send one batch; on the background loop only."""
         return await self._open().send(batch, call)
 
     async def _ensure_ready(self, timeout: float) -> SpaceIdentity | None:
-        return await self._open().ensure_ready(Call(role="query", timeout=timeout))
+        return await self._open().ensure_ready(timeout)
 
     def _open(self) -> Session:
         """The session; called on the background loop only."""
@@ -183,8 +192,10 @@ def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:
         future.cancel()
 
 
-def _more_severe(first: BaseException | None, second: BaseException | None) -> BaseException | None:
-    """The failure to raise: the first, unless only the second concerns more than some texts."""
+def _failure_to_raise(
+    first: BaseException | None, second: BaseException | None
+) -> BaseException | None:
+    """The first failure, unless it concerns only some texts and the second does not."""
     if first is None or second is None:
         return first or second
     only_texts = isinstance(first, InvalidInputError) and not isinstance(second, InvalidInputError)

@@ -29,6 +29,8 @@ class EnvironmentSettings(BaseModel):
 
     variable_prefix: ClassVar[str]
     arguments_only: ClassVar[Set[str]] = frozenset()
+    protected_fields: ClassVar[tuple[str, ...]] = ()
+    """An update may replace their values, but not contradict them."""
 
     if not TYPE_CHECKING:  # type checkers see the arguments themselves
 
@@ -43,7 +45,7 @@ class EnvironmentSettings(BaseModel):
             super().__setattr__(name, value)
 
     @classmethod
-    def excludes(cls, name: str, value: Any) -> Collection[str]:
+    def contradicted_by(cls, name: str, value: Any) -> Collection[str]:
         """Names of the arguments that contradict argument `name` with this `value`."""
         return ()
 
@@ -58,15 +60,12 @@ class EnvironmentSettings(BaseModel):
         if not update:
             return super().model_copy(deep=deep)
         changes, update = dict(update), None
-        self._check_arguments(changes, self._kept() | changes)
+        protected = {name: getattr(self, name) for name in self.protected_fields}
+        self._check_arguments(changes, protected | changes)
         fields = {name: getattr(self, name) for name in self.model_fields_set}
         copied = type(self).__new__(type(self))
         copied._validate(fields | changes, {})
         return copied
-
-    def _kept(self) -> dict[str, Any]:
-        """The values that an update must not contradict."""
-        return {}
 
     def _validate(self, arguments: dict[str, Any], variables: dict[str, str]) -> None:
         wrong = ""
@@ -93,7 +92,7 @@ class EnvironmentSettings(BaseModel):
             pairs = (
                 (name, other)
                 for name in present
-                for other in cls.excludes(name, together[name])
+                for other in cls.contradicted_by(name, together[name])
                 if other in present
             )
             if pair := next(pairs, None):
@@ -112,13 +111,15 @@ class EnvironmentSettings(BaseModel):
             if name not in arguments and (value := os.environ.get(variable, ""))
         }
         excluded = {
-            other for name, value in arguments.items() for other in cls.excludes(name, value)
+            other for name, value in arguments.items() for other in cls.contradicted_by(name, value)
         }
         return {
             name: value
             for name, value in values.items()
             if name not in excluded
-            and not any(arguments.get(other) is not None for other in cls.excludes(name, value))
+            and not any(
+                arguments.get(other) is not None for other in cls.contradicted_by(name, value)
+            )
         }
 
 

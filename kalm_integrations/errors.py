@@ -20,18 +20,19 @@ class KalmError(Exception):
     Attributes:
         status: HTTP status of the response that reports it.
         code: Stable name in the body of that response.
-        retryable: Whether the same request may succeed later. The client has retried already.
-        most_retries: Upper bound, whatever `max_retries` allows.
+        retryable: Whether the same request may succeed later. The client retries it (`retry`).
+        most_retries: Bound for this class, if it is lower than `max_retries`; None for none.
         remedy: What to do next.
-        partial: What was embedded before the call failed, by index in the caller's list; None
-            where the call embeds nothing.
+        retries: How many times the client has retried the request.
+        partial: What the call embedded before, by the caller's indices; None if it embeds nothing.
     """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
-    most_retries: ClassVar[int] = 100
+    most_retries: ClassVar[int | None] = None
     remedy: ClassVar[str] = ""
+    retries: int = 0
     partial: PartialResult | None = None
 
     @property
@@ -40,7 +41,8 @@ class KalmError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.message, self.remedy) if part)
+        retries = f"Retries: {self.retries}." if self.retries else ""
+        return " ".join(part for part in (self.message, retries, self.remedy) if part)
 
 
 class ConfigurationError(KalmError, ValueError):
@@ -56,7 +58,6 @@ class EngineLoadError(KalmError):
 
     permanent: bool = False
     """Whether loading it again on the same machine would fail in the same way."""
-
     status = 503
     code = "engine_not_loaded"
     remedy = "The service cannot embed until the model loads. Fix the problem above."
@@ -74,8 +75,7 @@ class _TextsError(Exception):
     """An error about particular texts.
 
     Attributes:
-        invalid: Every text concerned, by index in the caller's list; empty where the error is
-            about the request as a whole.
+        invalid: Every text concerned, by the caller's index; empty if the request as a whole is.
     """
 
     def __init__(self, message: str = "", invalid: Sequence[InvalidText] = ()) -> None:
@@ -149,12 +149,12 @@ class ServiceUnavailableError(KalmError):
     status = 503
     code = "service_unavailable"
     retryable = True
-    remedy = "The client has retried; look at the service's logs, then call again."
+    remedy = "Look at the service's logs, then call again."
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
-        """Seconds to wait, if the service named any."""
+        self.retry_after = None if retry_after is None or not retry_after >= 0 else retry_after
+        """Seconds to wait, if the service named any; it may send anything, even NaN."""
 
 
 class RateLimitError(ServiceUnavailableError):
@@ -162,14 +162,14 @@ class RateLimitError(ServiceUnavailableError):
 
     status = 429
     code = "rate_limited"
-    remedy = "The client has retried; lower max_concurrency, or request a higher limit."
+    remedy = "Lower max_concurrency, or request a higher limit."
 
 
 class ConnectionFailedError(ServiceUnavailableError):
     """The service was not reached, or the connection broke before the response was complete."""
 
     code = "connection_failed"
-    remedy = "The client has retried; check base_url, the network and whether the service runs."
+    remedy = "Check base_url, the network and whether the service runs."
 
 
 class ContainerFailedError(ServiceUnavailableError):
@@ -246,7 +246,7 @@ class TransportError(KalmError):
 
 class InvalidResponseError(_TextsError, KalmError):
     """The response does not hold the requested vectors: wrong count, dimensions or type, values
-    that are not finite, or no unit length. Nothing of that request is returned."""
+    that are not finite, or not of unit length. Nothing of that request is returned."""
 
     code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is fixed."

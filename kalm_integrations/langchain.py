@@ -16,15 +16,14 @@ except ImportError as error:
 
 from typing import Never, Self, Unpack
 
-from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
+from kalm_integrations.adapter import ClientAdapter, SharedClient, adapter_defaults, client_of
 from kalm_integrations.client import KalmClient
-from kalm_integrations.client_base import defaults
 from kalm_integrations.langchain_errors import raised_as_langchains
 from kalm_integrations.options import ClientOptions
 from kalm_integrations.signatures import documented, refuse_positional
 
 
-@documented(SharedClient, ClientOptions, defaults=defaults)
+@documented(SharedClient, ClientOptions, defaults=adapter_defaults)
 class KalmModalEmbeddings(ClientAdapter, Embeddings):
     """KaLM, or the embedded engine, as a LangChain embedding model.
 
@@ -53,22 +52,22 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed documents, with the document instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
-            return self._client.embed_to_lists(texts, "document")
+            return self._client.embed_to_lists(texts, role="document")
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query, with the query instruction; see `KalmClient.embed`."""
         with raised_as_langchains():
-            return self._client.embed_to_lists([text], "query")[0]
+            return self._client.embed_to_lists([text], role="query")[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents`, without blocking the running event loop or its thread pool."""
         with raised_as_langchains():
-            return await self._client.aembed_to_lists(texts, "document")
+            return await self._client.aembed_to_lists(texts, role="document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query`, without blocking the running event loop or its thread pool."""
         with raised_as_langchains():
-            return (await self._client.aembed_to_lists([text], "query"))[0]
+            return (await self._client.aembed_to_lists([text], role="query"))[0]
 
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this

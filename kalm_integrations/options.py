@@ -1,4 +1,4 @@
-"""The arguments of the client and both adapters, documented for callers and type checkers."""
+"""The arguments of the client and the adapters, documented for callers and type checkers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kalm_integrations.protocol import Truncate, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.base import Transport
 
-FIRST_START: Final = 1800.0
+STARTUP_TIMEOUT: Final = 1800.0
 """Seconds that a start on Modal may take: the default of `kalm deploy --startup-timeout`."""
 
 
 class ClientOptions(TypedDict, total=False):
-    """Arguments of `KalmClient` and both `KalmModalEmbeddings`."""
+    """Arguments of `KalmClient` and of each `KalmModalEmbeddings`."""
 
     backend: Backend
     """Where vectors come from. "modal": the app of `kalm deploy`, over Modal's RPC. "http":
@@ -49,8 +49,8 @@ class ClientOptions(TypedDict, total=False):
     """Token secret that belongs to `modal_key`; pass both or neither. Default: None."""
 
     transport: Transport | None
-    """An object that sends requests instead of a backend; see docs/architecture.md. It excludes the
-    arguments above. Default: None."""
+    """An object that sends requests instead of a backend; see docs/architecture.md. It
+    excludes the arguments above. Default: None."""
 
     model: str | None
     """Name of the model. None is the embedded engine's with backend="local", else KaLM. Default:
@@ -110,6 +110,6 @@ class ClientOptions(TypedDict, total=False):
     exceptions are logged and lose no vectors. Default: None."""
 
 
-def forget(options: object) -> None:
+def clear_arguments(options: object) -> None:
     """Empty the arguments of a call: tracebacks may show them, and some are secret."""
     cast(dict[str, Any], options).clear()

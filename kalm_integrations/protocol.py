@@ -61,7 +61,8 @@ class EmbedRequest:
 
     Attributes:
         texts: The texts as the model sees them, with instructions applied.
-        role: Queries go before documents in the engine.
+        role: Queries go before documents. The service treats a request of over 8,192 characters as
+            documents.
         dimensions: Requested dimensions; None for the model's native number.
         truncate: What to do with a text longer than the model reads.
         dtype: Type of the vectors in the response.
@@ -154,7 +155,7 @@ class ErrorBody(BaseModel):
     invalid: tuple[InvalidText, ...] = ()
     """The texts that cannot be embedded, by index within the request."""
     retry_after: float | None = None
-    """Seconds after which a retry may succeed."""
+    """Seconds after which a retry may succeed; HTTP's header `Retry-After` takes precedence."""
 
     def to_error(self, kind: type[KalmError] | None = None) -> KalmError:
         """The error that this body describes, of class `kind` or of the class of its code;
@@ -178,7 +179,7 @@ def error_fields(error: KalmError) -> dict[str, Any]:
     ).model_dump(mode="json")
 
 
-def read_error(fields: object) -> KalmError:
+def error_from_fields(fields: object) -> KalmError:
     """The error in `fields`, which a service sent as `ErrorBody`."""
     try:
         return ErrorBody.model_validate(fields).to_error()

@@ -1,4 +1,8 @@
-"""The retry policy: whether a failed request is sent again, and when. Nothing else decides it."""
+"""The retry policy of requests: whether a failed one is sent again, and when.
+
+It is the only one of a request. Below it, Modal's client repeats inputs that it has lost; bulk jobs
+set a `max_retries` of their own. docs/errors.md has the formula.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,20 @@ from kalm_integrations.errors import KalmError, ServiceUnavailableError
 
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
-EARNED = 0.2  # of a retry, for each request that succeeds
+BUDGET_PER_SUCCESS = 0.2
 
 
 class RetryPolicy:
     """Decides for all requests of one session.
 
     A failure is retried if its class is `retryable`, at most `max_retries` times a request (fewer
-    if its class says so), within the deadline, and within a budget. The budget is full at first:
-    each of the requests that run at a time may use all its retries once. A service that fails for
-    hours gets no multiple of the load that it cannot take.
+    if its class says so), within the deadline and within a budget. The budget starts at
+    `max_retries * max_concurrency` retries. Each retry takes one from it, and each success returns
+    `BUDGET_PER_SUCCESS`. So a service that fails for hours does not get a multiple of its load.
 
     Args:
         max_retries: Most retries of a request.
-        max_concurrency: Most requests at a time.
+        max_concurrency: Most concurrent requests of a role.
     """
 
     def __init__(self, max_retries: int, max_concurrency: int) -> None:
@@ -31,20 +35,20 @@ class RetryPolicy:
     def delay(self, retry: int, error: KalmError, time_left: float) -> float | None:
         """Seconds to wait before a retry, which this takes from the budget; None: do not retry.
 
-        Exponential backoff with full jitter, so that clients that failed together do not return
-        together; never sooner than the service requires.
+        The delay is what the service requires, plus exponential backoff with full jitter, so that
+        clients that failed together do not return together.
 
         Args:
             retry: Number of the retry; 0 is the first.
             error: What the last attempt failed with.
             time_left: Seconds until the deadline.
         """
-        if not error.retryable or retry >= min(self._max_retries, error.most_retries):
+        bounds = (self._max_retries, error.most_retries)
+        if not error.retryable or retry >= min(bound for bound in bounds if bound is not None):
             return None
         retry_after = error.retry_after if isinstance(error, ServiceUnavailableError) else None
-        # A service may send anything as its time, even NaN.
-        delay = retry_after if retry_after is not None and retry_after > 0 else 0.0
-        delay += random.uniform(0, min(LONGEST_DELAY, FIRST_DELAY * 2.0**retry))  # noqa: S311
+        backoff = min(LONGEST_DELAY, FIRST_DELAY * 2.0**retry)
+        delay = (retry_after or 0.0) + random.uniform(0, backoff)  # noqa: S311
         if delay >= time_left or self._budget < 1:
             return None
         self._budget -= 1
@@ -52,4 +56,4 @@ class RetryPolicy:
 
     def succeeded(self) -> None:
         """Return a part of a retry to the budget."""
-        self._budget = min(self._full, self._budget + EARNED)
+        self._budget = min(self._full, self._budget + BUDGET_PER_SUCCESS)

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
-from itertools import count
 from typing import TypeVar
 
 import numpy as np
@@ -30,13 +29,13 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.options import FIRST_START
+from kalm_integrations.options import STARTUP_TIMEOUT
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
+from kalm_integrations.response_validator import ResponseValidator
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryPolicy
 from kalm_integrations.transports.base import Transport
-from kalm_integrations.validation import ResponseValidator
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +44,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class CallSettings:
     """What all requests of one call share.
 
     Attributes:
-        role: Side of the search.
+        role: Chooses the slots, and the priority in the service.
         timeout: Seconds for the call; for each request if `deadline` is None.
-        deadline: On the clock of `time.monotonic`.
+        deadline: When the call ends, a time of `time.monotonic`; None if each request has its own.
         skip_invalid: Embed a request's other texts if some cannot be embedded.
     """
 
@@ -59,6 +58,14 @@ class Call:
     timeout: float
     deadline: float | None = None
     skip_invalid: bool = False
+
+
+@dataclass(slots=True)
+class _RequestState:
+    """When a request must be complete (`time.monotonic`), and what its last attempt failed with."""
+
+    deadline: float
+    last_failure: KalmError | None = None
 
 
 class Session:
@@ -69,17 +76,17 @@ class Session:
         self._transport = transport
         self._validator = ResponseValidator(config)
         self._retries = RetryPolicy(config.max_retries, config.max_concurrency)
-        self._last_failure: KalmError | None = None
+        # They bound the requests of all calls; the dispatcher bounds those of one.
         self._slots: dict[Role, asyncio.Semaphore] = {
             "query": asyncio.Semaphore(config.max_concurrency),
             "document": asyncio.Semaphore(config.max_concurrency),
         }
         self._may_be_cold = transport.can_be_cold
-        """False after the first response: what takes long from then on is no cold start."""
+        """False after the first success: what takes long from then on is no cold start."""
         self._hinted = False
 
-    async def send(self, batch: Batch, call: Call) -> EmbeddedBatch:
-        """Embed one batch. Split it if it is too large; leave out invalid texts if they may be.
+    async def send(self, batch: Batch, call: CallSettings) -> EmbeddedBatch:
+        """Embed one batch; split it if it is too large; leave out invalid texts if `skip_invalid`.
 
         Raises:
             KalmError: Always one of these, whatever went wrong; indices are the caller's.
@@ -88,32 +95,30 @@ class Session:
             return self._without_vectors(batch.rejected)
         parts: list[EmbeddedBatch] = []
         pending = [batch]
-        async with self._deadline(call) as deadline, self._slots[call.role]:
+        limit = self._deadline(call.timeout, call.deadline)
+        async with limit as state, self._slots[call.role]:
             while pending:
                 batch = pending.pop()
                 try:
-                    attempt = partial(self._attempt, batch.texts, call, deadline)
-                    response = await self._retry(attempt, deadline)
+                    attempt = partial(self._attempt, batch.texts, call.role, state.deadline)
+                    response = await self._retry(attempt, state)
                     parts.append(EmbeddedBatch(*batch.scatter(response.vectors), response.usage))
                 except RequestTooLargeError:
                     pending += reversed(batch.halves())
                 except (InvalidInputError, InvalidResponseError) as error:
-                    rejection = _rejection(batch, error)
-                    # If all of several vectors are wrong, the service is broken, not the texts.
-                    broken = (
-                        type(error) is InvalidResponseError and len(error.invalid) == len(batch) > 1
-                    )
-                    if broken or not call.skip_invalid:
-                        raise rejection from error
-                    parts.append(self._without_vectors(rejection.invalid))
+                    located = _with_callers_indices(error, batch)
+                    if not call.skip_invalid or _is_broken(error, batch):
+                        raise located from error
+                    parts.append(self._without_vectors(located.invalid))
                     rest = batch.without(each.index for each in error.invalid)
-                    pending += [rest] if rest.texts else []
+                    if rest.texts:
+                        pending.append(rest)
         return reduce(EmbeddedBatch.joined, parts)
 
-    async def ensure_ready(self, call: Call) -> SpaceIdentity | None:
+    async def ensure_ready(self, timeout: float) -> SpaceIdentity | None:
         """Wait until the service can embed, and check its identity; None if it reports none."""
-        async with self._deadline(call) as deadline:
-            description = await self._retry(self._transport.ensure_ready, deadline)
+        async with self._deadline(timeout) as state:
+            description = await self._retry(self._transport.ensure_ready, state)
         if description is None:
             return None
         for warning in description.warnings:
@@ -125,31 +130,33 @@ class Session:
         """Close the connections."""
         await self._transport.close()
 
-    async def _retry(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+    async def _retry(self, attempt: Callable[[], Awaitable[T]], state: _RequestState) -> T:
         """The result of `attempt`, retried as `RetryPolicy` decides."""
-        for retry in count():
+        retries = 0
+        while True:
             try:
                 result = await attempt()
             except KalmError as error:
-                self._last_failure = error
-                delay = self._retries.delay(retry, error, deadline - time.monotonic())
+                state.last_failure = error
+                delay = self._retries.delay(retries, error, state.deadline - time.monotonic())
                 if delay is None:
+                    error.retries = retries
                     raise
-                log.warning("retry %d in %.1f s: %s", retry + 1, delay, error)
+                retries += 1
+                log.warning("retry %d in %.1f s: %s", retries, delay, error)
             except Exception as error:
                 raise TransportError(f"{type(error).__name__}: {error}.") from error
             else:
                 self._retries.succeeded()
-                self._last_failure = None
+                state.last_failure = None  # what follows is another half of the batch
                 return result
             await asyncio.sleep(delay)
-        raise AssertionError("unreachable")
 
-    async def _attempt(self, texts: list[str], call: Call, deadline: float) -> EmbedResponse:
+    async def _attempt(self, texts: list[str], role: Role, deadline: float) -> EmbedResponse:
         """Send one request, once, and check the response."""
         request = EmbedRequest(
             texts=texts,
-            role=call.role,
+            role=role,
             dimensions=self._config.dimensions,
             truncate=self._config.truncate,
             dtype=self._config.vector_dtype,
@@ -166,29 +173,32 @@ class Session:
         return response
 
     @asynccontextmanager
-    async def _deadline(self, call: Call) -> AsyncIterator[float]:
-        """Yield the deadline of a request; raise `DeadlineExceededError` when it has passed."""
+    async def _deadline(
+        self, timeout: float, deadline: float | None = None
+    ) -> AsyncIterator[_RequestState]:
+        """Yield the state of a request; raise `DeadlineExceededError` at its deadline, which is
+        `timeout` seconds from now if `deadline` is None."""
         now = time.monotonic()
-        deadline = now + call.timeout if call.deadline is None else call.deadline
+        state = _RequestState(now + timeout if deadline is None else deadline)
         hint = None
         if self._may_be_cold and not self._hinted:
             loop = asyncio.get_running_loop()
-            hint = loop.call_later(COLD_START_HINT, self._log_cold_start, call.timeout)
+            hint = loop.call_later(COLD_START_HINT, self._log_cold_start, timeout)
         try:
-            async with asyncio.timeout(deadline - now) as timer:
-                yield deadline
+            async with asyncio.timeout(state.deadline - now) as timer:
+                yield state
             self._may_be_cold = False
         except TimeoutError as error:
             if not timer.expired():
-                raise  # the service's own deadline
-            message = f"no response within timeout={call.timeout:g} s."
-            if self._last_failure:
-                message += f" The last attempt: {self._last_failure}"
+                raise  # the transport or the service has raised it
+            message = f"no response within timeout={timeout:g} s."
+            if state.last_failure:
+                message += f" The last attempt: {state.last_failure}"
             elif self._may_be_cold:
                 message += (
                     " The service may still be starting: a first start takes 5 to 10 minutes, and "
-                    f"at most {FIRST_START:g} s by default. {self._log_location()} shows the "
-                    f"phase; warm_up(timeout={FIRST_START:g}) waits for it."
+                    f"at most {STARTUP_TIMEOUT:g} s by default. {self._log_location()} shows the "
+                    f"phase; warm_up(timeout={STARTUP_TIMEOUT:g}) waits for it."
                 )
             raise DeadlineExceededError(message) from error
         finally:
@@ -218,8 +228,13 @@ class Session:
         return EmbeddedBatch(np.empty(0, dtype=np.int64), vectors, Usage(), rejected)
 
 
-def _rejection(
-    batch: Batch, error: InvalidInputError | InvalidResponseError
+def _is_broken(error: InvalidInputError | InvalidResponseError, batch: Batch) -> bool:
+    """Whether all of several vectors are wrong: then the service is broken, not the texts."""
+    return type(error) is InvalidResponseError and len(error.invalid) == len(batch) > 1
+
+
+def _with_callers_indices(
+    error: InvalidInputError | InvalidResponseError, batch: Batch
 ) -> InvalidInputError | InvalidResponseError:
     """`error` of a request, with the caller's indices.
 

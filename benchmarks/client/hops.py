@@ -60,10 +60,10 @@ def main() -> None:
 def report(title: str, client: KalmClient) -> None:
     """Print what the second query of `client` passes through."""
     global _recording
-    client.embed_to_lists(["How high is Everest?"], "query")
+    client.embed_to_lists(["How high is Everest?"], role="query")
     _entered.clear()
     _recording = True
-    client.embed_to_lists([TEXT], "query")
+    client.embed_to_lists([TEXT], role="query")
     time.sleep(0.2)  # until the server has finished too
     _recording = False
     functions: dict[tuple[str, str], bool] = {}

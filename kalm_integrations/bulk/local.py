@@ -31,7 +31,7 @@ from kalm_integrations.bulk.vectors import KEPT, EarlierVectors, VectorFile
 from kalm_integrations.client import KalmClient
 from kalm_integrations.event_loop import background_loop
 from kalm_integrations.result import EmbeddedBatch, Usage
-from kalm_integrations.session import Call
+from kalm_integrations.session import CallSettings
 
 _MOST_OPEN: Final = 3
 _RETRIES: Final = 100  # of one request, more than an hour of them: its `timeout` comes before
@@ -202,7 +202,7 @@ class LocalExecutor:
             if not batch.usage.requests and len(batch):  # it was kept by an earlier run
                 self.progress.embedded(len(batch), 0, 0)
                 continue
-            self.client._dispatcher.report_usage(batch.usage)
+            self.client._dispatcher.report_usage(batch)
             rows = batch.indices
             cut = builder.truncated[rows]
             shard.kept.put(rows, builder.part.keys[rows], batch.packed, cut)
@@ -324,7 +324,7 @@ class LocalExecutor:
         if changed:
             client = client.with_options(**changed)
             self._clients.append(client)
-        call = Call(role="document", timeout=client.config.timeout, skip_invalid=True)
+        call = CallSettings(role="document", timeout=client.config.timeout, skip_invalid=True)
         return lambda batch: client._dispatcher.send(batch, call)
 
 

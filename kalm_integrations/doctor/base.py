@@ -137,13 +137,13 @@ class DoctorContext:
     @property
     def limit(self) -> float:
         """Seconds that a check may wait for the service."""
-        from kalm_integrations.options import FIRST_START
+        from kalm_integrations.options import STARTUP_TIMEOUT
 
         timeout = self.settings.timeout
         if not self.wake:
             return min(timeout, LIMIT)
         chosen = "timeout" in self.settings.model_fields_set or not self.scales_to_zero
-        return timeout if chosen else max(timeout, FIRST_START)
+        return timeout if chosen else max(timeout, STARTUP_TIMEOUT)
 
 
 def skip(check: Check, context: DoctorContext, before: Mapping[str, Finding]) -> Finding | None:

@@ -21,7 +21,7 @@ from kalm_integrations.event_loop import background_loop
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.models import KALM, NAMED_SPACES
-from kalm_integrations.options import FIRST_START
+from kalm_integrations.options import STARTUP_TIMEOUT
 from kalm_integrations.transports.base import describe_service
 
 QUESTION: Final = "How tall is K2?"
@@ -30,7 +30,7 @@ TEXTS: Final = ("K2 is 8,611 metres high.", "Bread rises because yeast gives off
 _QUERIES: Final = 5
 _NO_ANSWER: Final = (
     "See the service's own log (on Modal: `modal app logs APP --since 1h`, with the app's name). "
-    f"Unset KALM_TIMEOUT: on Modal `--wake` then waits for up to {FIRST_START:g} s. Elsewhere, "
+    f"Unset KALM_TIMEOUT: on Modal `--wake` then waits for up to {STARTUP_TIMEOUT:g} s. Elsewhere, "
     "raise KALM_TIMEOUT if a start takes longer."
 )
 _IF_BF16: Final = (

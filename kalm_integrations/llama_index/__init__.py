@@ -23,9 +23,8 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from kalm_integrations import validation
-from kalm_integrations.adapter import ClientAdapter, SharedClient, client_of
+from kalm_integrations.adapter import ClientAdapter, SharedClient, adapter_defaults, client_of
 from kalm_integrations.client import KalmClient
-from kalm_integrations.client_base import defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.environment import explain
 from kalm_integrations.errors import ConfigurationError, IdentityMismatchError
@@ -66,7 +65,9 @@ _DUMPED: Final = frozenset(
 
 def _defaults() -> dict[str, Any]:
     fields = KalmModalEmbeddings.model_fields
-    return defaults() | {name: fields[name].get_default(call_default_factory=True) for name in OWN}
+    return adapter_defaults() | {
+        name: fields[name].get_default(call_default_factory=True) for name in OWN
+    }
 
 
 @documented(SharedClient, ClientOptions, OwnOptions, defaults=_defaults)
@@ -169,7 +170,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         dumped = config.model_dump(**{"include": _DUMPED, **kwargs})
         # Two ways to say one thing are one dump.
         dumped |= {"model": config.served_model, "dimensions": config.vector_dimensions or None}
-        dumped |= {name: ClientConfig.model_fields[name].default for name in config.unused()}
+        for name, value in config.__dict__.items():
+            without_effect = config.contradicted_by(name, value)
+            dumped |= {other: ClientConfig.model_fields[other].default for other in without_effect}
         if config.expected_identity == config.profile.space:
             dumped["expected_identity"] = None
         if config.transport is not None:
@@ -204,7 +207,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
             with looking_up("query"):
                 return super().get_query_embedding(query)
         with observed(self, dispatcher, [query]) as report:
-            report([embedding := self._client.embed_to_lists([query], "query")[0]])
+            report([embedding := self._client.embed_to_lists([query], role="query")[0]])
         return embedding
 
     @dispatcher.span
@@ -214,14 +217,14 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
             with looking_up("query"):
                 return await super().aget_query_embedding(query)
         with observed(self, dispatcher, [query]) as report:
-            report([embedding := (await self._client.aembed_to_lists([query], "query"))[0]])
+            report([embedding := (await self._client.aembed_to_lists([query], role="query"))[0]])
         return embedding
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self._client.embed_to_lists([query], "query")[0]
+        return self._client.embed_to_lists([query], role="query")[0]
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return (await self._client.aembed_to_lists([query], "query"))[0]
+        return (await self._client.aembed_to_lists([query], role="query"))[0]
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
@@ -231,12 +234,12 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         with batch(texts) as advance:
-            return self._client.embed_to_lists(texts, "document", advance)
+            return self._client.embed_to_lists(texts, role="document", on_progress=advance)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         join_call()
         with batch(texts) as advance:
-            return await self._client.aembed_to_lists(texts, "document", advance)
+            return await self._client.aembed_to_lists(texts, role="document", on_progress=advance)
 
     def embed_documents(self, texts: list[str]) -> NoReturn:
         """LangChain's method: says which class LangChain takes."""
@@ -257,7 +260,11 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
                 with batches_of(texts, advance):
                     return super().get_text_embedding_batch(texts, **kwargs)
             with observed(self, dispatcher, texts) as report:
-                report(embeddings := self._client.embed_to_lists(texts, "document", advance))
+                report(
+                    embeddings := self._client.embed_to_lists(
+                        texts, role="document", on_progress=advance
+                    )
+                )
             return embeddings
 
     @dispatcher.span
@@ -271,7 +278,11 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
                 with batches_of(texts, advance):
                     return await super().aget_text_embedding_batch(texts, **kwargs)
             with observed(self, dispatcher, texts) as report:
-                report(embeddings := await self._client.aembed_to_lists(texts, "document", advance))
+                report(
+                    embeddings := await self._client.aembed_to_lists(
+                        texts, role="document", on_progress=advance
+                    )
+                )
             return embeddings
 
     @property

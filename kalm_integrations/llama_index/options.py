@@ -10,7 +10,7 @@ from llama_index.core.storage.kvstore.types import BaseKVStore
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.environment import unknown_argument
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.options import ClientOptions, forget
+from kalm_integrations.options import ClientOptions, clear_arguments
 
 if TYPE_CHECKING:
     from llama_index.core.rate_limiter import BaseRateLimiter
@@ -56,9 +56,9 @@ def split(options: LlamaIndexOptions) -> tuple[dict[str, Any], ClientOptions]:
     """
     own = {name: value for name, value in options.items() if name in OWN}
     others = {name: value for name, value in options.items() if name not in OWN}
-    forget(options)
+    clear_arguments(options)
     if unknown := others.keys() - ClientConfig.model_fields:
-        forget(others)
+        clear_arguments(others)
         raise ConfigurationError(
             unknown_argument(min(unknown), (*ClientConfig.model_fields, *sorted(OWN)))
         )

@@ -1,12 +1,11 @@
 """The protocol of all transports.
 
-To add one: a module in this package with the methods of `Transport`, and a branch in
-`open_transport`.
+docs/architecture.md lists what to change to add one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, assert_never, runtime_checkable
 
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
@@ -42,9 +41,10 @@ class Transport(Protocol):
 
 def open_transport(config: ClientConfig) -> Transport:
     """The transport in `config`, or the one that its backend names."""
-    if config.transport is not None:
-        return config.transport
     backend = config.resolved_backend
+    if backend == "transport":
+        assert config.transport is not None
+        return config.transport
     if backend == "modal":
         from kalm_integrations.transports.modal import ModalTransport
 
@@ -57,9 +57,11 @@ def open_transport(config: ClientConfig) -> Transport:
         from kalm_integrations.transports.http import HttpTransport
 
         return HttpTransport(config)
-    from kalm_integrations.transports.in_process import InProcessTransport
+    if backend == "local":
+        from kalm_integrations.transports.in_process import InProcessTransport
 
-    return InProcessTransport()
+        return InProcessTransport()
+    assert_never(backend)
 
 
 async def describe_service(config: ClientConfig) -> ServiceDescription:

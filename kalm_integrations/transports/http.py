@@ -2,7 +2,8 @@
 
 A probe of `/v1/models` identifies the server before the first request. Our server gets our fields
 and returns packed vectors with its identity; any other server gets OpenAI's fields only and returns
-base64. If the probe fails, the responses decide: one with an identity comes from our server.
+base64. If the probe gets a 404, the responses decide: one with an identity comes from our server.
+Any other failure of the probe is raised.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from kalm_integrations.protocol import (
     read_warnings,
 )
 from kalm_integrations.transports import openai_compat
-from kalm_integrations.transports.http_connection import HttpConnection, HttpResponse
+from kalm_integrations.transports.http_pool import HttpPool, HttpResponse
 
 if TYPE_CHECKING:
     from kalm_integrations.config import ClientConfig
 
-_NUMBER_BYTES: Final = 32  # of one number in JSON, with its comma
+_NUMBER_BYTES: Final = 32  # the most that one number takes in JSON, with its comma
 _MAX_DIMENSIONS: Final = 16_384
 _MIN_TIMEOUT: Final = 0.001  # seconds; less is not sent
 _JSON: Final = json.JSONEncoder(ensure_ascii=False)
@@ -50,7 +51,7 @@ class HttpTransport:
     def __init__(self, config: ClientConfig) -> None:
         assert config.base_url is not None
         self._config = config
-        self._connection = HttpConnection(api_root(config.base_url), config)
+        self._pool = HttpPool(api_root(config.base_url), config)
         self._is_kalm: bool | None = None
         """Whether this is our server; None while that is unknown."""
         self._probe: asyncio.Task[ServiceDescription | None] | None = None
@@ -84,7 +85,7 @@ class HttpTransport:
         if media_type == "application/json":
             self._is_kalm = None
             raise IdentityMismatchError("the service no longer reports an identity.")
-        raise openai_compat.unexpected_content(reply, self._connection.secrets)
+        raise openai_compat.unexpected_content(reply, self._pool.secrets)
 
     async def ensure_ready(self) -> ServiceDescription | None:
         """What the server reports about itself; concurrent callers share one probe."""
@@ -96,7 +97,7 @@ class HttpTransport:
     async def close(self) -> None:
         if self._probe is not None:
             self._probe.cancel()
-        await self._connection.close()
+        await self._pool.close()
 
     async def _embed_openai(
         self, request: EmbedRequest, fields: dict[str, Any]
@@ -104,16 +105,16 @@ class HttpTransport:
         """The response of a server that is not ours; None if it turns out to be ours."""
         if request.truncate != "error":
             raise ConfigurationError(
-                f"truncate={request.truncate!r} needs our server: {self._connection.base_url} is "
+                f"truncate={request.truncate!r} needs our server: {self._pool.base_url} is "
                 "another one, and OpenAI's API has no such field."
             )
         plain = fields | {"encoding_format": "base64"}
         reply = await self._post(plain, {"Accept": "application/json"}, len(request.texts))
         if IDENTITY_HEADER in reply.headers:
-            # The probe failed. These vectors are not used, since they lack their identity.
+            # The probe got a 404. These vectors are not used, since they lack their identity.
             self._is_kalm = True
             return None
-        return openai_compat.decode(reply, fields["model"], request.dtype, self._connection.secrets)
+        return openai_compat.decode(reply, fields["model"], request.dtype, self._pool.secrets)
 
     def _probe_done(self, probe: asyncio.Task[ServiceDescription | None]) -> None:
         self._probe = None
@@ -121,26 +122,26 @@ class HttpTransport:
             probe.exception()  # retrieved, in case every caller has left
 
     async def _identify_server(self) -> ServiceDescription | None:
-        reply = await self._connection.request("GET", "models", headers={}, limit=2**20)
+        reply = await self._pool.request("GET", "models", headers={}, limit=2**20)
         if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
             if IDENTITY_HEADER in reply.headers:  # ours, under another path
-                raise NotFoundError(f"our server is there, but not at {self._connection.base_url}.")
+                raise NotFoundError(f"our server is there, but not at {self._pool.base_url}.")
             return None  # inconclusive: the response may be a proxy's
         if reply.status != 200:
-            raise openai_compat.read_error(reply, self._connection.secrets)
+            raise openai_compat.error_from_response(reply, self._pool.secrets)
         try:
             (model, *_) = json.loads(reply.body)["data"]
             fields = model.get("identity")
             identity = None if fields is None else SpaceIdentity.from_dict(fields)
         except openai_compat.UNREADABLE as error:
-            raise openai_compat.unexpected_content(reply, self._connection.secrets) from error
+            raise openai_compat.unexpected_content(reply, self._pool.secrets) from error
         self._is_kalm = identity is not None
         return ServiceDescription(identity, read_warnings(model))
 
     async def _post(
         self, fields: dict[str, Any], headers: dict[str, str], texts: int
     ) -> HttpResponse:
-        reply = await self._connection.request(
+        reply = await self._pool.request(
             "POST",
             "embeddings",
             body=_JSON.encode(fields).encode(),
@@ -149,7 +150,7 @@ class HttpTransport:
             from_kalm=self._is_kalm is True,
         )
         if reply.status != 200:
-            raise openai_compat.read_error(reply, self._connection.secrets)
+            raise openai_compat.error_from_response(reply, self._pool.secrets)
         return reply
 
 

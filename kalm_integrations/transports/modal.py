@@ -1,7 +1,7 @@
 """backend="modal": the app of `kalm deploy`, over Modal's RPC.
 
-Modal's client retries lost inputs and broken connections by itself. Everything else (rate limits,
-containers that fail) is retried by the session.
+Below the retry policy (`retry`), Modal's client repeats inputs that it has lost and connects again.
+Everything else, such as rate limits and containers that fail, is left to the policy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kalm_integrations.protocol import (
     EmbedRequest,
     EmbedResponse,
     ServiceDescription,
-    read_error,
+    error_from_fields,
     read_warnings,
 )
 from kalm_integrations.transports.http import HttpTransport
@@ -88,7 +88,7 @@ class ModalTransport:
         if not isinstance(reply, dict):
             raise InvalidResponseError(f"{method} returned {type(reply).__name__}.")
         if "error" in reply:
-            raise read_error(reply["error"])
+            raise error_from_fields(reply["error"])
         return reply
 
     async def _remote(self, method: str, arguments: tuple[Any, ...]) -> Any:

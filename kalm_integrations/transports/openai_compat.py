@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from kalm_integrations.errors import (
+    AuthenticationError,
     ConfigurationError,
     IdentityMismatchError,
     InvalidInputError,
@@ -22,18 +23,26 @@ from kalm_integrations.errors import (
     InvalidText,
     KalmError,
     NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
     ServiceUnavailableError,
     by_code,
-    subclasses,
 )
 from kalm_integrations.protocol import EmbedResponse, ErrorBody, VectorDtype
 from kalm_integrations.result import Usage
-from kalm_integrations.transports.http_connection import HttpResponse, redact, shorten
+from kalm_integrations.transports.http_pool import HttpResponse, redact, shorten
 
 _BY_STATUS: Final = {
-    **{kind.status: kind for kind in reversed(subclasses(KalmError)) if kind.status < 500},
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
     405: NotFoundError,
-    **dict.fromkeys((408, 409, 425), ServiceUnavailableError),
+    408: ServiceUnavailableError,
+    409: ServiceUnavailableError,
+    413: RequestTooLargeError,
+    425: ServiceUnavailableError,
+    429: RateLimitError,
 }
 """For responses without one of our codes."""
 UNREADABLE: Final = (
@@ -84,7 +93,7 @@ def decode(
     return EmbedResponse(vectors=vectors, identity=None, usage=Usage(tokens=tokens, requests=1))
 
 
-def read_error(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
+def error_from_response(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
     """The error in a response other than 200, by its code, else by its status.
 
     `secrets` are redacted in its message: some servers quote a wrong key.
@@ -96,13 +105,14 @@ def read_error(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
     message = shorten(body.message.strip())
+    seconds = retry_after(response.headers)
     if not issubclass(kind, InvalidInputError):
         message = f"HTTP {status}, request {response.request_id}: {message or 'no explanation.'}"
     return ErrorBody(
         code=body.code,
         message=message,
         invalid=tuple(InvalidText(each.index, shorten(each.reason)) for each in body.invalid),
-        retry_after=retry_after(response.headers),
+        retry_after=body.retry_after if seconds is None else seconds,
     ).to_error(kind)
 
 
@@ -120,11 +130,11 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     value = headers.get("Retry-After", "")
     for text, seconds in ((headers.get("Retry-After-Ms", ""), 0.001), (value, 1.0)):
         try:
-            return max(0.0, seconds * float(text))
+            return seconds * float(text)
         except ValueError:
             continue
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return parsedate_to_datetime(value).timestamp() - time.time()
     except UNREADABLE:
         return None
 
@@ -149,8 +159,11 @@ def _error_body(text: str) -> ErrorBody:
     except UNREADABLE:
         return ErrorBody(code="", message=_excerpt(text))
     try:
-        return ErrorBody.model_validate(
-            {"code": code, "message": message, "invalid": fields.get("invalid") or ()}
+        return ErrorBody(
+            code=code,
+            message=message,
+            invalid=fields.get("invalid") or (),
+            retry_after=fields.get("retry_after"),
         )
     except ValidationError:  # of another server, with other fields
         return ErrorBody(code=code if isinstance(code, str) else "", message=message)

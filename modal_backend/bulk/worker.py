@@ -35,7 +35,7 @@ from kalm_integrations.bulk.shards import Part, ShardBuilder
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError, KalmError, TransportError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.session import Call, Session
+from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.in_process import InProcessTransport
 from modal_backend.service import EmbeddingService
 
@@ -326,7 +326,7 @@ async def embed_part(service: EmbeddingService, job: Job, part: Part) -> ShardBu
         }
         config = ClientConfig(backend="modal", timeout=_FOREVER, max_retries=2, **fixed)
         session = Session(config, transport)
-        call = Call(role="document", timeout=_FOREVER, skip_invalid=True)
+        call = CallSettings(role="document", timeout=_FOREVER, skip_invalid=True)
         return config, lambda batch: session.send(batch, call)
 
     config, send = sending(job.truncate)

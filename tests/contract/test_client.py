@@ -80,6 +80,10 @@ whole_calls = pytest.mark.parametrize("way", [_embed, _aembed])
 TEXTS = [f"text {i}" for i in range(10)]
 
 
+def delay_of_slow(request: EmbedRequest) -> float:
+    return 30.0 if "slow" in request.texts else 0.0
+
+
 class TestOrder:
     @every_way
     def test_each_text_gets_its_vector_in_any_order_of_responses(
@@ -133,7 +137,7 @@ class TestPlanning:
     def test_an_unknown_role_is_refused(self, over: Over, way: Way) -> None:
         transport = ScriptedTransport()
         with pytest.raises(ConfigurationError, match=r"role='passage': must be one of \('query', "):
-            way(over(transport), ["a"], role="passage")
+            way(over(transport), [""], role="passage")
         with pytest.raises(ConfigurationError, match="on_error='ignore'"):
             over(transport).iter_embed(["a", ""], on_error="ignore")  # type: ignore[arg-type]
         assert transport.requests == []
@@ -334,9 +338,11 @@ class TestRetries:
     @whole_calls
     def test_at_most_max_retries_times(self, over: Over, way: Way) -> None:
         transport = ScriptedTransport(itertools.repeat(ServiceUnavailableError("busy")))
-        with pytest.raises(ServiceUnavailableError, match="busy"):
+        with pytest.raises(ServiceUnavailableError, match="busy") as caught:
             way(over(transport, max_retries=2), ["a"])
         assert len(transport.requests) == 3
+        assert caught.value.retries == 2
+        assert "Retries: 2" in str(caught.value)
 
     def test_retry_after_is_honoured(self, over: Over) -> None:
         transport = ScriptedTransport([ServiceUnavailableError("busy", retry_after=0.2)])
@@ -346,8 +352,9 @@ class TestRetries:
 
     def test_no_wait_exceeds_the_deadline(self, over: Over) -> None:
         transport = ScriptedTransport([ServiceUnavailableError("busy", retry_after=60)])
-        with pytest.raises(ServiceUnavailableError):
+        with pytest.raises(ServiceUnavailableError) as caught:
             over(transport, timeout=5).embed(["a"])
+        assert caught.value.retries == 0
 
     @whole_calls
     def test_invalid_input_is_not_retried(self, over: Over, way: Way) -> None:
@@ -368,6 +375,15 @@ class TestDeadline:
         assert caught.value.partial is not None
         assert caught.value.partial.indices.tolist() == [0, 1, 2, 3, 4]
         assert isinstance(caught.value, TimeoutError)
+
+    def test_a_timeout_quotes_no_failure_of_another_request(self, over: Over) -> None:
+        transport = ScriptedTransport([ServiceUnavailableError("busy")], delay=delay_of_slow)
+        client = over(transport, timeout=0.2, max_retries=0)
+        with pytest.raises(ServiceUnavailableError, match="busy"):
+            client.embed(["quick"])
+        with pytest.raises(DeadlineExceededError) as caught:
+            client.embed(["slow"])
+        assert "busy" not in str(caught.value)
 
     def test_waiting_for_a_slot_counts(self, over: Over) -> None:
         stalled = ScriptedTransport(delay=lambda _: 30)

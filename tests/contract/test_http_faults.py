@@ -37,6 +37,7 @@ from serving import (
 from kalm_integrations import KalmClient, KalmModalEmbeddings, errors
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.transports import openai_compat
+from kalm_integrations.transports.http_pool import HttpResponse
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 TEXTS = [f"text {i}" for i in range(10)]
@@ -226,12 +227,22 @@ def test_a_temporary_fault_is_retried_without_loss(name: str, way: str) -> None:
         ({"Retry-After": "2"}, 2.0),
         ({"Retry-After": "2", "Retry-After-Ms": "1500"}, 1.5),
         ({"Retry-After": "2", "Retry-After-Ms": "soon"}, 2.0),
-        ({"Retry-After": "-2"}, 0.0),
         ({"Retry-After": "soon"}, None),
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
     assert openai_compat.retry_after(headers) == seconds
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"), [({}, 1.5), ({"Retry-After": "2"}, 2.0), ({"Retry-After": "-2"}, None)]
+)
+def test_retry_after_may_be_in_the_body(headers: dict[str, str], seconds: float | None) -> None:
+    body = {"error": {"message": "busy", "code": "rate_limited", "retry_after": 1.5}}
+    response = HttpResponse(429, headers, bytearray(json.dumps(body).encode()), "1")
+    error = openai_compat.error_from_response(response, [])
+    assert isinstance(error, errors.RateLimitError)
+    assert error.retry_after == seconds
 
 
 def test_retry_after_may_be_a_date() -> None:

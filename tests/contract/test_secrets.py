@@ -64,7 +64,7 @@ def test_objects_contain_no_secret(kind: type[KalmClient]) -> None:
     assert_clean(repr(client), str(client), f"{client!r:>9}", repr(vars(client)))
     assert_clean(config.model_dump(), config.model_dump_json(), repr(config), str(config))
     assert_clean(pickle.dumps(client), pickle.dumps(copy.deepcopy(client)))
-    assert_clean(repr(session), repr(session._connection._headers))
+    assert_clean(repr(session), repr(session._pool._headers))
     assert_clean(client.vector_identity, client.cache_namespace)
 
 

@@ -183,7 +183,7 @@ ROWS = [
     Row(
         "workspace rate limit",
         RateLimitError,
-        ("Modal's limit for the workspace", "200 a second", "lower max_concurrency"),
+        ("Modal's limit for the workspace", "200 a second", "Lower max_concurrency"),
         rate_limit,
         settings={"max_retries": 3},
         calls=4,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.options import FIRST_START
+from kalm_integrations.options import STARTUP_TIMEOUT
 from modal_backend import deploy, settings
 from modal_backend.gpus import GPUS, rate
 from modal_backend.settings import DeploySettings
@@ -99,7 +99,7 @@ def test_the_embedded_engine_accepts_a_short_start() -> None:
 
 
 def test_the_client_waits_as_long_as_a_start_may_take() -> None:
-    assert DeploySettings().startup_timeout == FIRST_START
+    assert DeploySettings().startup_timeout == STARTUP_TIMEOUT
 
 
 def test_the_price_of_a_container() -> None:

@@ -32,9 +32,9 @@ from kalm_integrations.errors import (
     TransportError,
 )
 from kalm_integrations.result import EmbeddedBatch, Usage
-from kalm_integrations.session import Call
+from kalm_integrations.session import CallSettings
 
-CALL = Call(role="document", timeout=60)
+CALL = CallSettings(role="document", timeout=60)
 BUSY = ServiceUnavailableError("The service is busy.")
 INVALID = InvalidInputError("texts[0] is empty.")
 
@@ -154,9 +154,9 @@ def _collect_sync(
     dispatcher: Dispatcher,
     batches: Iterator[Batch],
     results: list[int],
-    busy: Callable[[], bool] = lambda: False,
+    pause_reading: Callable[[], bool] = lambda: False,
 ) -> None:
-    for part in dispatcher.run(batches, CALL, busy):
+    for part in dispatcher.run(batches, CALL, pause_reading):
         results += part.indices.tolist()
 
 
@@ -272,7 +272,7 @@ def test_a_request_cancelled_from_outside_is_a_failure(
     assert run([Request(1, CancelledError()), Request(5)], 2).failure is CancelledError
 
 
-def test_no_further_batch_is_read_while_the_caller_is_busy() -> None:
-    outcome = _run([Request(1)] * 6, 4, None, partial(_collect_sync, busy=lambda: True))
+def test_no_further_batch_is_read_while_reading_is_paused() -> None:
+    outcome = _run([Request(1)] * 6, 4, None, partial(_collect_sync, pause_reading=lambda: True))
     assert len(outcome.results) == 6
     assert outcome.most_running == 1

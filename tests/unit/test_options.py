@@ -314,6 +314,14 @@ class TestRedaction:
                 config.model_copy(update=invalid)
         assert config.model_copy() == config
 
+    def test_a_pickle_keeps_which_arguments_were_set(self, monkeypatch):
+        config = local(batch_size=7, api_key="k1")
+        pickled = pickle.dumps(config)
+        monkeypatch.setenv("KALM_TIMEOUT", "7")  # only secrets are read where it is unpickled
+        copied = pickle.loads(pickled)
+        assert copied.model_fields_set == {"backend", "batch_size"}
+        assert copied == config.model_copy(update={"api_key": None})
+
 
 class TestDerived:
     def test_over_http_the_model_decides_what_is_expected(self):

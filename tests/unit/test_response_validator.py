@@ -18,8 +18,8 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
+from kalm_integrations.response_validator import ResponseValidator
 from kalm_integrations.result import Usage
-from kalm_integrations.validation import ResponseValidator
 
 SPACE = EMBEDDED.space
 

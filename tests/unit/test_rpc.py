@@ -47,7 +47,7 @@ from kalm_integrations.protocol import (
     EmbedResponse,
     ServiceWarning,
     error_fields,
-    read_error,
+    error_from_fields,
     read_warnings,
 )
 from kalm_integrations.result import Usage
@@ -143,7 +143,7 @@ def test_each_error_round_trips(kind):
     assert is_built_in(fields)
     pickled = pickle.dumps(fields)
     assert not any(name in pickled for name in (b"kalm_integrations", b"modal_backend"))
-    received = read_error(pickle.loads(pickled))
+    received = error_from_fields(pickle.loads(pickled))
     assert type(received) is kind
     assert str(received) == str(sent)
     assert received.args == sent.args
@@ -155,9 +155,9 @@ def test_each_error_round_trips(kind):
     invalid=st.lists(st.builds(InvalidText, st.integers(0), st.text(min_size=1)), min_size=1),
 )
 def test_any_message_and_indices_round_trip(message, retry_after, invalid):
-    received = read_error(error_fields(RateLimitError(message, retry_after)))
+    received = error_from_fields(error_fields(RateLimitError(message, retry_after)))
     assert (received.args, received.retry_after) == ((message,), retry_after)
-    refused = read_error(error_fields(InputTooLongError.of(invalid)))
+    refused = error_from_fields(error_fields(InputTooLongError.of(invalid)))
     assert refused.invalid == tuple(invalid)
     assert refused.args == InputTooLongError.of(invalid).args
 
@@ -165,18 +165,20 @@ def test_any_message_and_indices_round_trip(message, retry_after, invalid):
 @pytest.mark.parametrize("kind", CLIENT_ONLY)
 def test_client_only_errors_are_not_accepted_from_a_service(kind):
     """A service that reports a mismatch of identities has compared none."""
-    received = read_error(error_fields(kind("it failed.")))
+    received = error_from_fields(error_fields(kind("it failed.")))
     assert type(received) is TransportError
     assert str(received).startswith("it failed.")
 
 
 @pytest.mark.parametrize("code", [None, "", "teapot", "KalmError", 7, ["rate_limited"], {}])
 def test_an_unknown_code_becomes_a_transport_error(code):
-    assert type(read_error({"code": code, "message": "of a later version"})) is TransportError
+    assert (
+        type(error_from_fields({"code": code, "message": "of a later version"})) is TransportError
+    )
 
 
 def test_an_empty_error_becomes_a_transport_error():
-    assert type(read_error({})) is TransportError
+    assert type(error_from_fields({})) is TransportError
 
 
 # -- the packed method -------------------------------------------------------------------------
@@ -204,7 +206,7 @@ async def test_errors_are_returned_as_data(kind):
 
 async def test_an_unexpected_error_is_returned_as_data_and_logged(caplog):
     reply = await rpc.embed_packed(service(faults={"embed": ZeroDivisionError("0")}), request_of())
-    assert type(read_error(reply["error"])) is TransportError
+    assert type(error_from_fields(reply["error"])) is TransportError
     assert "ZeroDivisionError: 0." in reply["error"]["message"]
     assert "Traceback" in caplog.text
 
@@ -232,7 +234,7 @@ async def test_any_request_gets_a_response(fields):
         assert reply.keys() in ({"packed"}, {"error"})
         assert is_built_in(reply)
         if "error" in reply:
-            assert isinstance(read_error(reply["error"]), KalmError)
+            assert isinstance(error_from_fields(reply["error"]), KalmError)
 
 
 async def test_a_cancelled_call_ends():

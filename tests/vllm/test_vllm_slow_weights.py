@@ -29,7 +29,7 @@ from tiny_models import in_hub_cache
 
 from kalm_integrations import KalmClient
 from kalm_integrations.errors import DeadlineExceededError
-from kalm_integrations.options import FIRST_START
+from kalm_integrations.options import STARTUP_TIMEOUT
 from modal_backend.engines.vllm.process import READY_TIMEOUT
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def test_waiting_clients_log_where_to_watch_the_start(start: Start) -> None:
 def test_a_short_timeout_names_the_timeout_of_a_first_start(start: Start) -> None:
     assert isinstance(start.impatient, DeadlineExceededError)
     assert "may still be starting" in str(start.impatient)
-    assert f"warm_up(timeout={FIRST_START:g})" in str(start.impatient)
+    assert f"warm_up(timeout={STARTUP_TIMEOUT:g})" in str(start.impatient)
 
 
 def test_the_doctor_reports_the_slow_start(start: Start) -> None:

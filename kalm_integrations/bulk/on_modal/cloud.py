@@ -22,7 +22,7 @@ from kalm_integrations.errors import (
     KalmError,
     NotDeployedError,
 )
-from kalm_integrations.protocol import read_error
+from kalm_integrations.protocol import error_from_fields
 from kalm_integrations.transports.modal import deployed, error_of
 
 _PROBED: Final = 8
@@ -294,7 +294,7 @@ def is_prepared(deployment: Deployment, store: Store) -> bool:
     except ContainerFailedError as error:
         raise JobFailedError(f"{noted.source} could not be prepared: {error}") from error
     if "error" in answer:
-        raise read_error(answer["error"])
+        raise error_from_fields(answer["error"])
     return True
 
 

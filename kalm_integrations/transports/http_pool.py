@@ -50,7 +50,7 @@ class HttpResponse:
     request_id: str
 
 
-class HttpConnection:
+class HttpPool:
     """A pool of connections to one server.
 
     Args:
@@ -69,9 +69,9 @@ class HttpConnection:
         """Redacted in error messages."""
         if self._proxy is not None and (password := URL(self._proxy).password):
             self.secrets.append(password)
-        self._pool: aiohttp.ClientSession | None = None
+        self._session: aiohttp.ClientSession | None = None
         self._distrusted: aiohttp.ClientSession | None = None
-        """The pool whose connections got a response to another request."""
+        """The session whose connections got a response to another request."""
         self._closed = False
 
     async def request(
@@ -104,7 +104,7 @@ class HttpConnection:
         headers = {**self._headers, **headers, **ids}
         try:
             for _ in range(_MAX_REDIRECTS):
-                async with self._session().request(
+                async with self._open_session().request(
                     method,
                     url,
                     data=body,
@@ -141,9 +141,9 @@ class HttpConnection:
     async def close(self) -> None:
         """Close all connections. Requests in progress fail."""
         self._closed = True
-        for pool in (self._pool, self._distrusted):
-            if pool is not None:
-                await pool.close()
+        for session in (self._session, self._distrusted):
+            if session is not None:
+                await session.close()
 
     def _check_echo(self, headers: Mapping[str, str], request_id: str, from_kalm: bool) -> None:
         """Check that a response of our server belongs to its request; others echo no id."""
@@ -155,7 +155,7 @@ class HttpConnection:
         # Other responses on these connections may be late or duplicated too: from now on each
         # request gets a new connection. Requests in progress keep theirs.
         if self._distrusted is None:
-            self._distrusted, self._pool = self._pool, None
+            self._distrusted, self._session = self._session, None
         raise CorruptedAnswerError(
             f"request {request_id} got the response to request {shorten(echoed)}."
         )
@@ -181,14 +181,14 @@ class HttpConnection:
         moved = redact(str(target), self.secrets)
         raise ConfigurationError(f"{url} has moved to {moved}: correct base_url.")
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> aiohttp.ClientSession:
         if self._closed:
             raise KalmError("the client was closed during the call.")
-        if self._pool is None:
+        if self._session is None:
             single_use = self._distrusted is not None
-            self._pool = aiohttp.ClientSession(
+            self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    limit=0,  # the session's slots are the limit
+                    limit=0,  # the slots of `Session` are the limit
                     force_close=single_use,
                     keepalive_timeout=None if single_use else self._config.keepalive_timeout,
                     # aiohttp creates its own on import, and SSL_CERT_FILE may be set later.
@@ -205,7 +205,7 @@ class HttpConnection:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,  # it would also send passwords of ~/.netrc
             )
-        return self._pool
+        return self._session
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
