@@ -14,8 +14,7 @@ from typing import Any
 from kalm_integrations import validation
 from kalm_integrations.codec import pack
 from kalm_integrations.errors import KalmError, TransportError
-from kalm_integrations.prompts import Role
-from kalm_integrations.protocol import EmbedRequest, EmbedResponse, error_fields
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, default_role, error_fields
 from kalm_integrations.version import __version__
 from modal_backend.service import EmbeddingService
 
@@ -31,7 +30,7 @@ async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[fl
     Raises:
         RuntimeError: Any failure, with the code and message of our error.
     """
-    role: Role = "query" if isinstance(sentences, list) and len(sentences) == 1 else "document"
+    role = default_role(sentences) if isinstance(sentences, list) else "document"
     try:
         response = await _answer(service, {"texts": sentences, "role": role, "dtype": "float32"})
     except KalmError as error:
