@@ -32,7 +32,7 @@ async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[fl
     """
     role = default_role(sentences) if isinstance(sentences, list) else "document"
     try:
-        response = await _answer(service, {"texts": sentences, "role": role, "dtype": "float32"})
+        response = await _embed(service, {"texts": sentences, "role": role, "dtype": "float32"})
     except KalmError as error:
         # Unpickling our own class would need this package, in this version.
         raise RuntimeError(f"{error.code}: {error}") from None
@@ -57,7 +57,7 @@ async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) ->
     Errors are returned as data, because Modal logs every exception.
     """
     try:
-        return {"packed": pack(await _answer(service, request))}
+        return {"packed": pack(await _embed(service, request))}
     except KalmError as error:
         return {"error": error_fields(error)}
 
@@ -95,7 +95,7 @@ def describe(
         return description | {"error": error_fields(error)}
 
 
-async def _answer(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
+async def _embed(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
     """The response to the request in `fields`.
 
     Raises:

@@ -85,6 +85,7 @@ class EmbeddingService:
             received: See `embed`.
 
         Raises:
+            DeadlineExceededError: `request.timeout` passed.
             ServiceUnavailableError: It would not finish in time. It has the time after which to
                 retry.
         """
@@ -112,10 +113,7 @@ class EmbeddingService:
         """
         if self.failure is not None:
             raise copy(self.failure)
-        now = time.monotonic()
-        deadline = _deadline(request, now if received is None else received)
-        if deadline is not None and deadline <= now:
-            raise DeadlineExceededError("the deadline passed before the request was complete.")
+        deadline = _deadline(request, time.monotonic() if received is None else received)
         if len(request.texts) > MAX_TEXTS:
             raise RequestTooLargeError(
                 f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
@@ -180,7 +178,17 @@ def cut(texts: list[Any]) -> list[Any]:
 
 
 def _deadline(request: EmbedRequest, received: float) -> float | None:
-    return None if request.timeout is None else received + request.timeout
+    """The deadline of a request, a time of `time.monotonic`.
+
+    Raises:
+        DeadlineExceededError: It has passed.
+    """
+    if request.timeout is None:
+        return None
+    deadline = received + request.timeout
+    if deadline <= time.monotonic():
+        raise DeadlineExceededError("the deadline passed before the request was complete.")
+    return deadline
 
 
 def _characters(request: EmbedRequest) -> int:

@@ -67,7 +67,7 @@ class EmbeddingsBody(BaseModel):
     priority: Role | None = None
     """Ours. Queries go first; by default a single text and `input_type="query"` are queries."""
     embed_dtype: VectorDtype | None = None
-    """Ours. Type of packed vectors, "float32" by default; JSON answers are float32, as OpenAI's
+    """Ours. Type of packed vectors, "float32" by default; JSON responses are float32, as OpenAI's
     clients decode them."""
 
     @classmethod
@@ -120,7 +120,7 @@ class EmbeddingsBody(BaseModel):
             timeout: Seconds that the caller waits.
 
         Raises:
-            ConfigurationError: An unknown instruction, or `embed_dtype` for a JSON answer.
+            ConfigurationError: An unknown instruction, or `embed_dtype` for a JSON response.
             InvalidArgumentError: See `texts`.
             RequestTooLargeError: Over `MAX_PROMPTED` characters with the instruction in each text.
         """

@@ -16,10 +16,10 @@ from serving import serving
 
 from kalm_integrations.errors import ContainerFailedError, ServiceUnavailableError
 from kalm_integrations.protocol import TIMEOUT_HEADER, EmbedRequest
-from modal_backend.engines.base import EngineOutput, Progress, no_progress
+from modal_backend.engines.base import PRIORITY, EngineOutput, Progress, no_progress
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.engines.embedded_process import ProcessEngine
-from modal_backend.engines.priority_lock import PRIORITY, PriorityLock
+from modal_backend.engines.priority_lock import PriorityLock
 from modal_backend.http.app import create_app
 from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService

@@ -22,8 +22,8 @@ from modal_backend.admission import (
     EngineSpeed,
     work_of,
 )
-from modal_backend.engines.base import Progress
-from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
+from modal_backend.engines.base import PRIORITY, Progress
+from modal_backend.engines.priority_lock import PriorityLock, chunks
 
 QUERY = ["how high is the mountain"]
 DOCUMENTS = ["a passage of some sixty tokens " * 8] * 16
