@@ -211,5 +211,5 @@ def test_the_limits_of_the_http_api() -> None:
         assert shown[f"texts in progress, {name}"] == f"{admission.MAX_WAITING[role]:,}"  # type: ignore[index]
         wait = f"{admission.MAX_WAIT[role]:g} s"  # type: ignore[index]
         assert shown[f"estimated wait, {name}"] == wait
-    share = f"{admission.DEADLINE_SHARE:.0%} of `X-Kalm-Timeout`"
+    share = f"{admission.DEADLINE_SHARE:.0%} of what is left of `X-Kalm-Timeout`"
     assert shown["estimated wait and service"] == share
