@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalm_integrations.errors import (
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 PUBLIC_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
 """Monitoring is not counted as use of the service; its refusals are."""
+
+_SAFE_ID: Final = re.compile(r"[\w.-]{1,64}")
 
 
 class RequestMiddleware:
@@ -89,14 +91,18 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 self._count(scope, message["status"])
-                added = MutableHeaders(scope=message)
+                fields = {REQUEST_ID_HEADER: request_id}
                 if self._service.failure is None:
-                    added[IDENTITY_HEADER] = _fingerprint(self._service.identity)
+                    fields[IDENTITY_HEADER] = _fingerprint(self._service.identity)
                 if warnings := self._service.warnings:
-                    added[WARNING_HEADER] = ",".join(warning.code for warning in warnings)
-                added[REQUEST_ID_HEADER] = request_id
+                    fields[WARNING_HEADER] = ",".join(warning.code for warning in warnings)
                 if echo:
-                    added[ECHO_HEADER] = echo
+                    fields[ECHO_HEADER] = echo
+                added = [
+                    (name.lower().encode(), value.encode("latin-1"))
+                    for name, value in fields.items()
+                ]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         async def refuse(error: KalmError) -> None:
@@ -152,7 +158,7 @@ class RequestMiddleware:
 def _safe_id(headers: Headers, name: str) -> str:
     """The caller's id for its request; empty if it has none that is safe to log."""
     value = headers.get(name, "")
-    return value if re.fullmatch(r"[\w.-]{1,64}", value) else ""
+    return value if _SAFE_ID.fullmatch(value) else ""
 
 
 @lru_cache(maxsize=4)  # computing it takes longer than refusing a request
