@@ -19,6 +19,7 @@ from test_http_server import SlowEngine, ask
 
 from kalm_integrations import KalmClient, errors
 from kalm_integrations.codec import MEDIA_TYPE
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import IDENTITY_HEADER
 from modal_backend.http.app import create_app
@@ -126,7 +127,7 @@ class TestCredentials:
     def test_a_key_that_cannot_be_sent_is_refused_on_construction(self) -> None:
         with pytest.raises(errors.ConfigurationError, match="api_key: it holds control characters"):
             KalmClient(base_url="http://there", api_key="a\nb")
-        assert KalmClient(base_url="http://there", api_key=" \n").api_key is None
+        assert ClientConfig(base_url="http://there", api_key=" \n").api_key is None
 
     @pytest.mark.parametrize("url", ["http://there:99999", "http://there:abc"])
     def test_an_invalid_port_is_refused_on_construction(self, url: str) -> None:
