@@ -6,7 +6,7 @@ callers need none of these classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Literal, Self
@@ -53,6 +53,11 @@ ECHO_HEADER: Final = "X-Kalm-Request-Id"
 """The same id in a header that no proxy sets; the response repeats it."""
 WARNING_HEADER: Final = "X-Kalm-Warning"
 """Codes of the service's warnings, separated by commas; absent when there is none."""
+
+
+def default_role(texts: Sized) -> Role:
+    """The role of texts whose caller names none: a single text is a query."""
+    return "query" if len(texts) == 1 else "document"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,9 @@ estimated. A request is admitted if its wait is within `MAX_WAIT` and it would f
 its deadline. Requests of a role are served in order of arrival, so admitted ones finish. Queries
 wait for queries only, documents for both.
 
-Once requests are refused because of the wait, they are refused until the queue is noticeably
-shorter. So capacity is free after `Retry-After`, not just one slot for the next arrival.
+The limit of a request's wait is `MAX_WAIT`, or less if its deadline is early. Once a request is
+refused because of the wait, requests with the same or a lower limit are refused until the queue is
+noticeably shorter. So capacity is free after `Retry-After`, not just one slot for the next arrival.
 
 Work is measured in tokens: the estimated tokens of the texts, and the overhead of texts and
 requests.
@@ -27,17 +28,17 @@ from kalm_integrations.errors import DeadlineExceededError, ServiceUnavailableEr
 from kalm_integrations.prompts import Role
 
 MAX_WAITING: Final[dict[Role, int]] = {"query": 1024, "document": 16_384}
-"""Most texts in the service, by role."""
+"""Most texts in the service, queued or being computed, by role."""
 MAX_WAIT: Final[dict[Role, float]] = {"query": 3.0, "document": 60.0}
 """Longest estimated wait in seconds, even if the deadline is later: after a burst of queries, new
 ones are answered promptly again. Bulk jobs may queue for longer; queries do not wait for them."""
 DEADLINE_SHARE: Final = 0.75
 """Share of a caller's deadline for the estimated wait and service; the rest is a safety margin."""
 REOPEN_SHARE, REOPEN_SECONDS = 0.7, 2.1
-"""The wait must fall below its limit by this share of it, but by at most these seconds, before
-requests are admitted again."""
+"""After a refusal the wait has to fall below its limit by this share of the limit, but by at most
+this many seconds, before such requests are admitted again."""
 RETRY_AFTER: Final = 2.0
-"""Seconds, if the speed is unknown."""
+"""Seconds after which to retry, if the speed is unknown."""
 
 REQUEST_TOKENS: Final = 30
 TEXT_TOKENS: Final = 2
@@ -98,14 +99,14 @@ class AdmittedRequest:
 
     admission: Admission
     role: Role
-    work: list[float]  # in tokens, cumulative by the number of texts
+    cumulative_work: list[float]  # in tokens, by the number of leading texts
     deadline: float | None
     done: float = 0.0  # completed work
 
     @property
     def total(self) -> float:
         """All its work."""
-        return self.work[-1]
+        return self.cumulative_work[-1]
 
     def progress(self, texts: int) -> None:
         """Record that the first `texts` texts are computed.
@@ -113,7 +114,7 @@ class AdmittedRequest:
         Raises:
             DeadlineExceededError: The rest cannot be computed before the deadline.
         """
-        done = self.work[texts]
+        done = self.cumulative_work[texts]
         self.admission.completed(self.role, done - self.done)
         self.done = done
         if self.deadline is not None and done < self.total:
@@ -125,7 +126,7 @@ class Admission:
 
     Args:
         limits: Most texts in the service, by role.
-        clock: Seconds.
+        clock: The clock of deadlines, in seconds.
     """
 
     def __init__(
@@ -133,11 +134,13 @@ class Admission:
     ) -> None:
         self._limits = limits
         self._clock = clock
-        self.in_progress: dict[Role, int] = {"query": 0, "document": 0}
-        """Texts that are queued or computed, by role."""
+        self.texts_in_progress: dict[Role, int] = {"query": 0, "document": 0}
+        """Texts that are queued or being computed, by role."""
         self.speed = EngineSpeed()
         self._outstanding: dict[Role, float] = {"query": 0.0, "document": 0.0}
-        self._refusing: dict[Role, bool] = {"query": False, "document": False}
+        self._refused_limit: dict[Role, float] = {"query": 0.0, "document": 0.0}
+        """Requests whose wait has about this limit, or a lower one, are refused until the queue is
+        shorter, by role; 0 if none are."""
         self._since = 0.0
         """Time of the last observation, or of the start of the work after it."""
         self._query_rate = 0.0
@@ -151,78 +154,87 @@ class Admission:
             return self.speed.seconds(queries + min(documents, _CHUNK_TOKENS))
         return self.speed.seconds(queries) + self._document_seconds(documents)
 
-    def refusal(
-        self, role: Role, texts: int, work: float, timeout: float | None
-    ) -> ServiceUnavailableError | None:
-        """Return why a request with so many texts and tokens is not admitted now, or None;
-        `timeout` is the seconds until its deadline."""
-        waiting = self.in_progress[role]
-        if not waiting and (role == "query" or not self.in_progress["query"]):
-            return None  # an idle service admits everything
+    @property
+    def refusing(self) -> bool:
+        """Whether requests of some role were refused because of the wait, and still would be."""
+        return any(self._refused_limit.values())
+
+    def check(self, role: Role, texts: Sequence[object], deadline: float | None) -> None:
+        """Raise the `ServiceUnavailableError` of `admit`, if there is one, for texts that may be
+        invalid."""
+        work = REQUEST_TOKENS + sum(work_of(text) for text in texts if isinstance(text, str))
+        self._decide(role, len(texts), work, deadline)
+
+    def _decide(self, role: Role, texts: int, work: float, deadline: float | None) -> None:
+        """Decide whether a request with so many texts and tokens is admitted now, and remember
+        until when requests like it are refused.
+
+        Raises:
+            ServiceUnavailableError: It is not admitted; with the time of a retry.
+        """
+        present = self.texts_in_progress[role]
+        if not present and (role == "query" or not self.texts_in_progress["query"]):
+            return  # an idle service admits everything
         wait = self.wait(role)
         own = self.speed.seconds(work) if role == "query" else self._document_seconds(work)
-        time_left = math.inf if timeout is None else DEADLINE_SHARE * timeout
+        time_left = math.inf if deadline is None else DEADLINE_SHARE * (deadline - self._clock())
         limit = min(MAX_WAIT[role], time_left)
-        reopen = limit - min(REOPEN_SHARE * limit, REOPEN_SECONDS)
         late = wait + own - time_left
-        full = self._refusing[role] or wait > limit or late > 0
-        self._refusing[role] = full and wait > reopen
-        excess = max(wait - reopen if self._refusing[role] else 0.0, late)
-        if waiting and waiting + texts > self._limits[role]:
+        if wait <= _reopening_wait(self._refused_limit[role]):
+            self._refused_limit[role] = 0.0
+        excess = max(late, 0.0)
+        reopening = _reopening_wait(limit)
+        full = wait > limit or late > 0 or limit <= 1.1 * self._refused_limit[role]
+        if full and wait > reopening:
+            self._refused_limit[role] = max(limit, self._refused_limit[role])
+            excess = max(wait - reopening, late)
+        if present and present + texts > self._limits[role]:
             excess = max(excess, wait / 2)
         elif excess <= 0:
-            return None
+            return
         # At the latest when the service is idle. A little later than estimated, since a retry that
         # comes too early is refused again.
         known = self.speed.tokens_per_second is not None
         retry_after = 1.1 * min(excess, wait) + 0.02 if known else RETRY_AFTER
         if role == "document" and own > time_left:  # it has to wait for fewer queries
             retry_after = max(retry_after, RETRY_AFTER)
-        return ServiceUnavailableError(
-            f"{waiting:,} {role} texts are queued already, about {wait:.1f} s of work.",
-            retry_after=retry_after,
+        message = (
+            f"{present:,} {role} texts are queued or being computed, about {wait:.1f} s of work"
         )
-
-    @property
-    def refusing(self) -> bool:
-        """Whether requests of some role were refused because of the wait, and still would be."""
-        return any(self._refusing.values())
-
-    def check(self, role: Role, texts: Sequence[object], timeout: float | None) -> None:
-        """Raise the `ServiceUnavailableError` of `admit`, if there is one, for texts that may be
-        invalid."""
-        work = REQUEST_TOKENS + sum(work_of(text) for text in texts if isinstance(text, str))
-        if refusal := self.refusal(role, len(texts), work, timeout):
-            raise refusal
+        if late > 0:
+            message += "; this request would end after its deadline, or too close to it"
+        raise ServiceUnavailableError(f"{message}.", retry_after)
 
     @contextmanager
     def admit(
-        self, role: Role, texts: Sequence[str], timeout: float | None = None
+        self, role: Role, texts: Sequence[str], deadline: float | None = None
     ) -> Iterator[AdmittedRequest]:
         """Count a request as in progress while the block runs.
+
+        Args:
+            role: Its role.
+            texts: Its texts.
+            deadline: A time of the clock.
 
         Raises:
             ServiceUnavailableError: It would not finish in time; with the time of a retry.
         """
         work = list(accumulate(map(work_of, texts), initial=float(REQUEST_TOKENS)))
         work[0] = 0.0
-        if refusal := self.refusal(role, len(texts), work[-1], timeout):
-            raise refusal
-        now = self._clock()
-        if not any(self.in_progress.values()):
-            self._since = now
-        deadline = None if timeout is None else now + timeout
+        self._decide(role, len(texts), work[-1], deadline)
+        if not any(self.texts_in_progress.values()):
+            self._since = self._clock()
         request = AdmittedRequest(self, role, work, deadline)
-        self.in_progress[role] += len(texts)
+        self.texts_in_progress[role] += len(texts)
         self._outstanding[role] += request.total
         try:
             yield request
         finally:
-            self.in_progress[role] -= len(texts)
+            self.texts_in_progress[role] -= len(texts)
             self._outstanding[role] -= request.total - request.done
-            if not self.in_progress[role]:
+            if not self.texts_in_progress[role]:
                 self._outstanding[role] = 0.0  # without accumulated rounding errors
-                self._refusing[role] = False
+                self._refused_limit[role] = 0.0
 
     def completed(self, role: Role, work: float) -> None:
         """Record completed work, in tokens."""
@@ -256,6 +268,11 @@ class Admission:
 
     def _current_query_rate(self, now: float) -> float:
         return self._query_rate * math.exp((self._query_time - now) / _QUERY_MEMORY)
+
+
+def _reopening_wait(limit: float) -> float:
+    """The wait at which requests with this limit are admitted again after a refusal."""
+    return limit - min(REOPEN_SHARE * limit, REOPEN_SECONDS)
 
 
 def work_of(text: str) -> float:

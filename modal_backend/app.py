@@ -47,7 +47,7 @@ if settings.on_gpu:
 gpu: str | list[str] | None = None
 if settings.on_gpu:
     gpu = settings.gpu[0] if len(settings.gpu) == 1 else list(settings.gpu)
-container: dict[str, Any] = {
+resources: dict[str, Any] = {
     "image": image,
     "gpu": gpu,
     "cpu": settings.cpu,
@@ -99,7 +99,7 @@ class EngineContainer:
     @modal.enter(snap=False)
     async def resume(self) -> None:
         """After the snapshot."""
-        if settings.snapshot == "off":
+        if settings.snapshot == "off":  # `prepare` is not a hook then
             await self.prepare()
         # A restored container has another id.
         await self.lifecycle.resume(restored=os.environ.get("MODAL_TASK_ID") != self.prepared_by)
@@ -122,7 +122,7 @@ class EngineContainer:
 
 
 @app.cls(
-    **container,
+    **resources,
     **snapshot,
     volumes=volumes,
     secrets=api_key_secrets,
@@ -133,7 +133,7 @@ class EngineContainer:
 )
 @modal.concurrent(max_inputs=settings.concurrency, target_inputs=settings.concurrency // 2)
 class VLLMEmbeddingSnapshot(EngineContainer):
-    """One engine with RPC methods and an HTTP endpoint."""
+    """One engine, vLLM or the embedded one, with RPC methods and an HTTP endpoint."""
 
     def on_prepared(self) -> None:
         from modal_backend.http.app import create_app
@@ -171,9 +171,11 @@ class VLLMEmbeddingSnapshot(EngineContainer):
     @modal.method()
     async def describe(self) -> dict[str, Any]:
         """Return identity, limits, version, warnings, and seconds of each phase of the start."""
-        start = self.lifecycle
         return rpc.describe(
-            start.service, start.phases, restored=start.restored, engine_age=start.engine_age
+            self.lifecycle.service,
+            self.lifecycle.phases,
+            restored=self.lifecycle.restored,
+            engine_age=self.lifecycle.engine_age,
         )
 
     @modal.asgi_app(requires_proxy_auth=settings.auth != "bearer-public")
@@ -183,7 +185,7 @@ class VLLMEmbeddingSnapshot(EngineContainer):
 
 
 @app.cls(
-    **container,
+    **resources,
     **snapshot,
     volumes={**volumes, worker_pool.VOLUME: bulk_volume},
     max_containers=worker_pool.MAX_CONTAINERS,
@@ -271,7 +273,7 @@ if settings.on_gpu:
         download(settings.model, settings.revision)
 
     @app.function(
-        **container,
+        **resources,
         volumes=volumes,
         secrets=hf_secrets,
         max_containers=1,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kalm_integrations import prompts, reference
 from kalm_integrations.errors import CanaryFailedError
 from kalm_integrations.models import FP8
+from kalm_integrations.validation import invalid_rows
 from modal_backend.engines.base import Engine
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ had 0.9998."""
 SAME_FP8: Final = 0.996
 """The same in fp8, where a small difference in bf16 rounds some inputs to the next number. With
 random weights fp8 was four times as noisy as bf16."""
-_UNIT: Final = 1e-3
 
 Vectors = NDArray[np.float32]
 
@@ -97,13 +97,9 @@ async def _embed(engine: Engine, texts: list[str]) -> Vectors:
 def _check_form(vectors: NDArray[Any], shape: tuple[int, int]) -> None:
     if vectors.shape != shape:
         raise CanaryFailedError(f"vectors of shape {vectors.shape} instead of {shape}.")
-    if invalid := np.count_nonzero(~np.isfinite(vectors)):
-        raise CanaryFailedError(f"values that are not finite: {invalid} of {vectors.size}.")
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) <= _UNIT).all():
-        raise CanaryFailedError(
-            f"vectors of length {lengths.min():.4f} to {lengths.max():.4f} instead of 1 ± {_UNIT}."
-        )
+    if invalid := invalid_rows(vectors):
+        rows = f"{len(invalid)} of {len(vectors)} texts"
+        raise CanaryFailedError(f"invalid vectors of {rows}; the first one {invalid[0].reason}.")
 
 
 def _check_same(same: float, failure: str, vectors: Vectors, others: Vectors) -> None:

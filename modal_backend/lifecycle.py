@@ -45,7 +45,8 @@ class Lifecycle:
         canary_mode: "refuse" discards an engine that fails the canary; "warn" serves it and
             reports the failure.
         attempt_timeout: Seconds that one load may take, including warm-up, canary and sleep. A
-            start has time for `LOAD_ATTEMPTS` of them; a load that may exceed it is not started.
+            start has time for `LOAD_ATTEMPTS` of them and makes no more; a load that may exceed the
+            time is not started.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Lifecycle:
         self._canary_mode = canary_mode
         self._attempt_timeout = attempt_timeout
         self._start = time.monotonic()
+        self._loads = 0  # since then
         self._loaded_at = time.time()
         self._vectors: canary.Vectors | None = None
         self.service = EmbeddingService(FailedEngine(EngineLoadError("nothing is loaded yet.")))
@@ -98,15 +100,17 @@ class Lifecycle:
             )
 
     async def resume(self, *, restored: bool = False) -> None:
-        """After the snapshot: wake and check the engine. If that fails, load afresh once.
+        """After the snapshot: wake and check the engine. If that fails, or if there is none, load
+        it afresh, at most once.
 
         Args:
-            restored: See the attribute. A restored container has the time of a whole start.
+            restored: Whether this is another container than the one that `prepare` ran in. It has
+                the time and the loads of a whole start.
         """
         self.restored = restored
         self.engine_age = max(0.0, time.time() - self._loaded_at)
         if restored:
-            self._start = time.monotonic()
+            self._start, self._loads = time.monotonic(), 0
             for warning in self.service.warnings:
                 log.error("%s: %s", warning.code, warning.message)
         prepared = self.failure is None
@@ -118,7 +122,7 @@ class Lifecycle:
                     "the engine did not survive the snapshot, and the model has to be loaded "
                     f"afresh, which takes minutes: {self.failure.message}",
                 )
-        # Another container may find what was missing in the first one, for instance the weights.
+        # A restored container may find what was missing in the first one, for instance the weights.
         if self.failure is not None and (restored or self._may_load_again()):
             await self._attempt(self._load_and_check)
         if self.failure is not None:
@@ -154,6 +158,9 @@ class Lifecycle:
         if isinstance(self.failure, EngineLoadError) and self.failure.permanent:
             log.error("the model is not loaded again: it would fail in the same way")
             return False
+        if self._loads >= LOAD_ATTEMPTS:
+            log.error("the model is not loaded again: this start has tried %d times", self._loads)
+            return False
         left = LOAD_ATTEMPTS * self._attempt_timeout - (time.monotonic() - self._start)
         if left < self._attempt_timeout:
             log.error(
@@ -188,6 +195,7 @@ class Lifecycle:
                 await self.service.engine.sleep()
 
     async def _load_and_check(self) -> None:
+        self._loads += 1
         with self._phase("load"):
             engine = await self._load()
         self._loaded_at, self.engine_age = time.time(), 0.0

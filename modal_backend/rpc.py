@@ -14,8 +14,7 @@ from typing import Any
 from kalm_integrations import validation
 from kalm_integrations.codec import pack
 from kalm_integrations.errors import KalmError, TransportError
-from kalm_integrations.prompts import Role
-from kalm_integrations.protocol import EmbedRequest, EmbedResponse, error_fields
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse, default_role, error_fields
 from kalm_integrations.version import __version__
 from modal_backend.service import EmbeddingService
 
@@ -31,9 +30,9 @@ async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[fl
     Raises:
         RuntimeError: Any failure, with the code and message of our error.
     """
-    role: Role = "query" if isinstance(sentences, list) and len(sentences) == 1 else "document"
+    role = default_role(sentences) if isinstance(sentences, list) else "document"
     try:
-        response = await _answer(service, {"texts": sentences, "role": role, "dtype": "float32"})
+        response = await _embed(service, {"texts": sentences, "role": role, "dtype": "float32"})
     except KalmError as error:
         # Unpickling our own class would need this package, in this version.
         raise RuntimeError(f"{error.code}: {error}") from None
@@ -58,7 +57,7 @@ async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) ->
     Errors are returned as data, because Modal logs every exception.
     """
     try:
-        return {"packed": pack(await _answer(service, request))}
+        return {"packed": pack(await _embed(service, request))}
     except KalmError as error:
         return {"error": error_fields(error)}
 
@@ -96,7 +95,7 @@ def describe(
         return description | {"error": error_fields(error)}
 
 
-async def _answer(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
+async def _embed(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
     """The response to the request in `fields`.
 
     Raises:

@@ -6,14 +6,14 @@ import asyncio
 import time
 from copy import copy
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_integrations import validation
 from kalm_integrations.errors import (
     ConfigurationError,
+    DeadlineExceededError,
     InvalidResponseError,
     InvalidText,
     KalmError,
@@ -23,9 +23,9 @@ from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning, Vectors
 from kalm_integrations.result import Usage
-from kalm_integrations.validation import invalid_rows
+from kalm_integrations.validation import MAX_CHARACTERS, check_texts, invalid_rows
 from modal_backend.admission import Admission
-from modal_backend.engines.base import Engine
+from modal_backend.engines.base import Engine, check_shape
 from modal_backend.engines.failed import FailedEngine
 
 MAX_TEXTS: Final = 2048
@@ -77,37 +77,43 @@ class EmbeddingService:
         """The model's own template for queries."""
         return self.engine.query_template
 
-    @property
-    def in_progress(self) -> dict[Role, int]:
-        """Texts queued or being computed, by role."""
-        return self.admission.in_progress
-
-    def check_admission(self, request: EmbedRequest) -> None:
+    def check_admission(self, request: EmbedRequest, received: float) -> None:
         """Refuse a request that `embed` would refuse because of overload, at a lower cost.
 
+        Args:
+            request: The request.
+            received: See `embed`.
+
         Raises:
+            DeadlineExceededError: `request.timeout` passed.
             ServiceUnavailableError: It would not finish in time. It has the time after which to
                 retry.
         """
         if self.admission.refusing:
-            role = _scheduled_role(request)
-            self.admission.check(role, request.texts, request.timeout)
+            role, deadline = _scheduled_role(request), _deadline(request, received)
+            self.admission.check(role, request.texts, deadline)
 
-    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+    async def embed(self, request: EmbedRequest, received: float | None = None) -> EmbedResponse:
         """Embed the texts of a request.
+
+        Args:
+            request: The request.
+            received: The time of `time.monotonic` from which `request.timeout` counts; by default
+                now.
 
         Raises:
             InvalidInputError: Texts that cannot be embedded, by index within the request.
             ConfigurationError: The engine does not have these dimensions.
             RequestTooLargeError: Over `MAX_TEXTS` texts.
             DeadlineExceededError: `request.timeout` passed, or will before all is embedded.
-            ServiceUnavailableError: Too much is queued for it to finish in time.
+            ServiceUnavailableError: It was not admitted: too much is queued for it to finish in
+                time.
             InvalidResponseError: The engine returned invalid vectors, or too few; none is returned.
             KalmError: `failure`, if there is one.
         """
         if self.failure is not None:
             raise copy(self.failure)
-        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        deadline = _deadline(request, time.monotonic() if received is None else received)
         if len(request.texts) > MAX_TEXTS:
             raise RequestTooLargeError(
                 f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
@@ -123,7 +129,7 @@ class EmbeddingService:
         else:
             texts, digest = await asyncio.to_thread(_prepare, request)
         request = replace(request, texts=texts)  # truncated parts need not stay in memory
-        with self.admission.admit(role, texts, request.timeout) as admitted:
+        with self.admission.admit(role, texts, deadline) as admitted:
             output = await self.engine.embed(
                 texts,
                 role=role,
@@ -131,10 +137,7 @@ class EmbeddingService:
                 deadline=deadline,
                 progress=admitted.progress,
             )
-        if output.vectors.shape != (len(texts), self.engine.dimensions[0]):
-            raise InvalidResponseError(
-                f"the engine returned {output.vectors.shape} for {len(texts)} texts."
-            )
+        check_shape(output.vectors, (len(texts), self.engine.dimensions[0]))
         dimensions = request.dimensions or self.engine.dimensions[0]
         vectors: Vectors = output.vectors
         convert = vectors.shape[1] != dimensions or vectors.dtype != request.dtype
@@ -150,8 +153,10 @@ class EmbeddingService:
                 rows = _shortened(rows, dimensions)
                 errors = invalid_rows(rows)
             invalid += [replace(error, index=start + error.index) for error in errors]
-            if convert:
-                vectors[start : start + len(rows)] = rows[:, :dimensions]
+            if convert and not invalid:
+                # Not checked after rounding to float16: it is within the tolerance, and the client
+                # checks what it gets.
+                vectors[start : start + len(rows)] = rows
         if invalid:
             raise InvalidResponseError.of(invalid)
         return EmbedResponse(
@@ -164,6 +169,26 @@ class EmbeddingService:
     async def close(self) -> None:
         """Close the engine."""
         await self.engine.close()
+
+
+def cut(texts: list[Any]) -> list[Any]:
+    """The texts without what is over `MAX_CHARACTERS`, for truncate="end": no model reads more, and
+    tokenizing it would take seconds. Items that are not strings are left unchanged."""
+    return [text[:MAX_CHARACTERS] if isinstance(text, str) else text for text in texts]
+
+
+def _deadline(request: EmbedRequest, received: float) -> float | None:
+    """The deadline of a request, a time of `time.monotonic`.
+
+    Raises:
+        DeadlineExceededError: It has passed.
+    """
+    if request.timeout is None:
+        return None
+    deadline = received + request.timeout
+    if deadline <= time.monotonic():
+        raise DeadlineExceededError("the deadline passed before the request was complete.")
+    return deadline
 
 
 def _characters(request: EmbedRequest) -> int:
@@ -182,10 +207,8 @@ def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
     Raises:
         InvalidInputError: Texts that cannot be embedded.
     """
-    texts = request.texts
-    if request.truncate == "end":  # no model reads more, and tokenizing it would take seconds
-        texts = [t[: validation.MAX_CHARACTERS] if isinstance(t, str) else t for t in texts]
-    return validation.check_texts(texts, request.truncate), request.digest()
+    texts = cut(request.texts) if request.truncate == "end" else request.texts
+    return check_texts(texts, request.truncate), request.digest()
 
 
 def _shortened(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

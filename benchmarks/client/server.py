@@ -29,7 +29,7 @@ from kalm_integrations import models
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, VectorDtype
 from kalm_integrations.result import Usage
-from modal_backend.http.responses import render
+from modal_backend.http.responses import embeddings_json
 
 DIMENSIONS = 3840
 MODEL = models.KALM.space.model
@@ -74,7 +74,7 @@ def answer(kind: str, texts: int) -> bytes:
     if kind == "tei":
         numbers = orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
         return whole(b"application/json", numbers)
-    return whole(b"application/json", b"".join(render(prepared(texts), kind)))
+    return whole(b"application/json", b"".join(embeddings_json(prepared(texts), kind)))
 
 
 def whole(media_type: bytes, body: bytes) -> bytes:

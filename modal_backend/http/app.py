@@ -46,8 +46,15 @@ from modal_backend.http.auth import BearerKeys
 from modal_backend.http.metrics import CONTENT_TYPE, Metrics
 from modal_backend.http.middleware import RequestMiddleware
 from modal_backend.http.openapi import document
-from modal_backend.http.responses import ErrorResponse, Model, Models, Status, render, response
-from modal_backend.http.schema import JSON, EmbeddingsBody, prefers_packed, timeout
+from modal_backend.http.responses import (
+    ErrorResponse,
+    Model,
+    Models,
+    Status,
+    embeddings_json,
+    response_of,
+)
+from modal_backend.http.schema import JSON, EmbeddingsBody, prefers_packed, timeout_of
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -151,38 +158,38 @@ class _Handlers:
         self.metrics = Metrics(service, phases)
 
     async def embeddings(self, request: Request) -> Response:
-        start = time.perf_counter()
+        received = time.monotonic()  # the header, before the body
         packed = prefers_packed(request.headers)
-        deadline = timeout(request.headers)
+        timeout = timeout_of(request.headers)
         body = await json_body.read(request, self._max_body_bytes)
         if len(body) <= _LOOP_BYTES:
-            parsed, encoding = self._parse(body, packed, deadline)
+            parsed, encoding = self._parse(body, packed, timeout)
         else:
             async with self._parsing:
-                parsed, encoding = await asyncio.to_thread(self._parse, body, packed, deadline)
-        self._service.check_admission(parsed)
+                parsed, encoding = await asyncio.to_thread(self._parse, body, packed, timeout)
+        self._service.check_admission(parsed, received)
         count, role = len(parsed.texts), parsed.role
-        work = self._service.embed(parsed)
+        work = self._service.embed(parsed, received)
         del parsed, body  # texts that the service truncates need not stay in memory
         result = await _unless_disconnected(request, work)
 
         self.metrics.texts.labels(role).inc(count)
         self.metrics.tokens.labels(role).inc(result.usage.tokens)
-        self.metrics.seconds.labels(role).observe(time.perf_counter() - start)
+        self.metrics.seconds.labels(role).observe(time.monotonic() - received)
         whole = request.scope["http_version"] == "1.0"  # which has no chunked responses
         if packed:
             whole = whole or result.vectors.nbytes <= _WHOLE_BYTES
-            return response(packed_parts(result), MEDIA_TYPE, whole=whole)
+            return response_of(packed_parts(result), MEDIA_TYPE, whole=whole)
         whole = whole or result.vectors.size <= _WHOLE_NUMBERS
-        return response(render(result, encoding), JSON, whole=whole)
+        return response_of(embeddings_json(result, encoding), JSON, whole=whole)
 
     def _parse(
-        self, body: bytearray, packed: bool, deadline: float | None
+        self, body: bytearray, packed: bool, timeout: float | None
     ) -> tuple[EmbedRequest, str]:
         """The request in a body, and the encoding of a JSON response."""
         fields = EmbeddingsBody.parse(body)
         self._check_model(fields.model)
-        request = fields.request(self._service.query_template, packed=packed, timeout=deadline)
+        request = fields.request(self._service.query_template, packed=packed, timeout=timeout)
         return request, fields.encoding_format or "float"
 
     async def models(self, _: Request) -> Response:
@@ -273,5 +280,5 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 async def _disconnected(request: Request, _: Exception) -> Response:
     """The response to a caller who has disconnected. Only logs and metrics see it."""
-    request.state.result = "caller_left"
+    request.state.code = "caller_left"
     return Response(status_code=499)  # nginx's status for it

@@ -44,7 +44,7 @@ class ConnectionTable:
         self.limit = limit
         self.connecting = 0
         """Connections that were accepted but are not in the table yet."""
-        self.full = False
+        self.draining = False
         """Whether every connection ends with its response, because there are too many."""
         self.stopping = False
         """Whether it does because the server is stopping."""
@@ -63,10 +63,10 @@ class ConnectionTable:
         return self.connecting + len(self.connections)
 
     def update(self, connection: Connection) -> None:
-        """Note that a connection was opened, has sent a header or has got a response."""
+        """List a connection whose `since` is now: it was opened, has sent a header or has got a
+        response."""
         self._unlist(connection)
         self.connections.add(connection)
-        connection.since = connection.loop.time()
         # The key of a request that has just arrived is not checked yet.
         listed = self._idle if connection.authorized else self._unauthorized
         listed[connection] = None
@@ -92,12 +92,12 @@ class ConnectionTable:
                 await asyncio.sleep(0)
             self._removed.clear()
             if not self._evict():
-                self.close_after_responses()
+                self._drain()
             try:
                 await asyncio.wait_for(self._removed.wait(), _CHECK_SECONDS)
             except TimeoutError:
                 continue
-        self.full = False
+        self.draining = False
 
     async def wait_until_empty(self) -> None:
         """Wait until all connections are closed."""
@@ -105,10 +105,10 @@ class ConnectionTable:
             self._removed.clear()
             await self._removed.wait()
 
-    def close_after_responses(self) -> None:
+    def _drain(self) -> None:
         """End every connection with its response, until there is room again."""
-        if not self.full:
-            self.full = True
+        if not self.draining:
+            self.draining = True
             for connection in self.connections:
                 connection.close_after_response()
 

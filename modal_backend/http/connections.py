@@ -4,7 +4,7 @@ uvicorn limits neither the number of connections nor the time in which a request
 Which connection is closed when there are too many depends on whether it has presented a valid key,
 which only the app knows. A subclass of uvicorn's protocol can ask the app; an option of another
 server (Hypercorn, Granian) could not. It is httptools rather than h11, because h11 needs a third
-more CPU time for a query. The one error of httptools, `Upgrade`, is corrected here.
+more CPU time for a query.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
-        self._table.update(self)
+        self._update_table()
         self._deadline = self.since + HEADER_SECONDS
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -169,9 +169,9 @@ class Connection(HttpToolsProtocol):
         self._request = self.scope
         self._reading = "body"
         self._overhead = 0
-        self._table.update(self)
+        self._update_table()
         self._deadline = self.since + BODY_SECONDS
-        if self._table.full or self._table.stopping:
+        if self._table.draining or self._table.stopping:
             self.close_after_response()
 
     def on_body(self, body: bytes) -> None:
@@ -198,11 +198,15 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._deadline = self.loop.time() + STALLED_SECONDS
         elif self.idle:  # there is no further request yet
-            self._table.update(self)
+            self._update_table()
             if not self._reading:
                 self._wait_for_next()
             elif not self.authorized:
                 self._deadline = min(self._deadline, self.since + HEADER_SECONDS)
+
+    def _update_table(self) -> None:
+        self.since = self.loop.time()
+        self._table.update(self)
 
     def _wait_for_next(self) -> None:
         self._deadline = self.loop.time() + self.timeout_keep_alive + 1

@@ -29,12 +29,12 @@ class Metrics:
         counter = partial(Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
 
-        self.requests = counter("kalm_requests", "Requests by result", ["code"])
+        self.requests = counter("kalm_requests", "Requests by error code, or ok", ["code"])
         self.texts = counter("kalm_texts", "Embedded texts", ["role"])
         self.tokens = counter("kalm_tokens", "Tokens of embedded texts", ["role"])
         self.seconds = Histogram(
             "kalm_request_seconds",
-            "From the complete request to its response",
+            "From a request's header to its response",
             ["role"],
             buckets=_BUCKETS,
             registry=self._registry,
@@ -42,8 +42,8 @@ class Metrics:
         admission = service.admission
         texts = gauge("kalm_texts_in_progress", "Texts queued or being computed", ["role"])
         wait = gauge("kalm_estimated_wait_seconds", "Estimated wait of a new request", ["role"])
-        for role in admission.in_progress:
-            texts.labels(role).set_function(partial(admission.in_progress.__getitem__, role))
+        for role in admission.texts_in_progress:
+            texts.labels(role).set_function(partial(admission.texts_in_progress.__getitem__, role))
             wait.labels(role).set_function(partial(admission.wait, role))
         gauge(
             "kalm_engine_tokens_per_second",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalm_integrations.errors import (
@@ -27,6 +27,7 @@ from kalm_integrations.protocol import (
     WARNING_HEADER,
 )
 from modal_backend.admission import RETRY_AFTER
+from modal_backend.engines.base import stopping_error
 from modal_backend.http.auth import BearerKeys
 from modal_backend.http.metrics import Metrics
 from modal_backend.http.responses import ErrorResponse
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 PUBLIC_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
 """Monitoring is not counted as use of the service; its refusals are."""
+
+_SAFE_ID: Final = re.compile(r"[\w.-]{1,64}")
 
 
 class RequestMiddleware:
@@ -67,7 +70,7 @@ class RequestMiddleware:
         self._keys = keys
         self._metrics = metrics
         self._max_concurrency = max_concurrency
-        self._in_progress = 0
+        self._requests = 0  # in progress
         self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,14 +91,18 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 self._count(scope, message["status"])
-                added = MutableHeaders(scope=message)
+                fields = {REQUEST_ID_HEADER: request_id}
                 if self._service.failure is None:
-                    added[IDENTITY_HEADER] = _fingerprint(self._service.identity)
+                    fields[IDENTITY_HEADER] = _fingerprint(self._service.identity)
                 if warnings := self._service.warnings:
-                    added[WARNING_HEADER] = ",".join(warning.code for warning in warnings)
-                added[REQUEST_ID_HEADER] = request_id
+                    fields[WARNING_HEADER] = ",".join(warning.code for warning in warnings)
                 if echo:
-                    added[ECHO_HEADER] = echo
+                    fields[ECHO_HEADER] = echo
+                added = [
+                    (name.lower().encode(), value.encode("latin-1"))
+                    for name, value in fields.items()
+                ]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         async def refuse(error: KalmError) -> None:
@@ -104,14 +111,16 @@ class RequestMiddleware:
         if refusal := self._refusal(scope):
             await refuse(refusal)
             return
-        self._in_progress += 1
+        self._requests += 1
         try:
             await self._app(scope, receive, send_with_headers)
-        except asyncio.CancelledError:  # by the server, at the end of its grace period
+        except asyncio.CancelledError:
             if not self._stopping():
                 raise
+            # The server cancelled it at the end of the grace period. The task ends normally, so
+            # that the response is sent; one that has begun cannot be replaced by an error.
             if not started:
-                await refuse(_stopping_error())
+                await refuse(stopping_error())
         except Exception as error:
             # The log gets the traceback, the caller only the id under which it is logged.
             log.exception("request %s failed unexpectedly", request_id)
@@ -121,40 +130,37 @@ class RequestMiddleware:
             failure.__cause__ = error
             await refuse(failure)
         finally:
-            self._in_progress -= 1
+            self._requests -= 1
 
     def _refusal(self, scope: Scope) -> KalmError | None:
         """Why a request does not reach the routes; None if it does."""
-        if scope["path"] not in PUBLIC_ROUTES:
-            if not scope["state"]["authorized"]:
-                return AuthenticationError("the bearer key is missing or wrong.")
-            if self._stopping():
-                return _stopping_error()
-        if self._in_progress == self._max_concurrency:
+        if scope["path"] in PUBLIC_ROUTES:
+            return None
+        if not scope["state"]["authorized"]:
+            return AuthenticationError("the bearer key is missing or wrong.")
+        if self._stopping():
+            return stopping_error()
+        if self._max_concurrency is not None and self._requests >= self._max_concurrency:
             return ServiceUnavailableError(
-                f"this container has {self._in_progress} HTTP requests in progress, its limit; "
+                f"this container has {self._requests} HTTP requests in progress, its limit; "
                 "--concurrency and --max-containers of `kalm deploy` raise it.",
                 RETRY_AFTER,
             )
         return None
 
     def _count(self, scope: Scope, status: int) -> None:
-        """Count the request by its result: an error's code, else "ok" or the status."""
+        """Count the request by an error's code, else "ok" or the status."""
         if scope["path"] not in UNCOUNTED_ROUTES or status >= 400:
-            result = scope["state"].get("result") or ("ok" if status < 400 else str(status))
-            self._metrics.requests.labels(result).inc()
+            code = scope["state"].get("code") or ("ok" if status < 400 else str(status))
+            self._metrics.requests.labels(code).inc()
 
 
 def _safe_id(headers: Headers, name: str) -> str:
     """The caller's id for its request; empty if it has none that is safe to log."""
     value = headers.get(name, "")
-    return value if re.fullmatch(r"[\w.-]{1,64}", value) else ""
+    return value if _SAFE_ID.fullmatch(value) else ""
 
 
 @lru_cache(maxsize=4)  # computing it takes longer than refusing a request
 def _fingerprint(identity: SpaceIdentity) -> str:
     return identity.fingerprint
-
-
-def _stopping_error() -> KalmError:
-    return ServiceUnavailableError("the service is stopping.", RETRY_AFTER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
@@ -18,9 +18,36 @@ from kalm_integrations.protocol import (
 )
 from kalm_integrations.version import __version__
 from modal_backend.http.metrics import CONTENT_TYPE
-from modal_backend.http.responses import Embeddings, Model, Models, OpenAIErrorBody, Status
+from modal_backend.http.responses import Model, Models, OpenAIErrorBody, ResponseBody, Status
 from modal_backend.http.schema import JSON, EmbeddingsBody
 from modal_backend.service import MAX_TEXTS
+
+
+class Embedding(ResponseBody):
+    """The vector of one text."""
+
+    object: Literal["embedding"]
+    index: int
+    """Index of the text in `input`."""
+    embedding: list[float] | str
+    """Numbers, or base64 of little-endian float32."""
+
+
+class EmbeddingsUsage(ResponseBody):
+    """The tokens of the request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(ResponseBody):
+    """One vector for each text, in the order of `input`."""  # as `embeddings_json` writes them
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+
 
 _MODELS: Final[list[tuple[type[BaseModel], JsonSchemaMode]]] = [
     (EmbeddingsBody, "validation"),

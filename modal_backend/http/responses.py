@@ -35,32 +35,6 @@ class ResponseBody(BaseModel):
     )
 
 
-class Embedding(ResponseBody):
-    """The vector of one text."""
-
-    object: Literal["embedding"]
-    index: int
-    """Index of the text in `input`."""
-    embedding: list[float] | str
-    """Numbers, or base64 of little-endian float32."""
-
-
-class EmbeddingsUsage(ResponseBody):
-    """The tokens of the request."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Embeddings(ResponseBody):
-    """One vector for each text, in the order of `input`."""
-
-    object: Literal["list"]
-    data: list[Embedding]
-    model: str
-    usage: EmbeddingsUsage
-
-
 class Model(ResponseBody):
     """The served model."""
 
@@ -156,7 +130,7 @@ class ErrorResponse(Response):
         super().__init__(body, status or error.status, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["result"] = self._code
+        scope["state"]["code"] = self._code
         await super().__call__(scope, receive, send)
 
 
@@ -173,7 +147,7 @@ def error_headers(error: KalmError) -> dict[str, str]:
     return {}
 
 
-def response(parts: Iterable[Part], media_type: str, *, whole: bool) -> Response:
+def response_of(parts: Iterable[Part], media_type: str, *, whole: bool) -> Response:
     """A response that is sent at once, or part by part so that the event loop does other work in
     between."""
     if whole:
@@ -187,10 +161,10 @@ async def _one_by_one(parts: Iterable[Part]) -> AsyncIterator[Part]:
         await asyncio.sleep(0)
 
 
-def render(vectors: EmbedResponse, encoding_format: str) -> Iterator[bytes]:
-    """Vectors as OpenAI's JSON: `Embeddings`, as lists of numbers or as base64 of
-    little-endian float32. Written by hand, in parts none of which takes long."""
-    rows = vectors.vectors.astype("<f4", copy=False)
+def embeddings_json(response: EmbedResponse, encoding_format: str) -> Iterator[bytes]:
+    """A response as OpenAI's JSON (`openapi.Embeddings`): vectors as lists of numbers, or as base64
+    of little-endian float32. Written by hand, in parts none of which takes long."""
+    rows = response.vectors.astype("<f4", copy=False)
     encode = _base64 if encoding_format == "base64" else _numbers
     yield b'{"object":"list","data":['
     for start in range(0, len(rows), _ROWS_PER_PART):
@@ -199,8 +173,8 @@ def render(vectors: EmbedResponse, encoding_format: str) -> Iterator[bytes]:
             for index, row in enumerate(rows[start : start + _ROWS_PER_PART], start)
         )
         yield (b"," if start else b"") + b",".join(items)
-    tokens = vectors.usage.tokens
-    model = orjson.dumps(vectors.identity.model if vectors.identity else "")
+    tokens = response.usage.tokens
+    model = orjson.dumps(response.identity.model if response.identity else "")
     usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
     yield b'],"model":%b,"usage":%b}' % (model, usage)
 

@@ -22,9 +22,15 @@ from kalm_integrations.errors import (
     RequestTooLargeError,
 )
 from kalm_integrations.prompts import Role
-from kalm_integrations.protocol import TIMEOUT_HEADER, EmbedRequest, Truncate, VectorDtype
-from kalm_integrations.validation import MAX_CHARACTERS
+from kalm_integrations.protocol import (
+    TIMEOUT_HEADER,
+    EmbedRequest,
+    Truncate,
+    VectorDtype,
+    default_role,
+)
 from modal_backend.http import json_body
+from modal_backend.service import cut
 
 JSON: Final = "application/json"
 MAX_INSTRUCTION: Final = 16_384
@@ -61,7 +67,7 @@ class EmbeddingsBody(BaseModel):
     priority: Role | None = None
     """Ours. Queries go first; by default a single text and `input_type="query"` are queries."""
     embed_dtype: VectorDtype | None = None
-    """Ours. Type of packed vectors, "float32" by default; JSON answers are float32, as OpenAI's
+    """Ours. Type of packed vectors, "float32" by default; JSON responses are float32, as OpenAI's
     clients decode them."""
 
     @classmethod
@@ -114,7 +120,7 @@ class EmbeddingsBody(BaseModel):
             timeout: Seconds that the caller waits.
 
         Raises:
-            ConfigurationError: An unknown instruction, or `embed_dtype` for a JSON answer.
+            ConfigurationError: An unknown instruction, or `embed_dtype` for a JSON response.
             InvalidArgumentError: See `texts`.
             RequestTooLargeError: Over `MAX_PROMPTED` characters with the instruction in each text.
         """
@@ -135,7 +141,7 @@ class EmbeddingsBody(BaseModel):
         texts = self.texts
         if template != prompts.AS_IS:
             texts = _prompted(template, texts, truncate)
-        default: Role = "query" if self.input_type == "query" or len(texts) == 1 else "document"
+        default = "query" if self.input_type == "query" else default_role(texts)
         return EmbedRequest(
             texts=texts,
             role=self.priority or default,
@@ -149,8 +155,8 @@ class EmbeddingsBody(BaseModel):
 def _prompted(template: str, texts: list[Any], truncate: Truncate) -> list[Any]:
     """Apply `template` to each text. Items that are blank, or not strings, are left unchanged: the
     service names them in its error."""
-    if truncate == "end":  # no model reads more
-        texts = [text[:MAX_CHARACTERS] if isinstance(text, str) else text for text in texts]
+    if truncate == "end":
+        texts = cut(texts)
     characters = len(template) * len(texts)
     characters += sum(len(text) for text in texts if isinstance(text, str))
     if characters > MAX_PROMPTED:
@@ -173,7 +179,7 @@ def prefers_packed(headers: Headers) -> bool:
     return _weight(MEDIA_TYPE, accept) > _weight(JSON, accept)
 
 
-def timeout(headers: Headers) -> float | None:
+def timeout_of(headers: Headers) -> float | None:
     """Seconds that the caller waits; None without the header.
 
     Raises:

@@ -24,12 +24,13 @@ from pydantic import SecretStr
 
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.models import KALM
-from modal_backend import lifecycle
 from modal_backend.engines.base import Engine
 from modal_backend.engines.registry import EngineType, Load, Options
 from modal_backend.http.app import create_app
 from modal_backend.http.auth import BearerKeys
 from modal_backend.http.server import HttpServer, ServerOptions, bind, raise_file_limit
+from modal_backend.lifecycle import Lifecycle
+from modal_backend.lifecycle import log as lifecycle_log
 from modal_backend.log_output import never_block_on_output
 from modal_backend.settings import CanaryMode
 
@@ -83,10 +84,8 @@ def serve(
             model = engine_options.get("model", KALM.space.model)
             _print(f"loading {model} with {engine.label}; a minute or more")
             load = partial(_load_interruptibly, engine.serve)
-        container = lifecycle.Lifecycle(
-            lambda: load(engine_options), "off", canary_mode=canary_mode
-        )
-        asyncio.run(_serve(container, listeners, keys, options, cleanup))
+        lifecycle = Lifecycle(lambda: load(engine_options), "off", canary_mode=canary_mode)
+        asyncio.run(_serve(lifecycle, listeners, keys, options, cleanup))
 
 
 def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[SecretStr] | None:
@@ -116,29 +115,29 @@ def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[Secre
 
 
 async def _serve(
-    container: lifecycle.Lifecycle,
+    lifecycle: Lifecycle,
     listeners: list[socket.socket],
     keys: list[SecretStr] | None,
     options: ServerOptions,
     cleanup: ExitStack,
 ) -> None:
     # It would log with its traceback the error that is raised here and printed once.
-    lifecycle.log.setLevel(logging.CRITICAL)
+    lifecycle_log.setLevel(logging.CRITICAL)
     try:
-        await container.resume()
-        failure = container.failure
+        await lifecycle.resume()
+        failure = lifecycle.failure
         if failure is not None:
             raise copy(failure)
-        for warning in container.service.warnings:
+        for warning in lifecycle.service.warnings:
             _print(f"WARNING: {warning.message}")
         app = create_app(
-            container.service,
+            lifecycle.service,
             keys=BearerKeys(keys),
-            phases=container.phases,
+            phases=lifecycle.phases,
             stopping=lambda: server.stopping,
             cors_origins=options.cors_origins,
         )
-        space = container.service.identity
+        space = lifecycle.service.identity
         authentication = "key required" if keys else "NO AUTHENTICATION"
         summary = f"{space.model}, space {space.fingerprint}, {authentication}"
         # Logging a request would cost more than refusing it; /metrics counts them.
@@ -148,7 +147,7 @@ async def _serve(
         async def stop() -> None:
             server.should_exit = True
 
-        watching = asyncio.create_task(container.watch(stop))
+        watching = asyncio.create_task(lifecycle.watch(stop))
         try:
             await server.serve()  # raises, at its end, the signal that ended it
         finally:
@@ -159,12 +158,12 @@ async def _serve(
                 limit.daemon = True
                 limit.start()
                 cleanup.callback(limit.cancel)
-        failure = container.failure
+        failure = lifecycle.failure
         if failure is not None:
             # The remedy of the error is for callers.
             raise KalmError(f"{failure.message} Restart it, or have a supervisor do so.")
     finally:
-        await container.close()
+        await lifecycle.close()
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -203,14 +203,14 @@ class HttpServer(uvicorn.Server):
         self.table.stopping = True
         for connection in self.table.connections:
             connection.close_after_response()
-        in_progress = set(self.server_state.tasks)
-        if in_progress:
+        requests = set(self.server_state.tasks)
+        if requests:
             console.info(
                 "Stopping: %d requests in progress have %g seconds. A second signal ends at once.",
-                len(in_progress),
+                len(requests),
                 self._options.grace,
             )
-            _, late = await asyncio.wait(in_progress, timeout=self._options.grace)
+            _, late = await asyncio.wait(requests, timeout=self._options.grace)
             for request in late:
                 request.cancel()
             if late:

@@ -308,6 +308,27 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class TestLoad:
+    def test_the_limit_of_requests_does_not_make_the_process_look_dead(self) -> None:
+        service = EmbeddingService(embedded_engine())
+        with serving(create_app(service, keys=BearerKeys(None), max_concurrency=0)) as url:
+            refused = ask(f"{url}/v1/embeddings", {"input": "a"}, key=None)
+            assert (refused.status, refused.error["code"]) == (503, "service_unavailable")
+            assert refused.headers["Retry-After"] == "2"
+            assert ask(f"{url}/health", key=None).status == 200
+
+    def test_the_time_of_the_upload_counts(self) -> None:
+        engine = SlowEngine(0)
+        body = b'{"input": "a"}'
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
+            port = int(url.rpartition(":")[2])
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as caller:
+                caller.sendall(f"{head}{TIMEOUT_HEADER}: 0.1\r\n\r\n".encode())
+                time.sleep(0.3)  # longer than the timeout
+                caller.sendall(body)
+                assert caller.recv(100).startswith(b"HTTP/1.1 504 ")
+        assert not engine.started
+
     def test_a_disconnected_caller_cancels_the_engines_work(self) -> None:
         engine = SlowEngine(30)
         with serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url:
@@ -367,7 +388,7 @@ class TestLoad:
         assert len(refused) == 1
         assert refused[0].headers["Retry-After"] == "2"
         assert refused[0].error["code"] == "service_unavailable"
-        assert service.in_progress == {"query": 0, "document": 0}
+        assert service.admission.texts_in_progress == {"query": 0, "document": 0}
 
     def test_our_client_retries_through_an_overload(self, quick_retries: None) -> None:
         service = EmbeddingService(SlowEngine(0.05), Admission({"document": 3, "query": 2}))

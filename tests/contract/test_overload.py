@@ -16,10 +16,10 @@ from serving import serving
 
 from kalm_integrations.errors import ContainerFailedError, ServiceUnavailableError
 from kalm_integrations.protocol import TIMEOUT_HEADER, EmbedRequest
-from modal_backend.engines.base import EngineOutput, Progress, no_progress
+from modal_backend.engines.base import PRIORITY, EngineOutput, Progress, no_progress
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.engines.embedded_process import ProcessEngine
-from modal_backend.engines.priority_lock import PRIORITY, PriorityLock
+from modal_backend.engines.priority_lock import PriorityLock
 from modal_backend.http.app import create_app
 from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
@@ -82,7 +82,7 @@ def test_requests_that_cannot_finish_in_time_are_refused_and_never_computed() ->
         milliseconds = int(headers["Retry-After-Ms"])
         assert 0 < milliseconds <= 4_000
         assert int(headers["Retry-After"]) == -(-milliseconds // 1000)
-    assert service.in_progress == {"query": 0, "document": 0}
+    assert service.admission.texts_in_progress == {"query": 0, "document": 0}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ async def test_invalid_requests_get_their_own_error_during_overload(
     service = EmbeddingService(SteadyEngine())
     service.admission.speed.tokens_per_second = 10.0
     # Ten seconds of queries.
-    with service.admission.admit("query", ["a" * 300], 600.0):
+    with service.admission.admit("query", ["a" * 300], time.monotonic() + 600):
         with pytest.raises(ServiceUnavailableError):
             await service.embed(EmbedRequest(texts=["q"], role="query", timeout=5))
         assert service.admission.refusing

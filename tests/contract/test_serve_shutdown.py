@@ -24,10 +24,10 @@ import asyncio, sys
 from multiprocessing.connection import wait
 from modal_backend.engines.embedded_process import ProcessEngine
 run = ProcessEngine._run
-async def slow(self, long, texts, *arguments):
-    if len(texts) == 3:
+async def slow(self, long, chunk):
+    if len(chunk.texts) == 3:
         await asyncio.to_thread(wait, [self._process.sentinel], {seconds})
-    return await run(self, long, texts, *arguments)
+    return await run(self, long, chunk)
 ProcessEngine._run = slow
 sys.exit(__import__("kalm_integrations.cli").cli.main(sys.argv[1:]))
 """

@@ -188,7 +188,7 @@ def test_every_argument_of_eval_is_documented_with_its_default(name: str) -> Non
         assert documented[option] == shown
 
 
-def test_the_limits_of_the_http_door() -> None:
+def test_the_limits_of_the_http_api() -> None:
     documented = rows("docs/http.md", "A request")
     shown = {row[0]: row[1] for row in documented if len(row) == 3}
     assert shown["body"] == f"{http_app.MAX_BODY_BYTES // 2**20} MiB"
@@ -200,8 +200,8 @@ def test_the_limits_of_the_http_door() -> None:
     priority = next(row for row in documented if row[0] == "`priority`")
     assert f"{service.MAX_QUERY_CHARACTERS:,}" in priority[2]
     for role, name in (("document", "documents"), ("query", "queries")):
-        assert shown[f"texts queued, {name}"] == f"{admission.MAX_WAITING[role]:,}"  # type: ignore[index]
+        assert shown[f"texts in progress, {name}"] == f"{admission.MAX_WAITING[role]:,}"  # type: ignore[index]
         wait = f"{admission.MAX_WAIT[role]:g} s"  # type: ignore[index]
         assert shown[f"estimated wait, {name}"] == wait
-    share = f"{admission.DEADLINE_SHARE:.0%} of `X-Kalm-Timeout`"
+    share = f"{admission.DEADLINE_SHARE:.0%} of what is left of `X-Kalm-Timeout`"
     assert shown["estimated wait and service"] == share

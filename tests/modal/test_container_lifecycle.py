@@ -170,7 +170,9 @@ def test_wrong_vectors_after_a_restore_are_replaced_by_a_load_in_the_same_contai
 def test_permanently_wrong_vectors_are_served_as_an_error_until_the_replacement(
     emulator: Emulator, cold: Callable[[], list[Container]], expected: np.ndarray
 ) -> None:
-    wrong = "vectors of length 0.5000 to 0.5000 instead of 1 ± 0.001."
+    wrong = (
+        "invalid vectors of 7 of 7 texts; the first one got a vector of length 0.5000 instead of 1."
+    )
     sent = len(calls(emulator))
     with emulator.changed(container_env={"FAULT": "always"}):
         with ThreadPoolExecutor(4) as threads:

@@ -22,8 +22,8 @@ from modal_backend.admission import (
     EngineSpeed,
     work_of,
 )
-from modal_backend.engines.base import Progress
-from modal_backend.engines.priority_lock import PRIORITY, PriorityLock, chunks
+from modal_backend.engines.base import PRIORITY, Progress
+from modal_backend.engines.priority_lock import PriorityLock, chunks
 
 QUERY = ["how high is the mountain"]
 DOCUMENTS = ["a passage of some sixty tokens " * 8] * 16
@@ -38,6 +38,10 @@ def work(texts: Sequence[str]) -> float:
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    return None if timeout is None else now() + timeout
 
 
 class SerialEngine:
@@ -96,7 +100,7 @@ class Service:
         texts = texts or TEXTS[role]
         start = now()
         try:
-            with self.admission.admit(role, texts, timeout) as request:
+            with self.admission.admit(role, texts, deadline_after(timeout)) as request:
                 async with asyncio.timeout(timeout):
                     await self.engine.embed(texts, role, request.progress)
         except ServiceUnavailableError as error:
@@ -153,10 +157,18 @@ def test_overload(times: float, timeout: float, documents: float) -> None:
         # What was computed was wanted (less what was admitted before the speed was known), and all
         # places are free.
         assert sum(work(TEXTS[role]) for role, *_ in service.done) >= 0.94 * service.engine.computed
-        assert service.admission.in_progress == {"query": 0, "document": 0}
+        assert service.admission.texts_in_progress == {"query": 0, "document": 0}
         assert service.admission.wait("document") == 0
 
     virtual_time.run(main())
+
+
+def is_refused(admission: Admission, role: Role, timeout: float | None) -> bool:
+    try:
+        admission.check(role, TEXTS[role], deadline_after(timeout))
+    except ServiceUnavailableError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("timeout", [1.0, 5.0, 120.0])
@@ -174,7 +186,7 @@ def test_retry_after_is_the_time_after_which_a_retry_succeeds(times: float, time
                 continue
             told = service.refused[-1][2]
             start = now()
-            while service.admission.refusal("query", 1, work(QUERY), timeout):
+            while is_refused(service.admission, "query", timeout):
                 await asyncio.sleep(0.005)
             ratios.append(told / max(now() - start, 0.005))
         right = sum(0.5 <= ratio <= 2 for ratio in ratios)
@@ -185,13 +197,40 @@ def test_retry_after_is_the_time_after_which_a_retry_succeeds(times: float, time
 
 
 async def test_an_idle_service_admits_any_request_however_slow_the_engine_seems() -> None:
-    admission = Admission()
+    admission = Admission(clock=now)
     admission.speed.tokens_per_second = 1.0
-    with admission.admit("document", DOCUMENTS, 0.5):
+    with admission.admit("document", DOCUMENTS, now() + 0.5):
         with pytest.raises(ServiceUnavailableError):
-            admission.admit("document", DOCUMENTS, 0.5).__enter__()
-        with admission.admit("query", QUERY, 3.0):  # waits for no document
+            admission.admit("document", DOCUMENTS, now() + 0.5).__enter__()
+        with admission.admit("query", QUERY, now() + 3.0):  # waits for no document
             pass
+
+
+async def test_a_caller_in_a_hurry_does_not_close_the_queue_for_patient_ones() -> None:
+    admission = Admission(clock=now)
+    admission.speed.tokens_per_second = 100.0
+    waiting = ["a" * 600]  # about 2 s, under the limit of 3 s
+    with admission.admit("query", waiting):
+        wait = admission.wait("query")
+        assert 0.3 * MAX_WAIT["query"] < wait < MAX_WAIT["query"]
+        assert is_refused(admission, "query", 1.0)
+        assert not is_refused(admission, "query", 60.0)
+        assert not is_refused(admission, "query", None)
+        assert admission.refusing  # a caller in a hurry still has to wait for a shorter queue
+    assert not admission.refusing
+
+
+async def test_after_a_refusal_the_queue_has_to_become_shorter() -> None:
+    admission = Admission(clock=now)
+    admission.speed.tokens_per_second = 100.0
+    with admission.admit("query", ["a" * 600]) as first:
+        with admission.admit("query", ["a" * 600]):
+            assert is_refused(admission, "query", 60.0)
+        admission.speed.tokens_per_second = 100.0
+        assert 0.3 * MAX_WAIT["query"] < admission.wait("query") < MAX_WAIT["query"]
+        assert is_refused(admission, "query", 60.0)
+        first.progress(1)
+        assert not is_refused(admission, "query", 60.0)
 
 
 def test_within_a_role_requests_finish_in_order_of_arrival_and_queries_first() -> None:
@@ -282,11 +321,11 @@ def test_a_cancelled_request_frees_its_capacity_at_once() -> None:
         for task in waiting:
             task.cancel()
         await asyncio.sleep(0)
-        assert service.admission.in_progress["document"] == len(DOCUMENTS)
+        assert service.admission.texts_in_progress["document"] == len(DOCUMENTS)
         assert await service.embed("document", 5.0) == "done"
         await running
         assert service.engine.computed == computed + work(DOCUMENTS)
-        assert service.admission.in_progress == {"query": 0, "document": 0}
+        assert service.admission.texts_in_progress == {"query": 0, "document": 0}
 
     virtual_time.run(main())
 

@@ -48,7 +48,7 @@ async def served(spoil: Any, dtype: Any = "float32", dimensions: int | None = No
         (row_times(0, 2), r"texts\[2\] got a vector of length 0\.0000 instead of 1\."),
         (row_times(1.01, 0), r"texts\[0\] got a vector of length 1\.0100 instead of 1\."),
         (row_times(3, 1, 2, 3), r"texts\[1\] got .*; texts\[2\] got .*; texts\[3\] got .*\."),
-        (lambda vectors: vectors[:-1], r"\(3, 512\) for 4 texts"),
+        (lambda vectors: vectors[:-1], r"\(3, 512\) instead of \(4, 512\)"),
     ],
 )
 async def test_an_invalid_vector_is_never_returned(spoil: Any, message: str, dtype: str) -> None:

@@ -128,8 +128,8 @@ async def test_the_check_at_load_detects_impossible_vectors(
     assert said.keys() == FORM | DIFFERENCES | ROWS
     assert all("that they have alone" in said[how] for how in ROWS)
     assert said["every weight zero"] == said["final norm zero"]
-    assert said["final norm zero"] == "vectors of length 0.0000 to 0.0000 instead of 1 ± 0.001."
-    assert said["one weight NaN"].startswith("values that are not finite: ")
+    assert "vector of length 0.0000" in said["final norm zero"]
+    assert "values that are not finite" in said["one weight NaN"]
     assert said["attention zero in every layer"].startswith("two different texts have one vector")
 
 

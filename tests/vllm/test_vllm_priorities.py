@@ -318,4 +318,4 @@ async def test_documents_over_capacity_are_refused_with_a_retry_time(
     assert not all(call.done() for call in taken)
     assert [len((await call).vectors) for call in taken] == [25] * 4
     await ask(documents[:1], "document")
-    assert service.in_progress == {"query": 0, "document": 0}
+    assert service.admission.texts_in_progress == {"query": 0, "document": 0}

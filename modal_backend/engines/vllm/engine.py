@@ -30,8 +30,7 @@ from kalm_integrations.models import profile_of
 from kalm_integrations.prompts import Role
 from kalm_integrations.protocol import Truncate
 from modal_backend.engines import base
-from modal_backend.engines.base import LIVENESS_SECONDS, EngineOutput, Progress
-from modal_backend.engines.priority_lock import PRIORITY
+from modal_backend.engines.base import LIVENESS_SECONDS, PRIORITY, EngineOutput, Progress
 from modal_backend.engines.vllm import process
 from modal_backend.engines.vllm.config import VLLMOptions, check, dimensions_of, identity_of
 from modal_backend.engines.vllm.tokenizer import CHUNK_TEXTS, Tokenizer

@@ -12,7 +12,7 @@ from typing import Any, Final
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
-from modal_backend.engines.priority_lock import PRIORITY
+from modal_backend.engines.base import PRIORITY
 
 FILL: Final = 512
 """Tokens to which documents fill up a step with queries: few, but enough to use a card well."""
