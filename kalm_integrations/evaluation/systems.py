@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +148,7 @@ def connected(specs: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[list[Syst
         with _named(name):
             probe = KalmClient(**{**_COMMON, **service, "dimensions": None})
         probes.append((name, options, probe))
+    _check_keys(probes)
     with ThreadPoolExecutor(len(probes)) as pool:
         systems = list(pool.map(lambda probe: _connect(*probe), probes))
     try:
@@ -154,6 +156,22 @@ def connected(specs: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[list[Syst
     finally:
         for system in systems:
             system.client.close()
+
+
+def _check_keys(probes: Sequence[tuple[str, dict[str, Any], KalmClient]]) -> None:
+    """Refuse to send KALM_API_KEY to another host than the one it belongs to."""
+    owner = urlsplit(os.environ.get("KALM_BASE_URL", "")).hostname
+    for name, options, probe in probes:
+        config = probe.config
+        if config.base_url is None or config.api_key is None or "api_key" in options:
+            continue
+        host = urlsplit(config.base_url).hostname
+        owner = owner or host
+        if host != owner:
+            raise ConfigurationError(
+                f"{name}: KALM_API_KEY is for {owner}. Add api_key_variable=NAME, which names the "
+                "variable with this system's key, or unset KALM_API_KEY."
+            )
 
 
 def _connect(name: str, options: dict[str, Any], probe: KalmClient) -> System:

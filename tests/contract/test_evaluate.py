@@ -183,6 +183,14 @@ class TestRetrieval:
         assert (found["model"], found["identity"]) == (EMBEDDED.space.model, None)
         assert keys == {"Bearer other-key"}
 
+    def test_the_key_of_one_host_is_not_sent_to_another(
+        self, evaluate: Evaluate, folder: Path
+    ) -> None:
+        systems = ("--system", "http://127.0.0.1:9", "--system", "http://other.invalid:9")
+        message = evaluate("retrieval", folder, *systems, status=2)
+        assert "http://other.invalid:9" in message
+        assert "api_key_variable" in message
+
     def test_the_embedded_engine_is_a_system_beside_variables_of_a_service(
         self, evaluate: Evaluate, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
