@@ -16,6 +16,7 @@ except ImportError as error:
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Final, Never, NoReturn, Self, Unpack
 
 from llama_index.core.storage.kvstore.types import BaseKVStore
@@ -170,9 +171,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         dumped = config.model_dump(**{"include": _DUMPED, **kwargs})
         # Two ways to say one thing are one dump.
         dumped |= {"model": config.served_model, "dimensions": config.vector_dimensions or None}
-        for name, value in config.__dict__.items():
-            without_effect = config.contradicted_by(name, value)
-            dumped |= {other: ClientConfig.model_fields[other].default for other in without_effect}
+        for name, value in config.__dict__.items():  # what has no effect beside it is not dumped
+            for other in config.contradicted_by(name, value):
+                dumped[other] = ClientConfig.model_fields[other].default
         if config.expected_identity == config.profile.space:
             dumped["expected_identity"] = None
         if config.transport is not None:
@@ -259,12 +260,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
                 texts = validation.check_texts(texts, self._client.config.truncate)
                 with batches_of(texts, advance):
                     return super().get_text_embedding_batch(texts, **kwargs)
+            embed = partial(self._client.embed_to_lists, role="document", on_progress=advance)
             with observed(self, dispatcher, texts) as report:
-                report(
-                    embeddings := self._client.embed_to_lists(
-                        texts, role="document", on_progress=advance
-                    )
-                )
+                report(embeddings := embed(texts))
             return embeddings
 
     @dispatcher.span
@@ -277,12 +275,9 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
                 texts = validation.check_texts(texts, self._client.config.truncate)
                 with batches_of(texts, advance):
                     return await super().aget_text_embedding_batch(texts, **kwargs)
+            embed = partial(self._client.aembed_to_lists, role="document", on_progress=advance)
             with observed(self, dispatcher, texts) as report:
-                report(
-                    embeddings := await self._client.aembed_to_lists(
-                        texts, role="document", on_progress=advance
-                    )
-                )
+                report(embeddings := await embed(texts))
             return embeddings
 
     @property
