@@ -44,12 +44,7 @@ class Dispatcher:
         self._loop: BackgroundLoop | None = None
         self._session: Session | None = None
 
-    def run(
-        self,
-        batches: Iterator[Batch],
-        call: CallSettings,
-        pause_reading: Callable[[], bool] = lambda: False,
-    ) -> Generator[EmbeddedBatch]:
+    def run(self, batches: Iterator[Batch], call: CallSettings) -> Generator[EmbeddedBatch]:
         """Send `batches`, and yield their results as they arrive.
 
         At most `max_concurrency` requests of this call run at a time. A failure ends the reading
@@ -60,10 +55,9 @@ class Dispatcher:
         Args:
             batches: Read on the caller's thread, one for each free slot.
             call: What the requests share.
-            pause_reading: While this is true, no further batch is read before a result has arrived.
         """
         completed = threading.Event()
-        with closing(self._dispatch(batches, call, completed.set, pause_reading)) as results:
+        with closing(self._dispatch(batches, call, completed.set)) as results:
             for result in results:
                 if result is None:
                     completed.wait()
@@ -98,11 +92,7 @@ class Dispatcher:
         return background_loop().submit(self._close())
 
     def _dispatch(
-        self,
-        batches: Iterator[Batch],
-        call: CallSettings,
-        notify: Callable[[], object],
-        pause_reading: Callable[[], bool] = lambda: False,
+        self, batches: Iterator[Batch], call: CallSettings, notify: Callable[[], object]
     ) -> Generator[EmbeddedBatch | None]:
         """Yield results, or None when the caller has to wait until `notify` is called."""
         running: set[Future[EmbeddedBatch]] = set()
@@ -130,7 +120,6 @@ class Dispatcher:
                             _cancel(running)
                 # This bounds what is read ahead; the session's slots bound all calls together.
                 full = len(running) >= self._config.max_concurrency
-                full = full or bool(running and pause_reading())
                 if reading and not full:  # a free slot is filled before the caller gets a result
                     batch = None
                     try:

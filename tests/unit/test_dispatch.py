@@ -11,7 +11,6 @@ import heapq
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -150,13 +149,8 @@ def _run(
     )
 
 
-def _collect_sync(
-    dispatcher: Dispatcher,
-    batches: Iterator[Batch],
-    results: list[int],
-    pause_reading: Callable[[], bool] = lambda: False,
-) -> None:
-    for part in dispatcher.run(batches, CALL, pause_reading):
+def _collect_sync(dispatcher: Dispatcher, batches: Iterator[Batch], results: list[int]) -> None:
+    for part in dispatcher.run(batches, CALL):
         results += part.indices.tolist()
 
 
@@ -270,9 +264,3 @@ def test_a_request_cancelled_from_outside_is_a_failure(
     run: Callable[..., Outcome],
 ) -> None:
     assert run([Request(1, CancelledError()), Request(5)], 2).failure is CancelledError
-
-
-def test_no_further_batch_is_read_while_reading_is_paused() -> None:
-    outcome = _run([Request(1)] * 6, 4, None, partial(_collect_sync, pause_reading=lambda: True))
-    assert len(outcome.results) == 6
-    assert outcome.most_running == 1
