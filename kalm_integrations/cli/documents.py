@@ -1,6 +1,6 @@
-"""The JSON documents that commands print; docs/cli.schema.json is their published schema.
+"""The JSON documents that commands print; schema.json is their published schema.
 
-`python -m kalm_integrations.cli.documents > docs/cli.schema.json` writes it anew.
+`python -m kalm_integrations.cli.documents > kalm_integrations/cli/schema.json` writes it anew.
 """
 
 from __future__ import annotations

@@ -450,7 +450,6 @@ def test_a_rejected_text_is_not_asked_for_again_after_a_break(tmp_path: Path, ov
     first = over(ScriptedTransport([None, None, None, *[dead] * 9], refuse=refuse), **one)
     with pytest.raises(ServiceUnavailableError):
         embed_corpus(source, tmp_path / "out", first, options)
-    assert len(Manifest.read(tmp_path / "out").shards) in (1, 2)  # type: ignore[union-attr]
     second = ScriptedTransport(refuse=refuse)
     embed_corpus(source, tmp_path / "out", over(second, **one), options)
     assert "odd" not in second.sent

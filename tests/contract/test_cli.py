@@ -11,9 +11,9 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,7 +253,7 @@ WRONG = [
     (["embed", "x.txt"], "--output"),
     (["embed", "x.txt", "--detach"], "--on modal"),
     (["embed", "--status", "job", "--gpu", "L4"], "--gpu"),
-    (["embed", "s3://b/x", "--output", "x"], "--on modal"),
+    (["embed", "modal://v/x", "--output", "x"], "--on modal"),
 ]
 NAMES = [" ".join(["kalm", *arguments])[:40] for arguments, _ in WRONG]
 
@@ -354,7 +354,7 @@ def test_version(capsys: Capture) -> None:
     assert re.fullmatch(r"kalm-integrations \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
-SCHEMA = json.loads((ROOT / "docs/cli.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "kalm_integrations/cli/schema.json").read_text())
 
 
 def check(document: object, name: str) -> None:
@@ -363,7 +363,7 @@ def check(document: object, name: str) -> None:
 
 
 def test_the_published_schema_is_that_of_the_models() -> None:
-    """`python -m kalm_integrations.cli.documents > docs/cli.schema.json` renews it."""
+    """`python -m kalm_integrations.cli.documents > kalm_integrations/cli/schema.json` renews it."""
     assert json.loads(schema()) == SCHEMA
 
 
@@ -430,22 +430,22 @@ class TestAsAProgram:
         assert self.run("kalm cost --tokens x 2>&-").returncode == 2
         assert self.run("kalm cost <&- >&- 2>&-").returncode == 0
 
-    def test_ctrl_c_ends_with_130_and_no_traceback(self, tmp_path: Path) -> None:
-        pipe = tmp_path / "corpus.txt"
-        os.mkfifo(pipe)
-        with subprocess.Popen(
-            [sys.executable, "-c", LISTENING, "cost", "--json", "--corpus", pipe],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            with pipe.open("w"):
-                time.sleep(0.5)  # it has opened it too, reads, and waits
-                process.send_signal(signal.SIGINT)
-                printed, errors = process.communicate(timeout=30)
-                assert errors == ""
-                assert json.loads(printed)["error"]["code"] == "interrupted"
-        assert process.returncode == 130
+    def test_ctrl_c_ends_with_130_and_no_traceback(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            with subprocess.Popen(
+                [sys.executable, "-c", LISTENING, "doctor", "--json"],
+                env=os.environ | {"KALM_BASE_URL": url},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as process:
+                with silent.accept()[0]:  # it waits for an answer
+                    process.send_signal(signal.SIGINT)
+                    printed, errors = process.communicate(timeout=30)
+            assert errors == ""
+            assert json.loads(printed)["error"]["code"] == "interrupted"
+            assert process.returncode == 130
 
     def test_no_terminal_no_colours_and_any_width(self) -> None:
         for columns in ("60", "80"):

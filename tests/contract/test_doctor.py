@@ -502,8 +502,8 @@ class TestTheService:
 class Cutting(EmbeddingService):
     """Cuts vectors to the dimensions asked for."""
 
-    async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        answer = await super().embed(request)
+    async def embed(self, request: EmbedRequest, received: float | None = None) -> EmbedResponse:
+        answer = await super().embed(request, received)
         cut = answer.vectors[:, : request.dimensions].astype(np.float32)
         cut /= np.linalg.norm(cut, axis=1, keepdims=True)
         return replace(answer, vectors=cut.astype(request.dtype))

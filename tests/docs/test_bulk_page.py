@@ -71,11 +71,12 @@ def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (folder / "logs").mkdir()
     (folder / "logs" / "a.jsonl").write_text(json.dumps({"text": FACTS[1]}))
     rows = {"id": ["x"], "body": [FACTS[2]]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "corpus.parquet")
+    for name in ("corpus.parquet", "corpus-today.parquet"):
+        pyarrow.parquet.write_table(pyarrow.table(rows), folder / name)
     text = "".join(re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL))
     commands = re.findall(r"^kalm .*$", text, re.MULTILINE)
-    assert len(commands) == 4
-    for number, command in enumerate(commands):
-        _, *arguments = shlex.split(command.replace("--output out", f"--output out{number}"))
+    assert len(commands) == 5
+    for command in commands:
+        _, *arguments = shlex.split(command)
         code = f"import sys; from kalm_integrations.cli import main; sys.exit(main({arguments}))"
         assert run(code, folder)
