@@ -387,7 +387,7 @@ def test_json_values_can_be_read_back_as_they_were(
         ("in.json", b'\xef\xbb\xbf [ {"text": "a", "n": 1},\n {"text": "b", "n": 2} ] '),
         ("in.json", b'{"text": "a", "n": 1}\n{"text": "b", "n": 2}'),
         ("in.ndjson", b'\xef\xbb\xbf{"text": "a", "n": 1}\r\n\r\n{"text": "b", "n": 2}\r\n'),
-        ("in.jsonl.gz", gzip.compress(b'{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')),
+        ("in.jsonl.gz", gzip.compress(b'{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n', mtime=0)),
     ],
 )
 def test_json_of_every_kind_is_read(tmp_path: Path, over: Over, name: str, content: bytes) -> None:
