@@ -120,7 +120,6 @@ class TestKalmDeploy:
         command = [*KALM, "deploy", "--engine", "embedded", "--accept-new-identity", *diagnosing]
         shown = run(*command).stdout
         assert "WARNING: --canary warn" in shown
-        assert "--snapshot off" in shown
         run(*KALM, "deploy", "--engine", "embedded", "--max-containers", "2")  # the same vectors
 
     def test_bad_settings_and_a_bad_token_send_nothing(self, run: Any, emulator: Emulator) -> None:

@@ -176,7 +176,7 @@ class TestBuilt:
             path.relative_to(ROOT).as_posix()
             for package in PACKAGES
             for path in (ROOT / package).rglob("*")
-            if path.suffix in (".py", ".txt") or path.name == "py.typed"
+            if path.suffix in (".py", ".txt", ".json") or path.name == "py.typed"
         }
         assert {f"{package}/py.typed" for package in PACKAGES} <= sources
         about = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
