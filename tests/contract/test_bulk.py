@@ -447,7 +447,12 @@ def test_a_rejected_text_is_not_asked_for_again_after_a_break(tmp_path: Path, ov
     options = Options(shard_rows=2, on_error="null")
     dead = ServiceUnavailableError("The service is gone.")
     one = {"batch_size": 2, "max_concurrency": 1, "max_retries": 0}
-    first = over(ScriptedTransport([None, None, None, *[dead] * 9], refuse=refuse), **one)
+    late = ScriptedTransport(
+        [None, None, None, *[dead] * 9],
+        delay=lambda request: 0.5 * ("c" in request.texts),  # the first shard is written meanwhile
+        refuse=refuse,
+    )
+    first = over(late, **one)
     with pytest.raises(ServiceUnavailableError):
         embed_corpus(source, tmp_path / "out", first, options)
     second = ScriptedTransport(refuse=refuse)

@@ -212,7 +212,7 @@ def test_the_server_exits_when_the_core_dies(
     status, last = serving.ends(HANGS)
     assert status == 1
     assert "was ended by SIGKILL" in last
-    assert "Start it again" in last
+    assert "Restart it" in last
     assert len(re.findall("^request ", serving.log, re.M)) == len(codes)  # not one for each call
     assert gone(others)
 
