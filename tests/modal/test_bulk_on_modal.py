@@ -313,7 +313,7 @@ def test_containers_that_cannot_be_trusted_end_the_job_and_not_the_money(
     with faulty.changed(container_env={"FAULT": "always"}):
         said = kalm(*on_modal(source, out), status=1)[1]
     assert "was stopped (canary): 3 containers could not be trusted" in said
-    assert "vectors of length 0.5000" in said
+    assert "length 0.5000" in said
     assert faulty.starts(f"{FAULTY}/{POOL}") == before + 3
     kalm(*on_modal(source, out))
     assert same(out, local(source, tmp_path / "local"))
