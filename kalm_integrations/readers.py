@@ -406,21 +406,18 @@ def _text(source: Source, file: InputFile, opened: io.BufferedReader) -> Iterato
     """Plain text has one text a line; a document is one text."""
     lines, digest = _decoded_lines(source, opened, newline="\n")
     document = file.format_suffix in input_files.DOCUMENTS
-    block = Block(file.name)
-    for number, line in enumerate(["".join(lines)] if document else lines, 1):
-        text = line if document else line.rstrip("\r\n")
-        if not (document or text.strip()):
-            continue
-        place = file.name if document else f"{file.name} line {number}"
-        problem = json_columns.undecodable(text, source.encoding)
-        record = {PLACE: place} if problem else {source.text_column: text, PLACE: place}
-        _add(block, place, record, source.text_column, problem)
-        if len(block) == BLOCK_ROWS:
-            block.digest = digest()
-            yield block
-            block = Block(file.name)
-    block.digest = digest()
-    yield block
+
+    def records() -> Iterator[_Record]:
+        for number, line in enumerate(["".join(lines)] if document else lines, 1):
+            text = line if document else line.rstrip("\r\n")
+            if not (document or text.strip()):
+                continue
+            place = file.name if document else f"{file.name} line {number}"
+            problem = json_columns.undecodable(text, source.encoding)
+            record = {PLACE: place} if problem else {source.text_column: text, PLACE: place}
+            yield place, record, problem
+
+    yield from _blocks(source, file, records(), digest)
 
 
 def _csv(source: Source, file: InputFile, opened: io.BufferedReader) -> Iterator[Block]:
@@ -429,23 +426,19 @@ def _csv(source: Source, file: InputFile, opened: io.BufferedReader) -> Iterator
     before = csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     number, line = 0, 1
-    try:
+
+    def records() -> Iterator[_Record]:
+        nonlocal number, line
         names = next(rows, [])
         _check_header(source, file, names)
-        block = Block(file.name)
         line = rows.line_num + 1
         for number, values in enumerate(rows, 1):
             line = rows.line_num + 1
             if values:  # a blank line has none
-                record, problem = _csv_record(source, names, values)
-                place = f"{file.name} row {number}"
-                _add(block, place, record, source.text_column, problem)
-            if len(block) == BLOCK_ROWS:
-                block.digest = digest()
-                yield block
-                block = Block(file.name)
-        block.digest = digest()
-        yield block
+                yield f"{file.name} row {number}", *_csv_record(source, names, values)
+
+    try:
+        yield from _blocks(source, file, records(), digest)
     except csv.Error as error:
         why = f"{error}"
         if "end of data" in why or "expected after" in why:
@@ -493,6 +486,25 @@ def _add(
     block.texts.append(record.get(text_column))
     block.places.append(place)
     block.records.append(record)
+
+
+_Record = tuple[str, dict[str, Any], str | None]
+"""Of one row: its place, its columns, its problem."""
+
+
+def _blocks(
+    source: Source, file: InputFile, records: Iterator[_Record], digest: Callable[[], bytes]
+) -> Iterator[Block]:
+    """Blocks of `BLOCK_ROWS` rows, and a last one that has the rest."""
+    block = Block(file.name)
+    for place, record, problem in records:
+        _add(block, place, record, source.text_column, problem)
+        if len(block) == BLOCK_ROWS:
+            block.digest = digest()
+            yield block
+            block = Block(file.name)
+    block.digest = digest()
+    yield block
 
 
 def _decoded_lines(

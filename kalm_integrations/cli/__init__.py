@@ -151,13 +151,16 @@ def _run(arguments: list[str]) -> int:
             traceback.print_exc()
         failure = Failure.of(error, command)
     except KeyboardInterrupt as error:
-        failure = Failure("interrupted", str(error) or "interrupted.", "", INTERRUPTED)
+        progress = str(error)  # what is finished, where the command knows it
+        failure = Failure("interrupted", progress or "interrupted.", "", INTERRUPTED)
+        if progress:
+            sys.stderr.write(f"{command}: {progress}\n")
     except Exception as error:
         if not as_json:
             raise
         traceback.print_exc()
         failure = Failure.of(error, command)
-    if failure.exit_status != INTERRUPTED or command == "kalm embed":
+    if failure.exit_status != INTERRUPTED:
         sys.stderr.write(f"{command}: {failure.message} {failure.remedy}".strip() + "\n")
     if as_json:  # also where the arguments were not understood
         from kalm_integrations.cli.documents import Error, ErrorDocument

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.text import Text
 
+from kalm_integrations.terminal import encodable
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 _WIDEST: Final = 100
 _NARROWEST: Final = 60
 _MARGIN: Final = 16
-_ASCII: Final = str.maketrans({"✓": "+", "✗": "X", "→": ">", "…": "~"})
 _SLOW: Final = 0.5  # seconds that a finding mentions
 _MARKS: Final = {
     "ok": ("✓", "green"),
@@ -64,10 +65,7 @@ def print_finding(console: Console, finding: Finding) -> None:
         )
         for number, line in enumerate(lines)
     )
-    try:
-        "".join(map(chr, _ASCII)).encode(console.encoding)
-    except UnicodeEncodeError:
-        text = text.translate(_ASCII)  # rather than a question mark for each of them
+    text = encodable(text, console.encoding)
     console.print(Text(text[:_MARGIN], style, end=""), Text(text[_MARGIN:]), sep="", soft_wrap=True)
 
 

@@ -296,9 +296,9 @@ class Worker:
         return True
 
     def _differs(self, identity: dict[str, object]) -> str:
-        asked = SpaceIdentity.from_dict(identity["space"])  # type: ignore[arg-type]
+        expected = SpaceIdentity.from_dict(identity["space"])  # type: ignore[arg-type]
         served = self._service.identity
-        return "" if asked == served else f"the containers have {asked.differences(served)}"
+        return "" if expected == served else f"the containers have {expected.differences(served)}"
 
     def _ended(self, run: str, why: str) -> str:
         self._over[run] = why

@@ -1,1 +1,1 @@
-"""Bulk jobs in Modal containers: what is asked of them, what they record, how to follow it."""
+"""Bulk jobs in Modal containers: their specification, their records, their status."""
