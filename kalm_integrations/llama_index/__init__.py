@@ -15,8 +15,7 @@ except ImportError as error:
     ) from error
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Final, Never, NoReturn, Self, Unpack
 
 from llama_index.core.storage.kvstore.types import BaseKVStore
@@ -29,12 +28,14 @@ from kalm_integrations.client import KalmClient
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.environment import explain
 from kalm_integrations.errors import ConfigurationError, IdentityMismatchError
-from kalm_integrations.llama_index.batching import batch, batches_of, join_call
+from kalm_integrations.identity import fingerprint
+from kalm_integrations.llama_index.batching import batch, batches_of
 from kalm_integrations.llama_index.cache import RoleCache, looking_up
 from kalm_integrations.llama_index.events import observed
+from kalm_integrations.llama_index.hooks import complete_hooks, overrides_hooks
 from kalm_integrations.llama_index.options import OWN, LlamaIndexOptions, OwnOptions, split
 from kalm_integrations.options import ClientOptions
-from kalm_integrations.progress import Progress, progress_bar
+from kalm_integrations.progress import progress_bar
 from kalm_integrations.prompts import Role
 from kalm_integrations.signatures import documented, refuse_positional
 
@@ -117,8 +118,28 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         self.embeddings_cache = self.embeddings_cache  # in collections of our own
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        complete_hooks(cls, KalmModalEmbeddings)
+
+    @classmethod
     def class_name(cls) -> str:
         return "KalmModalEmbeddings"
+
+    @property
+    def cache_namespace(self) -> str:
+        """As `KalmClient.cache_namespace`; another one for each subclass that overrides hooks."""
+        return super().cache_namespace + self._suffix
+
+    @property
+    def query_cache_namespace(self) -> str:
+        return super().query_cache_namespace + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        cls = type(self)
+        name = {"class": f"{cls.__module__}.{cls.__qualname__}"}
+        return f"-{fingerprint(name)}" if self._has_hooks else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model_name":
@@ -201,7 +222,6 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
             )
         return loaded
 
-    @dispatcher.span
     def get_query_embedding(self, query: str) -> Embedding:
         """LlamaIndex's own, with a cache of its own."""
         if self._by_llama_index:
@@ -211,7 +231,6 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
             report([embedding := self._client.embed_to_lists([query], role="query")[0]])
         return embedding
 
-    @dispatcher.span
     async def aget_query_embedding(self, query: str) -> Embedding:
         """LlamaIndex's own, with a cache of its own."""
         if self._by_llama_index:
@@ -227,18 +246,19 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     async def _aget_query_embedding(self, query: str) -> Embedding:
         return (await self._client.aembed_to_lists([query], role="query"))[0]
 
+    # None of these calls another one: a subclass may override both.
+
     def _get_text_embedding(self, text: str) -> Embedding:
-        return self._get_text_embeddings([text])[0]
+        return self._client.embed_to_lists([text], role="document")[0]
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
-        return (await self._aget_text_embeddings([text]))[0]
+        return (await self._client.aembed_to_lists([text], role="document"))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         with batch(texts) as advance:
             return self._client.embed_to_lists(texts, role="document", on_progress=advance)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        join_call()
         with batch(texts) as advance:
             return await self._client.aembed_to_lists(texts, role="document", on_progress=advance)
 
@@ -250,46 +270,47 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         """LangChain's method: says which class LangChain takes."""
         raise TypeError(_WRONG_FRAMEWORK)
 
-    @dispatcher.span
     def get_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        with self._bar(texts, show_progress) as advance:
+        with self._call(texts, show_progress) as checked:
             if self._by_llama_index:
-                texts = validation.check_texts(texts, self._client.config.truncate)
-                with batches_of(texts, advance):
-                    return super().get_text_embedding_batch(texts, **kwargs)
-            embed = partial(self._client.embed_to_lists, role="document", on_progress=advance)
-            with observed(self, dispatcher, texts) as report:
-                report(embeddings := embed(texts))
+                return super().get_text_embedding_batch(checked, **kwargs)
+            with observed(self, dispatcher, checked) as report:
+                report(embeddings := self._get_text_embeddings(checked))
             return embeddings
 
-    @dispatcher.span
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """LlamaIndex's own, with all texts checked first and a bar that moves with requests."""
-        with self._bar(texts, show_progress) as advance:
+        with self._call(texts, show_progress) as checked:
             if self._by_llama_index:
-                texts = validation.check_texts(texts, self._client.config.truncate)
-                with batches_of(texts, advance):
-                    return await super().aget_text_embedding_batch(texts, **kwargs)
-            embed = partial(self._client.aembed_to_lists, role="document", on_progress=advance)
-            with observed(self, dispatcher, texts) as report:
-                report(embeddings := await embed(texts))
+                return await super().aget_text_embedding_batch(checked, **kwargs)
+            with observed(self, dispatcher, checked) as report:
+                report(embeddings := await self._aget_text_embeddings(checked))
             return embeddings
+
+    @contextmanager
+    def _call(self, texts: list[str], show_progress: bool) -> Iterator[list[str]]:
+        """One call, whose batches share a progress bar; yields its texts, checked."""
+        show = show_progress or self._client.config.show_progress
+        bar = progress_bar(len(texts)) if show else nullcontext(None)
+        if not self._has_hooks:  # which may replace texts that cannot be embedded
+            texts = validation.check_texts(texts, self._client.config.truncate)
+        with bar as advance, batches_of(texts, advance):
+            yield texts
+
+    @property
+    def _has_hooks(self) -> bool:
+        """Whether a subclass changes texts or vectors."""
+        return overrides_hooks(type(self), KalmModalEmbeddings)
 
     @property
     def _by_llama_index(self) -> bool:
-        """Whether LlamaIndex's own way is needed, for its cache and its rate limiter: it waits for
-        each `embed_batch_size` texts, and its events copy every vector to validate it."""
-        return self.embeddings_cache is not None or getattr(self, "rate_limiter", None) is not None
-
-    @contextmanager
-    def _bar(self, texts: list[str], show_progress: bool) -> Iterator[Progress | None]:
-        if not (show_progress or self._client.config.show_progress):
-            yield None
-            return
-        with progress_bar(len(texts)) as advance:
-            yield advance
+        """Whether LlamaIndex's own way is needed, for its cache, its rate limiter, or batches of
+        `embed_batch_size` texts for a subclass: it waits for each batch, and its events copy every
+        vector to validate it."""
+        limiter = getattr(self, "rate_limiter", None)
+        return self.embeddings_cache is not None or limiter is not None or self._has_hooks

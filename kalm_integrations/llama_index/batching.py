@@ -22,22 +22,8 @@ class _Call:
     def __init__(self, texts: list[str], advance: Progress | None) -> None:
         self.texts = texts
         self.advance = advance
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._over = False
-
-    def join(self) -> None:
-        """Add the running task."""
-        if self._over:
-            raise asyncio.CancelledError
-        if task := asyncio.current_task():
-            self._tasks.add(task)
-
-    def end(self) -> None:
-        """Cancel tasks that are running or start later."""
-        self._over = True
-        if self._tasks:
-            for task in self._tasks - {asyncio.current_task()}:
-                task.cancel()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.over = False
 
 
 _call: ContextVar[_Call | None] = ContextVar("kalm_call", default=None)
@@ -52,7 +38,9 @@ def batches_of(texts: list[str], advance: Progress | None) -> Iterator[None]:
         yield
     finally:
         _call.reset(token)
-        call.end()
+        call.over = True
+        for task in call.tasks - {_current_task()}:
+            task.cancel()
 
 
 @contextmanager
@@ -63,17 +51,27 @@ def batch(texts: list[str]) -> Iterator[Progress | None]:
         InvalidInputError: Names an invalid text by its indices in the caller's list.
     """
     call = _call.get()
+    if call is None:
+        yield None
+        return
+    if call.over:
+        raise asyncio.CancelledError
+    if task := _current_task():
+        call.tasks.add(task)
     try:
-        yield None if call is None else call.advance
+        yield call.advance
     except InvalidInputError as error:
         bad = {texts[bad.index]: bad.reason for bad in error.invalid}
-        if call is None or not bad:
+        if not bad.keys() <= {*call.texts} or not bad:  # a subclass has changed them
+            error.add_note("Indices count the texts that _get_text_embeddings got.")
             raise
         invalid = [InvalidText(i, bad[text]) for i, text in enumerate(call.texts) if text in bad]
         raise type(error).of(invalid) from error
 
 
-def join_call() -> None:
-    """Cancel the running task when its call ends, if there is one."""
-    if call := _call.get():
-        call.join()
+def _current_task() -> asyncio.Task[Any] | None:
+    """The running task; None outside of event loops."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
