@@ -19,6 +19,7 @@ from kalm_integrations.client_base import ClientBase, client_defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
 from kalm_integrations.errors import ConfigurationError, InvalidText
+from kalm_integrations.event_loop import wait_for
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
 from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import Progress, reporting
@@ -172,7 +173,7 @@ class KalmClient(ClientBase):
             DeadlineExceededError: `timeout` ran out; the message says where to look.
             KalmError: The service cannot be reached, or serves other vectors.
         """
-        return self._with_space(self._ensure_ready(timeout).result())
+        return self._with_space(wait_for(self._ensure_ready(timeout)))
 
     async def awarm_up(self, timeout: float | None = None) -> VectorIdentity:
         """`warm_up`, without blocking the running event loop."""
@@ -180,7 +181,7 @@ class KalmClient(ClientBase):
 
     def close(self) -> None:
         """Close the connections. A later call opens new ones."""
-        self._dispatcher.close().result()
+        wait_for(self._dispatcher.close())
 
     async def aclose(self) -> None:
         """`close`, without blocking the running event loop."""

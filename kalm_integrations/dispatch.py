@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
@@ -22,6 +21,7 @@ from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.native_threads import new_event
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.base import open_transport
@@ -56,7 +56,7 @@ class Dispatcher:
             batches: Read on the caller's thread, one for each free slot.
             call: What the requests share.
         """
-        completed = threading.Event()
+        completed = new_event()
         with closing(self._dispatch(batches, call, completed.set)) as results:
             for result in results:
                 if result is None:

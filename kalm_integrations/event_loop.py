@@ -12,12 +12,16 @@ import atexit
 import contextlib
 import math
 import os
-import selectors
-import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
+
+from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.native_threads import NativeThread, new_event, new_queue, original
 
 T = TypeVar("T")
 
@@ -34,14 +38,17 @@ class Closable(Protocol):
 
 
 class _EventLoop(asyncio.SelectorEventLoop):
-    """An event loop that resolves host names on daemon threads and can be detached after a fork.
+    """An event loop without gevent's sockets, which can be detached after a fork.
 
-    asyncio's own lookups delay the interpreter's exit until the name server responds, and are
-    refused once the main thread has ended, although other threads may still embed.
+    Its executor is a daemon thread per call. asyncio's own delays the interpreter's exit, for
+    instance until a name server responds, and is refused once the main thread has ended, although
+    other threads may still embed.
     """
 
+    _internal_fds: int
+
     def __init__(self) -> None:
-        self._registered = selectors.DefaultSelector()
+        self._registered = original("selectors", "DefaultSelector")()
         super().__init__(self._registered)
         self.slow_callback_duration = math.inf  # under -X dev: a first import takes a while
 
@@ -56,18 +63,36 @@ class _EventLoop(asyncio.SelectorEventLoop):
             os.dup2(null, key.fd, inheritable=False)
         os.close(null)
 
+    def _make_self_pipe(self) -> None:  # asyncio's own, but for the sockets
+        self._ssock, self._csock = original("_socket", "socketpair")()
+        self._ssock.setblocking(False)
+        self._csock.setblocking(False)
+        self._internal_fds += 1
+        self._add_reader(self._ssock.fileno(), self._read_from_self)  # type: ignore[attr-defined]
+
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> list[Any]:
-        result: Future[list[Any]] = Future()
+        lookup = partial(original("socket", "getaddrinfo"), *args, **kwargs)
+        return await self._in_thread("kalm-dns", lookup)
+
+    def run_in_executor(  # type: ignore[override]  # with any types
+        self, executor: Any, func: Any, *args: Any
+    ) -> Any:
+        if executor is not None:
+            return super().run_in_executor(executor, func, *args)
+        return self._in_thread("kalm-worker", partial(func, *args))
+
+    def _in_thread(self, name: str, function: Callable[[], T]) -> asyncio.Future[T]:
+        result: Future[T] = Future()
         result.set_running_or_notify_cancel()
 
-        def resolve() -> None:
+        def run() -> None:
             try:
-                result.set_result(socket.getaddrinfo(*args, **kwargs))
+                result.set_result(function())
             except Exception as error:  # noqa: BLE001 (raised where it is awaited)
                 result.set_exception(error)
 
-        threading.Thread(target=resolve, name="kalm-dns", daemon=True).start()
-        return await asyncio.wrap_future(result)
+        NativeThread(run, name)
+        return asyncio.wrap_future(result, loop=self)
 
 
 class BackgroundLoop:
@@ -77,8 +102,8 @@ class BackgroundLoop:
         self.loop = _EventLoop()
         self.resources: set[Closable] = set()
         """Closed when the loop ends."""
-        self._thread = threading.Thread(target=self._run, name="kalm-io", daemon=True)
-        self._thread.start()
+        self.process = os.getpid()
+        self._thread = NativeThread(self._run, "kalm-io")
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `coroutine` on the thread, with the caller's context variables.
@@ -90,7 +115,7 @@ class BackgroundLoop:
             RuntimeError: The caller is the thread itself, which would wait for itself, or the
                 interpreter is exiting.
         """
-        if threading.current_thread() is self._thread:
+        if self._thread.is_current():
             coroutine.close()
             raise RuntimeError("a blocking call on kalm's own background thread would never return")
         future: Future[T] = Future()
@@ -133,18 +158,19 @@ class BackgroundLoop:
         self._call(self.loop.stop)
         self._thread.join(_STOP_TIMEOUT)
 
-    def pause_until(self, resume: threading.Event) -> None:
+    def pause_until(self, resume: SimpleQueue[None]) -> None:
         """Pause the thread between two callbacks, where it imports nothing and holds no lock."""
-        paused = threading.Event()
+        paused = new_queue()
 
         def pause() -> None:
-            paused.set()
-            resume.wait(_FORK_TIMEOUT)
+            paused.put(None)
+            with contextlib.suppress(Empty):
+                resume.get(timeout=_FORK_TIMEOUT)
 
-        if threading.current_thread() is not self._thread:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
+        if not self._thread.is_current():
+            with contextlib.suppress(RuntimeError, Empty):  # the loop has ended, or is busy
                 self.loop.call_soon_threadsafe(pause)
-                paused.wait(_FORK_TIMEOUT)
+                paused.get(timeout=_FORK_TIMEOUT)
 
     def _call(self, callback: Callable[[], object]) -> None:
         """Call `callback` on the thread, unless the loop has ended."""
@@ -187,19 +213,38 @@ async def _run_into(future: Future[T], coroutine: Coroutine[Any, Any, T]) -> Non
         del future  # otherwise the exception, its traceback and this frame form a cycle
 
 
-_lock = threading.Lock()
+_lock = original("_thread", "allocate_lock")()
 _current: BackgroundLoop | None = None
 _abandoned: list[BackgroundLoop] = []
 _exiting = False
 
 
 def background_loop() -> BackgroundLoop:
-    """This process's background loop, started if necessary."""
+    """This process's background loop, started if necessary.
+
+    Raises:
+        ConfigurationError: eventlet has patched the standard library.
+    """
     global _current
+    if (eventlet := sys.modules.get("eventlet.patcher")) and eventlet.already_patched:
+        raise ConfigurationError(
+            "eventlet.monkey_patch() has replaced the threads and sockets that this client needs, "
+            "and calls would hang: use threads or gevent instead of eventlet."
+        )
+    if _current is not None and _current.process != os.getpid():
+        _after_fork_in_child()  # of a fork that Python was not told of
     with _lock:
         if _current is None:
             _current = BackgroundLoop()
         return _current
+
+
+def wait_for(future: Future[T]) -> T:
+    """The result of `future`. Under gevent, other greenlets run in the meantime."""
+    done = new_event()
+    future.add_done_callback(lambda _: done.set())
+    done.wait()
+    return future.result()
 
 
 def is_exiting() -> bool:
@@ -208,18 +253,18 @@ def is_exiting() -> bool:
 
 
 _fork = threading.local()
-"""`done`: set after the fork that this thread begins."""
+"""`done`: receives an item after the fork that this thread begins."""
 
 
 def _before_fork() -> None:
     # A half-finished import or a held lock would stay so in the child.
-    _fork.done = threading.Event()
+    _fork.done = new_queue()
     if _current is not None:
         _current.pause_until(_fork.done)
 
 
 def _after_fork_in_parent() -> None:
-    _fork.done.set()
+    _fork.done.put(None)
 
 
 def _after_fork_in_child() -> None:
@@ -229,7 +274,7 @@ def _after_fork_in_child() -> None:
     if _current is not None:
         _current.loop.detach_after_fork()
         _abandoned.append(_current)
-    _lock = threading.Lock()
+    _lock = original("_thread", "allocate_lock")()
     _current, _exiting = None, False
 
 
@@ -237,7 +282,7 @@ def _after_fork_in_child() -> None:
 def _stop_at_exit() -> None:
     global _exiting
     _exiting = True
-    if _current is not None:
+    if _current is not None and _current.process == os.getpid():
         _current.stop()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import ssl
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from kalm_integrations.errors import (
     InvalidResponseError,
     KalmError,
 )
+from kalm_integrations.native_threads import is_patched, original
 from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
 
 if TYPE_CHECKING:
@@ -188,6 +190,7 @@ class HttpPool:
             single_use = self._distrusted is not None
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
+                    socket_factory=_new_socket if is_patched() else None,
                     limit=0,  # the slots of `Session` are the limit
                     force_close=single_use,
                     keepalive_timeout=None if single_use else self._config.keepalive_timeout,
@@ -221,6 +224,12 @@ def redact(text: str, secrets: Sequence[str]) -> str:
 def shorten(text: str) -> str:
     """`text`, cut after 200 characters."""
     return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
+
+
+def _new_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket of the standard library: gevent's belong to the hub of one thread."""
+    created: socket.socket = original("socket", "socket")(*address[:3])
+    return created
 
 
 class _Secret(str):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from kalm_integrations.native_threads import NativeThread, new_queue
 
 T = TypeVar("T")
 
@@ -20,11 +20,10 @@ class ComputeThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._calls = new_queue()
+        self._thread = NativeThread(self._run, name)
 
-    async def run(self, function: Callable[..., T], *args: Any) -> T:
+    async def run(self, function: Callable[..., T], *args: object) -> T:
         """Return `function(*args)`. It never runs if the caller is cancelled before it starts."""
         future: Future[T] = Future()
         self._calls.put((future, lambda: function(*args)))
