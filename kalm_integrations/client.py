@@ -19,8 +19,8 @@ from kalm_integrations.client_base import ClientBase, client_defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
 from kalm_integrations.errors import ConfigurationError, InvalidText
-from kalm_integrations.event_loop import wait_for
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
+from kalm_integrations.native_threads import wait_for
 from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import Progress, reporting
 from kalm_integrations.prompts import Role

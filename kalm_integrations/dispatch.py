@@ -21,7 +21,7 @@ from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.native_threads import new_event
+from kalm_integrations.native_threads import NativeFuture, new_event
 from kalm_integrations.result import EmbeddedBatch
 from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.base import open_transport
@@ -86,7 +86,7 @@ class Dispatcher:
     def close(self) -> Future[None]:
         """Close the connections. A later call opens new ones."""
         if is_exiting():  # everything is closed already
-            closed: Future[None] = Future()
+            closed: Future[None] = NativeFuture()
             closed.set_result(None)
             return closed
         return background_loop().submit(self._close())

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.native_threads import NativeThread, new_event, new_queue, original
+from kalm_integrations.native_threads import NativeFuture, NativeThread, new_queue, original
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class _EventLoop(asyncio.SelectorEventLoop):
         return self._in_thread("kalm-worker", partial(func, *args))
 
     def _in_thread(self, name: str, function: Callable[[], T]) -> asyncio.Future[T]:
-        result: Future[T] = Future()
+        result: Future[T] = NativeFuture()
         result.set_running_or_notify_cancel()
 
         def run() -> None:
@@ -103,6 +103,9 @@ class BackgroundLoop:
         self.resources: set[Closable] = set()
         """Closed when the loop ends."""
         self.process = os.getpid()
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread = NativeThread(self._run, "kalm-io")
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -118,7 +121,7 @@ class BackgroundLoop:
         if self._thread.is_current():
             coroutine.close()
             raise RuntimeError("a blocking call on kalm's own background thread would never return")
-        future: Future[T] = Future()
+        future: Future[T] = NativeFuture()
         if _exiting and threading.current_thread() is not threading.main_thread():
             coroutine.close()
             return future
@@ -233,18 +236,15 @@ def background_loop() -> BackgroundLoop:
         )
     if _current is not None and _current.process != os.getpid():
         _after_fork_in_child()  # of a fork that Python was not told of
-    with _lock:
-        if _current is None:
-            _current = BackgroundLoop()
-        return _current
-
-
-def wait_for(future: Future[T]) -> T:
-    """The result of `future`. Under gevent, other greenlets run in the meantime."""
-    done = new_event()
-    future.add_done_callback(lambda _: done.set())
-    done.wait()
-    return future.result()
+    if _current is None:
+        new = BackgroundLoop()  # before the lock, which must not be held while a greenlet waits
+        with _lock:
+            if _current is None:
+                new.start()
+                _current = new
+            else:
+                new.loop.close()
+    return _current
 
 
 def is_exiting() -> bool:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from importlib import import_module
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from queue import SimpleQueue
+
+T = TypeVar("T")
 
 
 def original(module: str, name: str) -> Any:
@@ -89,6 +92,23 @@ def new_event() -> Event:
     if gevent and (is_patched() or isinstance(gevent.getcurrent(), gevent.Greenlet)):
         return _HubEvent()
     return threading.Event()
+
+
+class NativeFuture(Future[T]):
+    """A future that real threads complete. Its own lock would be gevent's, which may make a thread
+    wait for the hub of another; use `wait_for`, not `result`, to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = threading.Condition(original("_thread", "RLock")())
+
+
+def wait_for(future: Future[T]) -> T:
+    """The result of `future`. Under gevent, other greenlets run in the meantime."""
+    done = new_event()
+    future.add_done_callback(lambda _: done.set())
+    done.wait()
+    return future.result()
 
 
 def new_queue() -> SimpleQueue[Any]:

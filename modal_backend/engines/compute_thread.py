@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
-from kalm_integrations.native_threads import NativeThread, new_queue
+from kalm_integrations.native_threads import NativeFuture, NativeThread, new_queue
 
 T = TypeVar("T")
 
@@ -25,7 +24,7 @@ class ComputeThread:
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Return `function(*args)`. It never runs if the caller is cancelled before it starts."""
-        future: Future[T] = Future()
+        future: NativeFuture[T] = NativeFuture()
         self._calls.put((future, lambda: function(*args)))
         return await asyncio.wrap_future(future)
 

@@ -25,6 +25,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 def thread():
     """A thread of the test's own, that it may stop."""
     thread = BackgroundLoop()
+    thread.start()
     yield thread
     thread.stop()
 
@@ -175,6 +176,7 @@ def test_a_failure_creates_no_reference_cycle(thread):
 
 def test_stopping_cancels_running_calls_and_ends_the_thread():
     thread, unwound = BackgroundLoop(), []
+    thread.start()
 
     async def work(begun):
         try:
@@ -198,6 +200,7 @@ def test_stopping_cancels_running_calls_and_ends_the_thread():
 
 def test_stopping_closes_unfinished_generators():
     thread, closed = BackgroundLoop(), []
+    thread.start()
     kept = []
 
     async def generate():
