@@ -6,6 +6,7 @@ loop and the embedded engine run on real threads instead; only callers wait thro
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -141,6 +142,9 @@ class NativeThread:
 
     def _main(self) -> None:
         self._ident = original("_thread", "get_ident")()
+        if is_patched("threading"):  # after a fork, Python's own `is_alive` fails in such a thread
+            process, thread = os.getpid(), threading.current_thread()
+            thread.is_alive = lambda: bool(self._ident) and os.getpid() == process  # type: ignore[method-assign]
         try:
             self._run()
         finally:
