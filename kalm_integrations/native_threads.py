@@ -125,7 +125,8 @@ class NativeThread:
         self._ended = new_queue()
         self._run = run
         self._ident = 0
-        if is_patched("threading"):
+        self._is_registered = not is_patched("threading")
+        if not self._is_registered:
             original("_thread", "start_new_thread")(self._main, ())
         else:
             threading.Thread(target=self._main, name=name, daemon=True).start()
@@ -150,3 +151,6 @@ class NativeThread:
         finally:
             self._ident = 0
             self._ended.put(None)
+            if self._is_registered and is_patched("threading"):
+                # Patched since then, Python's end of a thread would print a traceback.
+                new_queue().get()  # until the process exits

@@ -75,11 +75,12 @@ CASES = {
     "nothing": ("never", ""),
 }
 
+FLAGS = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+
 
 def run(source: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
-        + ["-c", dedent(source), *arguments],
+        [sys.executable, *FLAGS, "-c", dedent(source), *arguments],
         capture_output=True,
         text=True,
         timeout=LIMIT,
