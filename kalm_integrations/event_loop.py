@@ -236,15 +236,17 @@ def background_loop() -> BackgroundLoop:
         )
     if _current is not None and _current.process != os.getpid():
         _after_fork_in_child()  # of a fork that Python was not told of
-    if _current is None:
-        new = BackgroundLoop()  # before the lock, which must not be held while a greenlet waits
-        with _lock:
-            if _current is None:
-                new.start()
-                _current = new
-            else:
-                new.loop.close()
-    return _current
+    if (found := _current) is not None:
+        return found
+    new = BackgroundLoop()  # before the lock, which must not be held while a greenlet waits
+    with _lock:
+        found = _current  # another thread's
+        if found is None:
+            new.start()
+            _current = found = new
+    if found is not new:
+        new.loop.close()
+    return found
 
 
 def is_exiting() -> bool:

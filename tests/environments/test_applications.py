@@ -38,18 +38,18 @@ with TestClient(app) as http:
 STREAMLIT = """
 from streamlit.testing.v1 import AppTest
 
-def page():
-    import streamlit
-    from kalm_integrations import KalmClient
+page = '''
+import streamlit
+from kalm_integrations import KalmClient
 
-    @streamlit.cache_resource
-    def client():
-        return KalmClient(backend="local")
+@streamlit.cache_resource
+def client():
+    return KalmClient(backend="local")
 
-    text = streamlit.text_input("Text", "K2")
-    streamlit.write(client().embed([text]).vectors.shape[1])
-
-app = AppTest.from_function(page, default_timeout=100).run()
+text = streamlit.text_input("Text", "K2")
+streamlit.write(client().embed([text]).vectors.shape[1])
+'''
+app = AppTest.from_string(page, default_timeout=100).run()
 assert not app.exception, app.exception
 app.text_input[0].set_value("another").run()
 assert not app.exception, app.exception
