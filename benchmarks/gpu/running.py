@@ -391,7 +391,7 @@ def _end_profile(worker: Any) -> dict[str, Any]:
 
 
 def _linear_kernels(worker: Any) -> list[str]:
-    """vLLM's kernels of packed weights."""
+    """Names of the kernels for packed weights."""
     schemes = [getattr(module, "scheme", None) for module in worker.get_model().modules()]
     kernels = {type(getattr(scheme, "kernel", None)).__name__ for scheme in schemes if scheme}
     return sorted(kernels)
