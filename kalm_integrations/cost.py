@@ -15,7 +15,7 @@ from kalm_integrations.errors import ConfigurationError
 if TYPE_CHECKING:
     from modal_backend.costs import Choice
 
-TYPES: Final = {"none": "bf16", "fp8": "fp8"}
+TYPES: Final = {"none": "bf16", "fp8": "fp8", "int8": "int8"}
 _TABLES: Final = (
     {
         "dollars_per_hour": ("$/hour", "{:.2f}"),
@@ -40,7 +40,7 @@ class CostOptions:
     """Options of `kalm cost`; `kalm cost --help` explains each."""
 
     gpu: tuple[str, ...] = ()
-    quantization: Literal["none", "fp8"] | None = None
+    quantization: Literal["none", "fp8", "int8"] | None = None
     utilization: float = 0.6
     tokens: int | None = None
     corpus: Path | None = None
@@ -134,7 +134,7 @@ def report(options: CostOptions) -> dict[str, Any]:
             }
         return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in fields.items()}
 
-    machine = "{none} GiB of memory (fp8: {fp8})".format(**gpus.HOST_GIB)
+    machine = "{none} GiB of memory (fp8 and int8: {fp8})".format(**gpus.HOST_GIB)
     starts = f"{load:g} s until a corpus starts (model loaded), {restore:g} s until queries do"
     assumptions = [
         *(

@@ -75,6 +75,11 @@ def _scheme(layer: Any) -> str:
     method = layer.quant_method
     if hasattr(layer, "num_embeddings"):
         return ""  # an embedding table, which is only looked up
+    packed = getattr(layer, "scheme", None)  # of compressed-tensors
+    if hasattr(packed, "num_bits") and hasattr(packed, "group_size"):
+        groups = f"groups of {packed.group_size}" if packed.group_size > 0 else "per channel"
+        zero_points = "" if packed.symmetric else ", zero points"
+        return f"int{packed.num_bits} weights, {groups}{zero_points}"
     if not hasattr(method, "fp8_linear"):
         return str(type(method).__name__)
     if getattr(method, "use_marlin", False):  # the card does not compute in fp8
