@@ -43,7 +43,7 @@ class WorkerExtension:
             ),
             "windows": sorted({getattr(m, "sliding_window", None) or 0 for m in attention} - {0}),
             "dtypes": sorted({str(weight.dtype) for weight in _weights(modules)}),
-            "linear": sorted({_scheme(m) for m in modules if hasattr(m, "quant_method")} - {""}),
+            "linear": sorted({_scheme(m) for m in modules if _is_linear(m)} - {""}),
             "cuda_graphs": _graph_mode(self.model_runner),  # type: ignore[attr-defined]
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
@@ -68,6 +68,11 @@ def _weights(modules: Iterable[Any]) -> Iterator[Any]:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not (linear and name == "bias"):
                 yield parameter
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether it multiplies by weights. Attention has a method too, for the type of its cache."""
+    return hasattr(module, "quant_method") and not hasattr(module, "attn_type")
 
 
 def _scheme(layer: Any) -> str:
