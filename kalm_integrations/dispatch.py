@@ -16,13 +16,15 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from functools import partial
+from typing import get_args
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.result import EmbeddedBatch
+from kalm_integrations.prompts import Role
+from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.base import open_transport
 
@@ -41,6 +43,10 @@ class Dispatcher:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
+        # What each call needs of the arguments, computed once.
+        self.templates = {role: config.template(role) for role in get_args(Role)}
+        self.limits = config.request_limits
+        self.dimensions = config.vector_dimensions
         self._loop: BackgroundLoop | None = None
         self._session: Session | None = None
 
@@ -132,7 +138,7 @@ class Dispatcher:
                         running.add(future)
                         future.add_done_callback(complete)
                 if result is not None:
-                    self.report_usage(result)
+                    self.report_usage(result.usage)
                     yield result
                 elif not completed and running and (full or not reading):
                     yield None
@@ -141,11 +147,11 @@ class Dispatcher:
         finally:
             _cancel(running)
 
-    def report_usage(self, result: EmbeddedBatch) -> None:
+    def report_usage(self, usage: Usage) -> None:
         """Call the caller's `on_usage` with the usage of a result."""
-        if self._config.on_usage is not None and result.usage.requests:
+        if self._config.on_usage is not None and usage.requests:
             try:
-                self._config.on_usage(result.usage)
+                self._config.on_usage(usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 

@@ -163,11 +163,17 @@ class ResultBuilder(ABC, Generic[R]):
         self._filled = np.zeros(total, dtype=np.bool_)
         self._dimensions = dimensions
 
+    @abstractmethod
     def add(self, part: EmbeddedBatch) -> None:
         """Put the rows of `part` at their indices."""
-        self._put(part)
-        self._filled[part.indices] = True
-        self.usage += part.usage
+
+    @abstractmethod
+    def result(self) -> R:
+        """All vectors.
+
+        Raises:
+            InvalidResponseError: A row was never filled: uninitialized memory is not returned.
+        """
 
     @contextmanager
     def partial_on_error(self) -> Iterator[None]:
@@ -179,22 +185,14 @@ class ResultBuilder(ABC, Generic[R]):
             error.partial = PartialResult(len(self._filled), indices, self._rows(indices))
             raise
 
-    def result(self) -> R:
-        """All vectors.
+    def _count(self, indices: NDArray[np.int64], usage: Usage) -> None:
+        self._filled[indices] = True
+        self.usage += usage
 
-        Raises:
-            InvalidResponseError: A row was never filled: uninitialized memory is not returned.
-        """
+    def _check_complete(self) -> None:
         if not self._filled.all():
             missing = int(np.flatnonzero(~self._filled)[0])
             raise InvalidResponseError(f"texts[{missing}] got no vector.")
-        return self._result()
-
-    @abstractmethod
-    def _result(self) -> R: ...
-
-    @abstractmethod
-    def _put(self, part: EmbeddedBatch) -> None: ...
 
     @abstractmethod
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]: ...
@@ -211,13 +209,15 @@ class ArrayBuilder(ResultBuilder[EmbeddingResult]):
         self._dtype: VectorDtype = dtype
         self._identity = identity
 
-    def _result(self) -> EmbeddingResult:
-        return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage)
-
-    def _put(self, part: EmbeddedBatch) -> None:
+    def add(self, part: EmbeddedBatch) -> None:
         if not self._vectors.shape[1]:
             self._vectors = np.empty((len(self._filled), part.packed.shape[1]), np.float32)
         part.write_into(self._vectors)
+        self._count(part.indices, part.usage)
+
+    def result(self) -> EmbeddingResult:
+        self._check_complete()
+        return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage)
 
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._vectors[indices]
@@ -230,12 +230,14 @@ class ListBuilder(ResultBuilder[list[list[float]]]):
         super().__init__(total, dimensions)
         self._lists: list[list[float]] = [[]] * total
 
-    def _result(self) -> list[list[float]]:
-        return self._lists
-
-    def _put(self, part: EmbeddedBatch) -> None:
+    def add(self, part: EmbeddedBatch) -> None:
         for index, row in zip(part.indices.tolist(), floats.to_lists(part.packed), strict=True):
             self._lists[index] = row
+        self._count(part.indices, part.usage)
+
+    def result(self) -> list[list[float]]:
+        self._check_complete()
+        return self._lists
 
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         rows = [self._lists[index] for index in indices.tolist()]
