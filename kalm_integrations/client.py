@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager, aclosing, closing
 from dataclasses import replace
 from typing import Any, Never, Self, TypeVar, Unpack, get_args
 
@@ -17,7 +17,7 @@ from kalm_integrations.batching import Batch, numbered_blocks, plan
 from kalm_integrations.client_base import ClientBase, OnError, client_defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
-from kalm_integrations.errors import ConfigurationError, InvalidText
+from kalm_integrations.errors import ConfigurationError, InvalidText, KalmError
 from kalm_integrations.identity import SpaceIdentity, VectorIdentity
 from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import Progress, reporting
@@ -112,11 +112,15 @@ class KalmClient(ClientBase):
         on_progress: Progress | None,
     ) -> R:
         batches, call, builder, progress = self._begin(new_builder, texts, role, on_progress)
-        with builder.partial_on_error(), progress as advance:
-            for part in self._dispatcher.run(batches, call):
-                builder.add(part)
-                advance(len(part.indices))
+        try:
+            with progress as advance, closing(self._dispatcher.run(batches, call)) as parts:
+                for part in parts:
+                    builder.add(part)
+                    advance(len(part.indices))
             return builder.result()
+        except KalmError as error:
+            error.partial = builder.partial()
+            raise
 
     async def _acollect(
         self,
@@ -126,12 +130,16 @@ class KalmClient(ClientBase):
         on_progress: Progress | None,
     ) -> R:
         batches, call, builder, progress = self._begin(new_builder, texts, role, on_progress)
-        with builder.partial_on_error(), progress as advance:
-            async with aclosing(self._dispatcher.arun(batches, call)) as parts:
-                async for part in parts:
-                    builder.add(part)
-                    advance(len(part.indices))
+        try:
+            with progress as advance:
+                async with aclosing(self._dispatcher.arun(batches, call)) as parts:
+                    async for part in parts:
+                        builder.add(part)
+                        advance(len(part.indices))
             return builder.result()
+        except KalmError as error:
+            error.partial = builder.partial()
+            raise
 
     def _begin(
         self,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from functools import partial
-from typing import get_args
+from queue import SimpleQueue
+from typing import Any, cast, get_args
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
@@ -62,14 +62,9 @@ class Dispatcher:
             batches: Read on the caller's thread, one for each free slot.
             call: What the requests share.
         """
-        completed = threading.Event()
-        with closing(self._dispatch(batches, call, completed.set)) as results:
-            for result in results:
-                if result is None:
-                    completed.wait()
-                    completed.clear()
-                else:
-                    yield result
+        completed: SimpleQueue[bool] = SimpleQueue()
+        notify, wait = partial(completed.put, True), completed.get
+        return cast(Any, self._dispatch(batches, call, notify, wait))
 
     async def arun(
         self, batches: Iterator[Batch], call: CallSettings
@@ -77,7 +72,7 @@ class Dispatcher:
         """`run`, without blocking the running event loop."""
         loop, completed = asyncio.get_running_loop(), asyncio.Event()
         notify = partial(loop.call_soon_threadsafe, completed.set)
-        with closing(self._dispatch(batches, call, notify)) as results:
+        with closing(self._dispatch(batches, call, notify, lambda: False)) as results:
             for result in results:
                 if result is None:
                     await completed.wait()
@@ -98,9 +93,20 @@ class Dispatcher:
         return background_loop().submit(self._close())
 
     def _dispatch(
-        self, batches: Iterator[Batch], call: CallSettings, notify: Callable[[], object]
+        self,
+        batches: Iterator[Batch],
+        call: CallSettings,
+        notify: Callable[[], object],
+        wait: Callable[[], bool],
     ) -> Generator[EmbeddedBatch | None]:
-        """Yield results, or None when the caller has to wait until `notify` is called."""
+        """Yield results as they arrive.
+
+        Args:
+            batches: See `run`.
+            call: See `run`.
+            notify: Called on another thread when a request is complete.
+            wait: Waits for that and returns True; if False, yield None for the caller to wait.
+        """
         running: set[Future[EmbeddedBatch]] = set()
         completed: deque[Future[EmbeddedBatch]] = deque()
         failure: BaseException | None = None
@@ -140,7 +146,7 @@ class Dispatcher:
                 if result is not None:
                     self.report_usage(result.usage)
                     yield result
-                elif not completed and running and (full or not reading):
+                elif not completed and running and (full or not reading) and not wait():
                     yield None
             if failure is not None:
                 raise failure
