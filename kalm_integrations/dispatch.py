@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
@@ -64,7 +64,8 @@ class Dispatcher:
         """
         completed: SimpleQueue[bool] = SimpleQueue()
         notify, wait = partial(completed.put, True), completed.get
-        return cast(Any, self._dispatch(batches, call, notify, wait))
+        results = self._dispatch(batches, call, notify, wait)
+        return cast(Generator[EmbeddedBatch], results)  # `wait` does not return False
 
     async def arun(
         self, batches: Iterator[Batch], call: CallSettings
@@ -109,7 +110,9 @@ class Dispatcher:
         """
         running: set[Future[EmbeddedBatch]] = set()
         completed: deque[Future[EmbeddedBatch]] = deque()
-        failure: BaseException | None = None
+        results: list[EmbeddedBatch] = []
+        failures: list[BaseException] = []
+        batch: Batch | None = None
         reading = True
 
         def complete(future: Future[EmbeddedBatch]) -> None:
@@ -119,37 +122,40 @@ class Dispatcher:
 
         try:
             while reading or running:
-                result = None
-                if completed:
+                while completed:
                     future = completed.popleft()
                     running.discard(future)
-                    problem = CancelledError() if future.cancelled() else future.exception()
-                    if problem is None:
-                        result = future.result()
-                    else:
-                        reading, failure = False, _failure_to_raise(failure, problem)
-                        if not isinstance(problem, InvalidInputError):
-                            _cancel(running)
-                # This bounds what is read ahead; the session's slots bound all calls together.
-                full = len(running) >= self._config.max_concurrency
-                if reading and not full:  # a free slot is filled before the caller gets a result
-                    batch = None
+                    failure = CancelledError() if future.cancelled() else future.exception()
+                    if failure is None:
+                        results.append(future.result())
+                        continue
+                    failures.append(failure)
+                    if not isinstance(failure, InvalidInputError):
+                        _cancel(running)
+                # Slots that have become free are filled before the caller gets the results. Their
+                # number bounds what is read ahead; the session's slots bound all calls together.
+                for _ in range(max(1, len(results))):
+                    reading = reading and not failures
+                    full = len(running) >= self._config.max_concurrency
+                    if full or not reading:
+                        break
                     try:
                         batch = next(batches, None)
                     except Exception as error:  # noqa: BLE001 (raised after the results)
-                        failure = _failure_to_raise(failure, error)
-                    reading = batch is not None
-                    if batch is not None:
+                        failures.append(error)
+                    reading = batch is not None and not failures
+                    if batch is not None and reading:
                         future = background_loop().submit(self.send(batch, call))
                         running.add(future)
                         future.add_done_callback(complete)
-                if result is not None:
+                for result in results:
                     self.report_usage(result.usage)
                     yield result
-                elif not completed and running and (full or not reading) and not wait():
+                results.clear()
+                if not completed and running and (full or not reading) and not wait():
                     yield None
-            if failure is not None:
-                raise failure
+            if failures:  # the first, but those of some texts only after those of the service
+                raise min(failures, key=lambda failure: isinstance(failure, InvalidInputError))
         finally:
             _cancel(running)
 
@@ -191,13 +197,3 @@ class Dispatcher:
 def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:
     for future in futures:
         future.cancel()
-
-
-def _failure_to_raise(
-    first: BaseException | None, second: BaseException | None
-) -> BaseException | None:
-    """The first failure, unless it concerns only some texts and the second does not."""
-    if first is None or second is None:
-        return first or second
-    only_texts = isinstance(first, InvalidInputError) and not isinstance(second, InvalidInputError)
-    return second if only_texts else first
