@@ -71,8 +71,8 @@ class Batch:
     def without(self, rows: Iterable[int]) -> Batch:
         """The batch without the texts of `rows`."""
         dropped = set(rows)
-        kept = [row for row in range(len(self)) if row not in dropped]
-        return Batch([self.texts[row] for row in kept], [self.positions[row] for row in kept])
+        rest = [row for row in range(len(self)) if row not in dropped]
+        return Batch([self.texts[row] for row in rest], [self.positions[row] for row in rest])
 
     def locate(self, invalid: Iterable[InvalidText]) -> list[InvalidText]:
         """Translate rows of this batch to all indices of their texts in the caller's list."""
@@ -107,7 +107,7 @@ def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits)
         text_size = len(prompted) if prompted.isascii() else len(prompted.encode())
         text_tokens = min(estimate_tokens(text_size), limits.text_tokens)
         full = (
-            len(batch) == limits.texts
+            len(batch.texts) == limits.texts
             or size + text_size > limits.bytes
             or tokens + text_tokens > limits.tokens
         )

@@ -87,11 +87,10 @@ class EmbeddedBatch:
         """Shape (n, dimensions), float32, each row of unit length."""
         # Kept, but not by cached_property: Python 3.11 guards that by one lock for all instances,
         # and a process forked while another thread holds it waits for ever.
-        kept = self.__dict__
-        if "_vectors" not in kept:
+        vectors: NDArray[np.float32] | None = self.__dict__.get("_vectors")
+        if vectors is None:
             wide = floats.widen(self.packed)
-            kept["_vectors"] = wide if wide.flags.writeable else wide.copy()
-        vectors: NDArray[np.float32] = kept["_vectors"]
+            vectors = self.__dict__["_vectors"] = wide if wide.flags.writeable else wide.copy()
         return vectors
 
     def joined(self, other: EmbeddedBatch) -> EmbeddedBatch:
