@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-import pyarrow as pa
-
 from kalm_integrations.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LINES: Final = (".txt",)
 DOCUMENTS: Final = (".md", ".markdown", ".rst")
@@ -124,6 +125,8 @@ def manifest_names(files: list[InputFile]) -> list[str]:
 
 def partitions(files: list[InputFile]) -> dict[str, tuple[pa.DataType, dict[str, Any]]]:
     """Hive partitions (`year=2024/`): type, and values by file name; whole numbers stay numbers."""
+    import pyarrow as pa
+
     found: dict[str, dict[str, str | None]] = {}
     for file in files:
         for part in PurePosixPath(file.relative).parts[:-1]:

@@ -51,22 +51,22 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed documents, with the document instruction; see `KalmClient.embed`."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return self._client.embed_to_lists(texts, role="document")
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query, with the query instruction; see `KalmClient.embed`."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return self._client.embed_to_lists([text], role="query")[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents`, without blocking the running event loop or its thread pool."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return await self._client.aembed_to_lists(texts, role="document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query`, without blocking the running event loop or its thread pool."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return (await self._client.aembed_to_lists([text], role="query"))[0]
 
     def __eq__(self, other: object) -> bool:

@@ -202,7 +202,7 @@ class LocalExecutor:
             if not batch.usage.requests and len(batch):  # it was kept by an earlier run
                 self.progress.embedded(len(batch), 0, 0)
                 continue
-            self.client._dispatcher.report_usage(batch)
+            self.client._dispatcher.report_usage(batch.usage)
             rows = batch.indices
             cut = builder.truncated[rows]
             shard.kept.put(rows, builder.part.keys[rows], batch.packed, cut)

@@ -128,7 +128,9 @@ def _run(
     class Event:
         """Set at once: by the time that anybody waits, something is due."""
 
-        def set(self) -> None: ...
+        def set(self, _: None = None) -> None: ...
+
+        put = set
 
         def clear(self) -> None: ...
 
@@ -136,9 +138,13 @@ def _run(
             service.advance()
             return Completed()
 
+        def get(self) -> bool:
+            service.advance()
+            return True
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "background_loop", lambda: service)
-        patch.setattr(dispatch.threading, "Event", Event)
+        patch.setattr(dispatch, "SimpleQueue", Event)
         patch.setattr(dispatch.asyncio, "Event", Event)
         try:
             collect(dispatcher, batches, results)
