@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,29 @@ from kalm_integrations import KalmClient, retry
 # How long an example takes is the machine's matter.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+
+_STARTS = {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip slow tests; start no process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """With --fast, a test that starts a process fails: it lacks its mark."""
+
+    def refuse(event: str, _: tuple[Any, ...]) -> None:
+        if event in _STARTS and "PYTEST_CURRENT_TEST" in os.environ:
+            raise RuntimeError(f"{event} in a test that is not marked slow")
+
+    if session.config.getoption("--fast"):
+        sys.addaudithook(refuse)
 
 
 @pytest.fixture(autouse=True)

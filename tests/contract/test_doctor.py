@@ -23,7 +23,7 @@ import trustme
 from diagnosis import SECRETS, Diagnosis, Doctor
 from kalm import BF16, FP8, KalmEngine, similar
 from pydantic import SecretStr
-from serving import FaultyServer, Received, Step, packed, reply, serving, stall
+from serving import FaultyServer, Received, Step, embedded_engine, packed, reply, serving, stall
 
 from kalm_integrations import reference
 from kalm_integrations.cli import main
@@ -34,7 +34,6 @@ from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
 from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
@@ -83,7 +82,7 @@ def over(variables: Callable[..., None]) -> Callable[[str], None]:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
-    engine = EmbeddingService(EmbeddedEngine.load())
+    engine = EmbeddingService(embedded_engine())
     keys = BearerKeys([SecretStr(SECRETS["KALM_API_KEY"])])
     with serving(create_app(engine, keys=keys)) as url:
         yield url
@@ -428,7 +427,7 @@ class TestTheService:
         status: str,
         remedy: str,
     ) -> None:
-        service = EmbeddingService(EmbeddedEngine.load())
+        service = EmbeddingService(embedded_engine())
         service.warnings = tuple(ServiceWarning(code, f"of {code}.") for code in codes)
         keys = BearerKeys([SecretStr(SECRETS["KALM_API_KEY"])])
         with serving(create_app(service, keys=keys)) as url:

@@ -13,25 +13,20 @@ from langchain_classic.indexes import SQLRecordManager
 from langchain_core.indexing import InMemoryRecordManager, RecordManager, aindex, index
 from langchain_stores import (
     FACTS,
-    SCRIPT,
     documents_of,
     documents_sent,
     every_kind,  # noqa: F401 - a fixture
     index_all,
-    index_in_chroma,
     key_of,
     name_of,
     opened,
     quiet_chroma,
-    second_process,
     sql_records,
 )
 from scripted import ScriptedTransport
-from serving import FaultyServer
 
 from kalm_integrations import KalmModalEmbeddings
 from kalm_integrations.errors import AuthenticationError
-from kalm_integrations.models import EMBEDDED
 
 pytestmark = quiet_chroma
 
@@ -103,16 +98,6 @@ class TestIndexing:
             assert documents_sent(transport)[5:] == ["c", "d", "e"]
             stored = {document.page_content for document in store.similarity_search("a", k=9)}
             assert stored == set(texts)
-
-    def test_another_process_embeds_only_what_is_new_to_it(self, tmp_path: Path) -> None:
-        with FaultyServer() as server:
-            settings = {"base_url": server.url, "model": EMBEDDED.space.model}
-            environment = {f"KALM_{name.upper()}": value for name, value in settings.items()}
-            with KalmModalEmbeddings(**settings) as embeddings:
-                assert index_in_chroma(tmp_path, embeddings, ["a", "b"]) == {"num_added": 2}
-            changed = second_process(SCRIPT, tmp_path, "a", "c", **environment)
-            assert changed == {"num_added": 1, "num_skipped": 1, "num_deleted": 1}
-            assert [request.texts for request in server.posted] == [["a", "b"], ["c"]]
 
     def test_pitfall_records_of_old_vectors_leave_the_new_store_empty(
         self, over: Any, tmp_path: Path

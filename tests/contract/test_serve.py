@@ -97,6 +97,7 @@ def test_a_port_in_use_is_reported_before_loading(
     assert message.startswith(f"kalm serve: cannot listen on 127.0.0.1:{port}: ")
 
 
+@pytest.mark.slow
 def test_without_vllm_the_message_names_what_to_install() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_VLLM, "serve", "--engine", "vllm"],
@@ -141,6 +142,7 @@ def stopped_when_ready(*arguments: str) -> tuple[int, list[str]]:
         return process.wait(10), lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("canary", [[], ["--canary", "warn"]], ids=["refuse", "warn"])
 def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: list[str]) -> None:
     status, lines = stopped_when_ready("-c", WRONG_VECTORS, "serve", "--port", "0", *canary)
@@ -151,6 +153,7 @@ def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: lis
     assert "texts in one batch do not have the vectors that they have alone" in printed
 
 
+@pytest.mark.slow
 def test_it_prints_its_address_and_stops_on_a_signal() -> None:
     status, lines = stopped_when_ready(
         "-W", "error", "-m", "kalm_integrations.cli", "serve", "--port", "0"
