@@ -22,7 +22,6 @@ NOISE = 0.99986
 ENDS = (0, 1, 2, 3837, 3838, 3839)
 ROWS = st.integers(0, len(reference.TEXTS) - 1)
 PUBLISHED = (2 * PAIRS, 2 * PAIRS + 1)
-SEEDS = st.integers(0, 2**32 - 1)
 
 
 def wrong(vectors, quantization="bf16"):
