@@ -52,7 +52,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	@# Two at a time, file by file: much of it waits for processes. In order, as the long files come first.
+	@# Two at a time, file by file: much of it waits for processes. tests/conftest.py puts long files first.
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # In order: the longest first. A test that is marked slow is left out; one that starts a process fails.
@@ -60,6 +60,14 @@ FAST := tests/unit $(patsubst %,tests/contract/test_%.py,bad_input bulk bulk_job
 	error_codes http_faults http_odd http_requests http_server langchain secrets serve)
 test-fast: $(VENV)/.dev
 	$(VENV)/bin/pytest --fast $(FAST) --numprocesses 2 --dist loadfile
+
+coverage: $(VENV)/.dev
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS); \
+		status=$$?; $(VENV)/bin/coverage combine --quiet; $(VENV)/bin/coverage report; exit $$status
+
+mutation: $(VENV)/.dev
+	$(VENV)/bin/python tests/tools/mutation.py
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/pytest tests/vllm --numprocesses 2 --dist loadfile
@@ -78,7 +86,7 @@ bench-client: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/client/rpc.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) .coverage* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.quickstart $(VENV)/.dev: WANTED = --editable '.[$(@F:.%=%)]'
