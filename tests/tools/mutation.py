@@ -96,13 +96,14 @@ def mutant(tree: ast.Module, number: int) -> tuple[ast.Module, str]:
     owner = getattr(node, name)
     old = owner[int(index)] if index else owner
     line = getattr(old, "lineno", 0) or getattr(node, "lineno", 0)
-    before = ast.unparse(node)
+    before = ast.unparse(node if isinstance(old, ast.cmpop) or not index else old)
     if index:
         owner[int(index)] = new
     else:
         setattr(node, name, new)
     made = ast.fix_missing_locations(made)
-    return made, f"{line}: {_short(before)}  →  {_short(ast.unparse(node))}"
+    after = ast.unparse(new if index and not isinstance(new, ast.cmpop) else node)
+    return made, f"{line}: {_short(before)}  →  {_short(after)}"
 
 
 def _short(code: str) -> str:
