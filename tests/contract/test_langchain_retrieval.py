@@ -22,10 +22,8 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_stores import (
     ANSWERS,
     FACTS,
-    FAISS,
     QUESTIONS,
     SECRETS,
-    DistanceStrategy,
     every_kind,  # noqa: F401 - a fixture
     hits,
     opened,
@@ -88,25 +86,6 @@ class TestRetrieval:
                 await retriever.ainvoke(QUESTIONS[0]),
             ):
                 assert [document.page_content for document in documents] == ANSWERS[:1]
-
-    def test_pitfall_faiss_reverses_relevance_scores_of_inner_products(
-        self, tmp_path: Path
-    ) -> None:
-        embeddings = KalmModalEmbeddings(backend="local")
-        strategy = {"distance_strategy": DistanceStrategy.MAX_INNER_PRODUCT}
-        store = FAISS.from_texts(FACTS[:3], embeddings, **strategy)
-        results = store.similarity_search_with_relevance_scores(QUESTIONS[0], k=3)
-        assert results[0][0].page_content == ANSWERS[0]
-        assert results[0][1] < results[1][1] < results[2][1]
-        retriever = store.as_retriever(
-            search_type="similarity_score_threshold",
-            search_kwargs={"k": 3, "score_threshold": 0.8},
-        )
-        kept = [document.page_content for document in retriever.invoke(QUESTIONS[0])]
-        assert kept == [document.page_content for document, _ in results[1:]]
-        store.save_local(str(tmp_path))
-        again = FAISS.load_local(str(tmp_path), embeddings, allow_dangerous_deserialization=True)
-        assert again.distance_strategy == DistanceStrategy.EUCLIDEAN_DISTANCE  # of an inner product
 
 
 QUERIES = [f"question {i}" for i in range(50)]
