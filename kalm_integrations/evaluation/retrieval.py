@@ -55,7 +55,7 @@ def _specs(
 ) -> list[tuple[str, dict[str, Any]]]:
     """Name and client arguments: each system with each number of dimensions and each prompt."""
     specs = {}
-    for spec, dimensions, prompt in product(systems or [""], sizes or [None], prompts or [None]):
+    for spec, dimensions, prompt in product(systems or ("",), sizes or (None,), prompts or (None,)):
         more = {"dimensions": dimensions, "query_instruction": prompt}
         more = {name: value for name, value in more.items() if value is not None}
         name = " ".join([spec, *(f"{key}={value}" for key, value in more.items())]).strip()
