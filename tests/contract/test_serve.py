@@ -39,11 +39,10 @@ def refused(
         ("--quantization", "none"), ("--enforce-eager",),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("engine", [(), ("--engine", "embedded")])
 def test_vllm_options_are_refused_for_the_embedded_engine(
-    capsys: pytest.CaptureFixture[str], option: tuple[str, ...], engine: tuple[str, ...]
+    capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
 ) -> None:
-    message = refused(capsys, *engine, *option)
+    message = refused(capsys, *option)
     assert message.startswith(f"kalm serve: {option[0]} is for --engine vllm, not for embedded.")
 
 

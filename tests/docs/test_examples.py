@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from serving import serving
 
@@ -136,19 +134,6 @@ def test_llama_index_reads_a_folder_of_yours(run: Callable[..., str], tmp_path: 
     assert "First run: 3 of 3 files" in shown
     assert re.search(r"Who can open the door\?\n    0\.\d{3}  keys\.md: # Keys Anna", shown)
     assert re.search(r"Wann kommt der Müll\?\n    0\.\d{3}  bins\.md: # Bins The bins", shown)
-
-
-def test_numpy_keeps_its_file_and_refuses_another(run: Callable[..., str], tmp_path: Path) -> None:
-    path = tmp_path / "rights.npz"
-    assert "Wrote 9 vectors" in run("numpy_search.py", path)
-    with np.load(path) as file:
-        vectors, identity = file["vectors"], json.loads(str(file["identity"]))
-    identity["space"]["revision"] = "another"
-    np.savez(path, vectors=vectors, identity=json.dumps(identity))
-    shown = run("numpy_search.py", path, status=1)
-    assert "Wrote" not in shown
-    assert "IdentityMismatchError: " in shown
-    assert "!= 'another'" in shown
 
 
 def test_the_openai_client_goes_to_a_service_of_yours(run: Callable[..., str]) -> None:

@@ -87,7 +87,7 @@ def test_a_spawned_input_is_retried_and_only_its_last_attempt_counts(worker: Any
 def test_retries_end(worker: Any, deployed: Emulator) -> None:
     call = worker.fails.spawn(43, 9)
     with pytest.raises(ValueError, match="failure 3"):
-        call.get(timeout=20)
+        call.get(timeout=60)
     assert deployed.logs("Worker").count("attempt 43 ") == 3
 
 
@@ -110,13 +110,13 @@ def test_a_cancelled_map_drops_what_is_queued_and_stops_what_runs(
     base = 60 + 10 * terminate
     variant = worker_class.with_options(scaledown_window=20 + terminate)()
     call = variant.work.experimental_spawn_map(range(base, base + 6), [0.0] * 6, untils)
-    assert call.get(timeout=20, index=0)[0] == base
+    assert call.get(timeout=60, index=0)[0] == base
     # Both run at the same time: either one may be the first to begin.
     deployed.wait(lambda: begun(deployed, base + 1) and begun(deployed, base + 2))
     again(call.object_id).cancel(terminate_containers=terminate)
     for index in range(1, 6):
         with pytest.raises(RemoteError, match="cancelled"):
-            call.get(timeout=10, index=index)
+            call.get(timeout=60, index=index)
     assert call.get(index=0)[0] == base
     assert not any(begun(deployed, number) for number in range(base + 3, base + 6))
     assert variant.work.remote(base + 9)[0] == base + 9
@@ -143,7 +143,7 @@ def test_a_redeployment_lets_running_inputs_finish_and_runs_queued_ones_anew(
     deployed.wait(lambda: all(begun(deployed, number) for number in (100, 101, 110, 111)))
     deployed.deploy(job_app.__file__, env={"JOB_VERSION": "2"})
     for call in calls:
-        assert call.get(index=2, timeout=20)[1] == "2"
+        assert call.get(index=2, timeout=60)[1] == "2"
     go_on.touch()
     for call in calls:
         answers = list(call.iter())
@@ -160,11 +160,11 @@ def test_a_container_that_fetches_no_more_finishes_what_it_has(
 ) -> None:
     both = worker.work.spawn(130, 0.0, str(go_on))
     deployed.wait(lambda: begun(deployed, 130))
-    left = worker.leave.spawn(131).get(timeout=10)[2]
+    left = worker.leave.spawn(131).get(timeout=60)[2]
     after = worker.work.experimental_spawn_map(range(132, 135))
     assert left not in {pid for *_, pid in after.iter()}
     go_on.touch()
-    assert both.get(timeout=10)[2] == left
+    assert both.get(timeout=60)[2] == left
     (container,) = [c for c in deployed.containers("Worker") if c.pid == left]
     deployed.wait(container.gone.is_set)
     assert (container.exit_status, "stop-fetching" in container.events) == (0, True)
