@@ -33,7 +33,11 @@ MODULES = {
     "kalm_integrations.dispatch": ("unit/test_dispatch", "contract/test_client"),
     "kalm_integrations.codec": ("unit/test_codec", "unit/test_rpc", "contract/test_http_faults"),
     "modal_backend.admission": ("unit/test_admission", "unit/test_service"),
-    "kalm_integrations.bulk.plan": ("contract/test_bulk", "contract/test_bulk_jobs"),
+    "kalm_integrations.bulk.plan": (
+        "unit/test_bulk_plan",
+        "contract/test_bulk",
+        "contract/test_bulk_jobs",
+    ),
 }
 """Each with the tests of its rules, the quickest first."""
 SECONDS = 120
