@@ -156,6 +156,7 @@ def test_a_corpus_without_text_is_refused(
     assert "a.txt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_needs_neither_modal_nor_an_engine() -> None:
     code = (
         "import sys\nfor name in ('modal', 'pyarrow', 'vllm'): sys.modules[name] = None\n"

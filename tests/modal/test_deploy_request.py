@@ -170,7 +170,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, str], dict[str, dict[str, Any]]]] = {
         expected("L40S", 28 * 1024, SNAPSHOT),
     ),
     "embedded": ({"ENGINE": "embedded"}, embedded()),
-    "snapshot-off": ({"SNAPSHOT": "off"}, expected("A100-40GB", 40 * 1024, {})),
 }
 
 
