@@ -275,7 +275,7 @@ if settings.on_gpu:
     @app.function(
         image=image,
         volumes=volumes,
-        cpu=8.0,
+        cpu=4.0,
         memory=8 * 1024,
         timeout=2 * 3600,
         max_containers=1,
