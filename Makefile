@@ -26,6 +26,7 @@ BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
 .PHONY: help quickstart test test-fast coverage mutation test-vllm notebooks image-lock bench-client clean
+.PHONY: help quickstart test test-vllm notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:
@@ -40,6 +41,7 @@ help:
 	@echo 'make notebooks               run the notebooks of examples/ again, in place'
 	@echo 'make image-lock              resolve the packages of the image with vLLM again, after a change of pins'
 	@echo 'make bench-client            our client beside its peers, 20 minutes (Linux)'
+	@echo 'make bench-real-weights      what int8 and fp8 do to rankings, with a small real Gemma 3 from PyPI'
 	@echo 'make clean                   remove $(VENV), $(VLLM_VENV), $(BENCH_VENV) and all caches'
 	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with, once'
 	@echo 'VLLM_PYTHON=python3.12       and $(VLLM_VENV); python3.11 if it is there'
@@ -84,6 +86,11 @@ bench-client: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/client/streaming.py
 	$(BENCH_VENV)/bin/python benchmarks/client/http_endpoint.py
 	$(BENCH_VENV)/bin/python benchmarks/client/rpc.py
+
+# The model's use is subject to the Gemma Terms of Use, ai.google.dev/gemma/terms.
+bench-real-weights: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps gguf==0.19.0
+	$(VLLM_VENV)/bin/python benchmarks/real_weights/run.py --out build/real_weights --stage-seconds 36000
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) .coverage* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -60,7 +60,7 @@ def show(document: dict[str, Any]) -> None:
 def report(
     gpus_named: Sequence[str],
     *,
-    quantization: Literal["none", "fp8"] | None,
+    quantization: Literal["none", "fp8", "int8"] | None,
     utilization: float,
     tokens: int | None,
     queries: int | None,

@@ -103,7 +103,8 @@ class ClientOptions(TypedDict, total=False):
 
     expected_identity: SpaceIdentity | VectorIdentity | Mapping[str, Any] | str | None
     """The space that the service must report: a `SpaceIdentity`, its dict or its JSON, what
-    `warm_up` returned, or "kalm-fp8". None expects the backend's own model. Default: None."""
+    `warm_up` returned, "kalm-fp8" or "kalm-int8". None expects the backend's own model. Default:
+    None."""
 
     on_usage: Callable[[Usage], object] | None
     """Called with the `Usage` of each answered request, on the caller's thread or event loop. Its

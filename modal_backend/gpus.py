@@ -73,9 +73,11 @@ class Rate:
 
 _H100: Final = "one H100 80GB, random weights, 24 November 2026, benchmarks/gpu/performance.py"
 _H200: Final = "one H200, random weights, 28 November 2026, benchmarks/gpu/performance.py"
+_H100_INT8: Final = _H100.replace("24 November", "28 November")
 MEASURED: Final[dict[tuple[str, Quantization], Rate]] = {
     ("H100", "none"): Rate(28_000, measured=True, source=_H100),
     ("H100", "fp8"): Rate(41_400, measured=True, source=_H100),
+    ("H100", "int8"): Rate(24_400, measured=True, source=_H100_INT8),
     ("H200", "none"): Rate(28_600, measured=True, source=_H200),
     ("H200", "fp8"): Rate(42_100, measured=True, source=_H200),
 }

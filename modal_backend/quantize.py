@@ -27,9 +27,8 @@ from typing import Any, Final, NamedTuple
 from kalm_integrations.errors import EngineLoadError
 from modal_backend.weights import INT8, Weights, locate, quantized_folder
 
+BITS: Final = 8
 GROUP: Final = 128
-_LARGEST: Final = 127
-"""Largest integer; -128 is not used, so that groups are symmetric."""
 _SHARD_BYTES: Final = 2**30
 _LIBRARY: Final = "compressed-tensors"
 _STATE: Final = "kalm-quantize.json"
@@ -75,7 +74,7 @@ def quantize(model: str, revision: str | None = None) -> Weights:
 def write(source: Weights, folder: Path) -> None:
     """Write the int8 weights of `source` into `folder`; see `quantize`."""
     start = time.monotonic()
-    config = json.loads((source.folder / "config.json").read_text())
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
     shards = _plan(source.folder, config)
     print(f"Writing {source.name} at {source.revision} in int8 to {folder}", flush=True)  # noqa: T201
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,10 +99,12 @@ def write(source: Weights, folder: Path) -> None:
     _copy_others(source.folder, folder)
     _save_json(folder / "model.safetensors.index.json", _index(folder, list(digests)))
     # Last: without it, the folder is not a model.
-    _save_json(folder / "config.json", config | {"quantization_config": quantization_config()})
+    _save_json(
+        folder / "config.json", config | {"quantization_config": quantization_config(BITS, GROUP)}
+    )
 
 
-def quantization_config(bits: int = 8, group: int = GROUP) -> dict[str, Any]:
+def quantization_config(bits: int = BITS, group: int = GROUP) -> dict[str, Any]:
     """Return the entry of config.json that describes the format to vLLM and transformers."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
@@ -133,7 +134,7 @@ def _plan(folder: Path, config: dict[str, Any]) -> list[list[Tensor]]:
         size = tensor.bytes
         if tensor.layer is not None:
             _check_layer(tensor)
-            layers, size = layers + 1, size // 2
+            layers, size = layers + 1, size * BITS // 16
         if size > room:
             shards.append([])
             room = _SHARD_BYTES
@@ -172,7 +173,7 @@ def _write_shard(path: Path, tensors: Sequence[Tensor]) -> None:
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from safetensors.torch import save_file
 
-    scheme, made = _scheme(8, GROUP), {}
+    scheme, made = _scheme(BITS, GROUP), {}
     for tensor, weight in _read(tensors):
         if tensor.layer is None:
             made[tensor.name] = weight.clone()  # the map of the file is closed before writing
@@ -207,7 +208,8 @@ def _scales(tensor: Tensor, weight: Any) -> Any:
     largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1).float()
     if not torch.isfinite(largest).all():
         raise EngineLoadError(f"{tensor.file}: {tensor.name} has values that are not finite.")
-    scale = (largest / _LARGEST).to(torch.bfloat16)
+    # The smallest integer, -128, is not used.
+    scale = (largest / (2 ** (BITS - 1) - 1)).to(torch.bfloat16)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
@@ -227,12 +229,14 @@ def verify(path: Path, tensors: Sequence[Tensor]) -> None:
             if tensor.layer is None:
                 good = torch.equal(written.get_tensor(tensor.name), weight)
             else:
-                names = PackedQuantizationCompressor.compression_param_names(_scheme(8, GROUP))
+                names = PackedQuantizationCompressor.compression_param_names(_scheme(BITS, GROUP))
                 parts = {n: written.get_tensor(f"{tensor.layer}.{n}") for n in names}
                 scale = parts["weight_scale"].float()
                 good = torch.equal(parts["weight_scale"], _scales(tensor, weight))
                 parts["weight_scale"] = scale
-                back = PackedQuantizationCompressor.decompress(parts, _scheme(8, GROUP))["weight"]
+                back = PackedQuantizationCompressor.decompress(parts, _scheme(BITS, GROUP))[
+                    "weight"
+                ]
                 error = back.sub_(weight).abs_().unflatten(-1, (-1, GROUP)).amax(-1)
                 good = good and bool((error <= scale * 0.50001).all())  # of float32's rounding
             if not good:
@@ -257,7 +261,7 @@ def _save_state(folder: Path, source: Weights, digests: dict[str, str]) -> None:
 
 
 def _origin(source: Weights) -> dict[str, str]:
-    scheme = f"int8, groups of {GROUP}"
+    scheme = f"int{BITS}, groups of {GROUP}"
     made_by = f"{_LIBRARY} {version(_LIBRARY)}"
     return {"model": source.name, "revision": source.revision, "scheme": scheme, "by": made_by}
 

@@ -76,23 +76,20 @@ def locate(model: str, revision: str | None = None, quantization: str = "none") 
 
 
 def quantized_folder(name: str, revision: str) -> Path:
-    """Return the folder of a model's int8 weights, in Hugging Face's folder, or Volume."""
-    from huggingface_hub.constants import HF_HOME
+    """Return the folder of a model's int8 weights, in Hugging Face's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(HF_HOME) / "kalm-int8" / name.replace("/", "--") / revision.replace(":", "-")
+    return Path(HF_HUB_CACHE) / "kalm-int8" / name.replace("/", "--") / revision.replace(":", "-")
 
 
 def _quantized(name: str, revision: str) -> Weights:
     folder = quantized_folder(name, revision)
     if not (folder / "config.json").is_file():
-        on_modal = "MODAL_TASK_ID" in os.environ
-        variable = "" if name == KALM.space.model else f"KALM_DEPLOY_MODEL={name} "
-        command = (
-            f"`{variable}modal run -m modal_backend.app::quantize_model_weights`, then "
-            "`kalm deploy` again"
-            if on_modal
-            else f"`kalm quantize --model {name} --revision {revision}`"
-        )
+        command = "`kalm quantize` with the same --model and --revision"
+        if "MODAL_TASK_ID" in os.environ:
+            variable = "" if name == KALM.space.model else f"KALM_DEPLOY_MODEL={name} "
+            run = f"{variable}modal run -m modal_backend.app::quantize_model_weights"
+            command = f"`{run}`, then `kalm deploy` again"
         missing = EngineLoadError(
             f"the int8 weights of {name} at {revision} are not in {folder}, or are incomplete. "
             f"Write them: {command}."

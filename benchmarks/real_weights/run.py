@@ -1,6 +1,6 @@
 """What does a quantization do to retrieval, with real weights of Gemma 3?
 
-    python benchmarks/real_weights/run.py --out results                # a CPU, 1 hour; a GPU, 5 minutes
+    python benchmarks/real_weights/run.py --out results   # a GPU: 5 minutes; a CPU: hours
 
 `model.py` fetches a small real Gemma 3 and the texts. All rankings are compared with those of
 transformers in float32: 50 queries, 300 passages. It is a language model and no embedder, so its

@@ -131,7 +131,7 @@ class GpuCost(Document):
     """One GPU and quantization. If there is a `problem`, no figures follow."""
 
     gpu: str
-    quantization: Literal["none", "fp8"]
+    quantization: Literal["none", "fp8", "int8"]
     problem: str | None
     dollars_per_hour: float
     tokens_per_second: float | None = None
