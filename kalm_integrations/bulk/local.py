@@ -305,19 +305,9 @@ class LocalExecutor:
 
     def _new_sender(self) -> Sender:
         config = self.client.config
-        patient: dict[str, Any] = {}
-        if "max_retries" not in config.model_fields_set:
-            # A job of hours does not end because a service restarts: it waits for `timeout`.
-            patient = {"max_retries": _RETRIES}
-        cut = config.truncate == "end"
-        return Sender(
-            self._sending(truncate="error") if cut else self._sending(),
-            send_cut=self._sending() if cut else None,
-            wait=self._sending(**patient),
-            template=config.document_template,
-            limits=config.request_limits,
-            concurrency=config.max_concurrency,
-        )
+        # A job of hours does not end because a service restarts: it waits for `timeout`.
+        patience = {} if "max_retries" in config.model_fields_set else {"max_retries": _RETRIES}
+        return Sender(config, config.document_template, self._sending, **patience)
 
     def _sending(self, **changed: Any) -> Send:
         client = self.client

@@ -16,9 +16,9 @@ from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.on_modal import command as modal_command
-from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import records as job_state
 from kalm_integrations.bulk.on_modal import worker_pool
-from kalm_integrations.bulk.on_modal.cloud import RemoteInput
+from kalm_integrations.bulk.on_modal.remote import RemoteInput
 from kalm_integrations.bulk.plan import Options, Plan, make_plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import Source

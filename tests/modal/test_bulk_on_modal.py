@@ -25,7 +25,7 @@ from modal_emulator import Emulator
 from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import Options, embed_corpus, read
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import command
+from kalm_integrations.bulk.on_modal import transfer
 from kalm_integrations.bulk.on_modal.cloud import VolumeStore
 from kalm_integrations.models import EMBEDDED
 
@@ -133,7 +133,8 @@ def folder(emulator: Emulator, job: str) -> Path:
 
 
 def finished(emulator: Emulator, job: str) -> int:
-    return len(list((folder(emulator, job) / "records").glob("*.json")))
+    found = (folder(emulator, job) / "records").glob("*.json")
+    return sum(json.loads(path.read_bytes())["shard"] is not None for path in found)
 
 
 def sent(kalm: Any, *command: Any) -> str:
@@ -367,7 +368,7 @@ def test_bad_rows_are_refused_before_anything_is_uploaded(
 def test_an_upload_goes_on_where_it_was_interrupted(
     emulator: Emulator, kalm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_PARTS_AT_ONCE", 2)
+    monkeypatch.setattr(transfer, "_PARTS_AT_ONCE", 2)
     source, out = corpus(tmp_path / "in.jsonl", seed=9), tmp_path / "out"
     uploads: list[list[str]] = []
     write = VolumeStore.write
