@@ -127,7 +127,7 @@ def _finished(chosen: EmbedOptions) -> str:
     return f"interrupted: {count} rows are finished. Run the same command again to resume."
 
 
-def _gpu(name: str, quantization: Literal[none, fp8, int8]) -> Choice:
+def _gpu(name: str, quantization: Quantization) -> Choice:
     from modal_backend import costs
 
     try:

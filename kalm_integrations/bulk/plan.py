@@ -23,9 +23,9 @@ from kalm_integrations.bulk import ids
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.shards import TRUNCATED, Part
 from kalm_integrations.errors import BadRowsError, ConfigurationError
-from kalm_integrations.input_files import manifest_names, partitions
 from kalm_integrations.protocol import Truncate
 from kalm_integrations.readers import Block, Schema, Source
+from kalm_integrations.readers.files import manifest_names, partitions
 from kalm_integrations.validation import why_invalid
 
 OnError = Literal["fail", "skip", "null"]
@@ -243,20 +243,19 @@ def make_plan(
         begin = rows
         digests.append([])
         for block in source.blocks(file):
-            problems, found = block.problems, []
+            problems = block.problems
             for row, text in enumerate(block.texts):
-                reason = (problems.get(row) if problems else None) or why_invalid(text, truncate)
+                reason = (problems and problems.get(row)) or why_invalid(text, truncate)
                 if reason is None:
                     content = text.encode()
-                    found.append(sha256(content).digest()[:16])
+                    keys += sha256(content).digest()[:16]
                     tokens.append(estimate_tokens(len(content)))
                     continue
                 bad += 1
                 if len(examples) < ids.SHOWN:
                     examples.append(f"{block.places[row]} {reason}")
-                found.append(_bad_key(rows + row))
+                keys += _bad_key(rows + row)
                 tokens.append(0)
-            keys += b"".join(found)
             digests[-1].append(block.digest)
             if options.id_column is not None:
                 id_keys += ids.keys_of(block, options.id_column, constants)

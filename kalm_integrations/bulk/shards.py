@@ -32,8 +32,8 @@ TRUNCATED: Final = "truncated"
 METADATA: Final = b"kalm"
 """Key of a shard's metadata that has the vectors' identity, as JSON."""
 _REJECTED: Final = pa.schema([("row", pa.int64()), ("place", pa.string()), ("reason", pa.string())])
-_GROUP_ROWS: Final = 1024
-"""8 MiB of vectors. To write a row group, Arrow takes 8 bytes for each float16 in it."""
+_GROUP_ROWS: Final = 512
+"""4 MiB of vectors. To write a row group, Arrow takes 8 bytes for each float16 in it."""
 _ARROW: Final = {"float16": pa.float16(), "float32": pa.float32()}
 _PLACE, _REASON, _REUSED = "kalm:place", "kalm:reason", "kalm:reused"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -34,7 +33,8 @@ class ColumnTypes:
                 bits = _BITS.get(type(value), _OTHER)
                 if bits == _INT and not -_EXACT <= value <= _EXACT:
                     bits = _BIG if -_INT64 <= value < _INT64 else _HUGE
-                seen[name] = seen.get(name, 0) | bits
+                if name not in seen or bits & ~seen[name]:
+                    seen[name] = seen.get(name, 0) | bits
 
     def schema(self) -> tuple[pa.Schema, frozenset[str]]:
         """Types in the order in which columns were first seen, and the columns kept as JSON."""
@@ -119,9 +119,7 @@ class LineParser:
         """The object, as far as it is good, and what is wrong with it."""
         try:
             text = line.decode().strip(_WHITE_SPACE)
-            value, end = _scan_fast(text, 0)
-            if not _is_surely_exact(text, value):
-                value, end = self._scan(text, 0)
+            value, end = self._scan(text, 0)
             if end < len(text):
                 raise ValueError(f"extra data at character {end}")
         except UnicodeDecodeError as error:
@@ -159,25 +157,6 @@ class LineParser:
         return value, problem
 
 
-_scan_fast: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-
-
-def _is_surely_exact(text: str, value: Any) -> bool:
-    """Whether an object has no key twice and no number that became infinite. Strict parsing takes
-    twice as long, and most lines can be seen not to need it.
-
-    A key ends with a quote, perhaps white space, and a colon. So if no colon follows white space,
-    and there are as many quotes with a colon as keys in a flat object, no key was lost.
-    """
-    if type(value) is not dict or text.count('":') != len(value):
-        return False
-    for item in value.values():
-        kind = type(item)
-        if kind is dict or kind is list or (kind is float and item - item != 0.0):
-            return False
-    return " :" not in text and "\t:" not in text and "\r:" not in text
-
-
 class _BadObjectError(ValueError):
     pass
 
@@ -193,7 +172,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):
+    if value - value != 0.0:
         raise _BadObjectError(f"has the number {text[:40]}, which no column can hold")
     return value
 
