@@ -284,7 +284,7 @@ def make_plan(
         },
         file_rows=file_rows,
         block_digests=digests,
-        schema=source.schema(),
+        schema=source.schema().with_nulls() if bad else source.schema(),
     )
     _check_columns(plan)
     if refuse_bad:

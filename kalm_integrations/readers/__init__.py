@@ -135,6 +135,7 @@ def rows(pattern: str, text_column: str | None = None) -> Iterator[Row]:
 def _checked_encoding(encoding: str | None) -> str:
     try:
         "".encode(encoding or "utf-8")
+        bytes(4).decode(encoding or "utf-8", "surrogateescape")
         return codecs.lookup(encoding or "utf-8").name
-    except LookupError as error:
+    except (LookupError, UnicodeError) as error:
         raise ConfigurationError(f"--encoding {encoding}: {error}.") from None

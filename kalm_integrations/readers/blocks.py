@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -43,7 +43,8 @@ class Block:
         if name in schema.partitions:
             return pa.array([schema.partitions[name].get(self.file)] * len(self), kind)
         if self.batch is not None:
-            return self.batch.column(name)
+            column = self.batch.column(name)
+            return column if column.type == kind else column.cast(kind)
         values = [record.get(name) for record in self.records]
         return pa.array(json_columns.encoded(values, name in schema.as_json, kind), kind)
 
@@ -66,6 +67,20 @@ class Schema:
     arrow: pa.Schema
     as_json: frozenset[str] = frozenset()
     partitions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def with_nulls(self) -> Schema:
+        """The same for rows of which some lose their values."""
+        return replace(self, arrow=pa.schema([nullable(each) for each in self.arrow]))
+
+
+def nullable(each: pa.Field) -> pa.Field:
+    """A column of which some rows lose their values."""
+    kind = each.type
+    if pa.types.is_struct(kind):
+        kind = pa.struct([nullable(child) for child in kind])
+    elif pa.types.is_fixed_size_list(kind):
+        kind = pa.list_(nullable(kind.value_field), kind.list_size)
+    return each.with_type(kind).with_nullable(True)
 
 
 def lacks(name: str, there: list[str]) -> str:

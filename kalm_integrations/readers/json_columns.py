@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -187,20 +188,17 @@ def items(content: bytes, name: str) -> Iterator[Any]:
     try:
         text = content.decode("utf-8-sig").strip()
         decode = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite).raw_decode
-        at = 1
-        while True:
-            while text[at : at + 1] in " \t\r\n" and at < len(text):
-                at += 1
-            if text[at:] == "]":
-                return
+        blank = re.compile(r"[ \t\r\n]*").match
+        at = blank(text, 1).end()  # type: ignore[union-attr]
+        while text[at : at + 2] != "]":  # with nothing behind it
             if number:
-                if text[at] != ",":
-                    raise ValueError(f"a comma is missing at character {at}")
-                at += 1
-                while text[at] in " \t\r\n":
-                    at += 1
+                if text[at : at + 1] != ",":
+                    raise ValueError(f"a comma or a closing bracket is missing at character {at}")
+                at = blank(text, at + 1).end()  # type: ignore[union-attr]
             number += 1
             value, at = decode(text, at)
+            at = blank(text, at).end()  # type: ignore[union-attr]
             yield value
-    except (ValueError, IndexError, RecursionError) as error:
-        raise ConfigurationError(f"{name} item {number}: is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        where = f"{name} item {number}" if number else name
+        raise ConfigurationError(f"{where}: is not JSON: {error}.") from error

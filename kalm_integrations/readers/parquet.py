@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import xxhash
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import json_columns
-from kalm_integrations.readers.blocks import BLOCK_ROWS, Block, lacks
+from kalm_integrations.readers.blocks import BLOCK_ROWS, Block, lacks, nullable
 from kalm_integrations.readers.files import InputFile
 
 
@@ -48,6 +49,8 @@ def read(file: InputFile, opened: io.BufferedReader, text_column: str, _: str) -
     footer = footer_of(file, opened)
     metadata, size = footer.metadata, opened.seek(0, io.SEEK_END)
     head = xxhash.xxh3_128(footer.schema_arrow.serialize())
+    leaves = (metadata.schema.column(number) for number in range(metadata.num_columns))
+    has_int96 = any(leaf.physical_type == "INT96" for leaf in leaves)
     row = 0
     for number in range(metadata.num_row_groups):
         start, end = _byte_range(metadata.row_group(number), size)
@@ -56,12 +59,18 @@ def read(file: InputFile, opened: io.BufferedReader, text_column: str, _: str) -
         # Parsed from the very bytes that the digest is of: the file may change at any time.
         digest = head.copy()
         digest.update(content)
-        group = pq.ParquetFile(_Window(content, start, size), metadata=metadata)
-        batches = group.iter_batches(BLOCK_ROWS, row_groups=[number], use_threads=False)
-        while (batch := _next_batch(batches, file, row)) is not None:
+        options = [None, "us"] if has_int96 else [None]
+        readers = [
+            pq.ParquetFile(
+                _Window(content, start, size), metadata=metadata, coerce_int96_timestamp_unit=unit
+            ).iter_batches(BLOCK_ROWS, row_groups=[number], use_threads=False)
+            for unit in options
+        ]
+        while (batch := _next_batch(readers[0], file, row)) is not None:
+            coarse = _next_batch(readers[1], file, row) if has_int96 else batch
             places = [f"{file.name} row {row + i}" for i in range(len(batch))]
             row += len(batch)
-            batch, problems = _without_broken_text(batch, text_column)
+            batch, problems = _checked(batch, coarse, text_column)
             column = batch.column(text_column)
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
@@ -114,38 +123,85 @@ class _Window(io.RawIOBase):
         return content
 
 
-def _without_broken_text(
-    batch: pa.RecordBatch, text_column: str
+def _checked(
+    batch: pa.RecordBatch, coarse: pa.RecordBatch, text_column: str
 ) -> tuple[pa.RecordBatch, dict[int, str]]:
-    """Replace values that are not UTF-8 by null; say of which rows and columns."""
+    """Replace values that are not UTF-8, or INT96 dates that wrapped around, by null; say of which
+    rows and columns.
+
+    Args:
+        batch: Rows as they are kept.
+        coarse: The same rows, with INT96 as microseconds.
+        text_column: Of the texts.
+    """
     problems: dict[int, str] = {}
-    for number, name in enumerate(batch.schema.names):
+    for number, field in enumerate(batch.schema):
         column = batch.column(number)
-        if not _has_text(column.type) or _is_utf8(column):
+        where = "" if field.name == text_column else f"column {field.name!r} "
+        if _has_text(field.type) and not _is_utf8(column):
+            column = _decoded(column)
+            broken = list(_rows_where_not(_is_utf8, column))
+            reasons = [f"{where}is not UTF-8{_which_byte(column, row)}" for row in broken]
+        elif not (fits := partial(_fits, kind=field.type))(coarse.column(number)):
+            broken = list(_rows_where_not(fits, coarse.column(number)))
+            reason = f"{where}has an INT96 date outside of 1677 to 2262: write it as microseconds"
+            reasons = [reason] * len(broken)
+        else:
             continue
-        broken = list(_broken_rows(column, 0, len(column)))
-        for row in broken:
-            where = "" if name == text_column else f"column {name!r} "
-            problems.setdefault(row, f"{where}is not UTF-8{_which_byte(column, row)}")
+        problems = dict(zip(broken, reasons, strict=True)) | problems
+        if column.type == field.type != nullable(field).type:
+            column = column.cast(nullable(field).type)
         pieces, start = [], 0
         for row in broken:
             pieces += [column.slice(start, row - start), pa.nulls(1, column.type)]
             start = row + 1
         whole = pa.concat_arrays([*pieces, column.slice(start)])
-        batch = batch.set_column(number, batch.schema.field(number), whole)
+        after = nullable(field)
+        batch = batch.set_column(
+            number, after, whole if whole.type == after.type else whole.cast(after.type)
+        )
     return batch, problems
 
 
-def _broken_rows(column: pa.Array, start: int, end: int) -> Iterator[int]:
+def _rows_where_not(
+    is_good: Callable[[pa.Array], bool], column: pa.Array, start: int = 0
+) -> Iterator[int]:
     # A slice of a list is checked with all of its values, unless it is copied.
-    if _is_utf8(pa.concat_arrays([column.slice(start, end - start)])):
+    if is_good(pa.concat_arrays([column])):
         return
-    if end - start == 1:
+    if len(column) == 1:
         yield start
         return
-    middle = (start + end) // 2
-    yield from _broken_rows(column, start, middle)
-    yield from _broken_rows(column, middle, end)
+    middle = len(column) // 2
+    yield from _rows_where_not(is_good, column.slice(0, middle), start)
+    yield from _rows_where_not(is_good, column.slice(middle), start + middle)
+
+
+def _fits(column: pa.Array, kind: pa.DataType) -> bool:
+    try:
+        return column.type == kind or column.cast(kind) is not None
+    except pa.ArrowInvalid:
+        return False
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    """Without dictionaries, where Arrow can restore them: all rows share their values."""
+    try:
+        column.slice(0, 0).cast(_plain(column.type)).cast(column.type)
+        return column.cast(_plain(column.type))
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        return column
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
 
 
 def _is_utf8(column: pa.Array) -> bool:
