@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 import pyarrow as pa
 
 from kalm_integrations.bulk import forecast
-from kalm_integrations.bulk.job import embed_corpus, plan_input
+from kalm_integrations.bulk.job import embed_corpus, estimate
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.plan import SHARD_ROWS, Options
+from kalm_integrations.bulk.options import SHARD_ROWS, Options
 from kalm_integrations.bulk.progress import ProgressView, outcome
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
@@ -73,7 +73,7 @@ def _run(source: str | None, chosen: EmbedOptions, gpu: Choice | None, view: Pro
     with _client(chosen) as client:
         if chosen.dry_run:
             output = Path(str(chosen.output)) if chosen.output else None
-            plan = plan_input(str(source), client, options, view, output, refuse_bad=False)
+            plan = estimate(str(source), client, options, view, output, refuse_bad=False)
             write(
                 forecast.shown(
                     plan, client, gpu, on_modal=chosen.on is not None, as_json=chosen.json

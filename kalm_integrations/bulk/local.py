@@ -17,16 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.embedding import Result, Send, Sender, embed_texts
-from kalm_integrations.bulk.manifest import Manifest, Shard
+from kalm_integrations.bulk.manifest import Manifest
+from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.plan import Plan
-from kalm_integrations.bulk.shards import Part, ShardBuilder
+from kalm_integrations.bulk.shards import ShardBuilder
 from kalm_integrations.bulk.vectors import KEPT, EarlierVectors, VectorFile
 from kalm_integrations.client import KalmClient
 from kalm_integrations.event_loop import background_loop
@@ -38,24 +39,17 @@ _RETRIES: Final = 100  # of one request, more than an hour of them: its `timeout
 _RECURRING: Final = "recurring"
 
 
-class Progress(Protocol):
-    """Who is told how a job goes."""
+class Progress:
+    """Who is told how a job goes; this one shows nothing."""
 
     def scanned(self, rows: int) -> None:
         """So many rows more were read, before anything is sent."""
-        ...
 
     def begun(self, plan: Plan, finished: int, manifest: Manifest) -> None:
         """The work begins; so many rows were finished before."""
-        ...
 
     def embedded(self, rows: int, tokens: int, rejected: int) -> None:
         """So many rows more have their vectors, or were rejected."""
-        ...
-
-    def written(self, shard: Shard) -> None:
-        """A shard is on the disk."""
-        ...
 
 
 @dataclass(eq=False)
@@ -68,17 +62,7 @@ class _OpenShard:
 
 @dataclass
 class LocalExecutor:
-    """One run of a job, from the first shard that is not finished.
-
-    Attributes:
-        client: To embed with.
-        plan: Of the input.
-        manifest: Of the job; grows with each shard.
-        folder: Of the job.
-        width: Dimensions of the vectors.
-        earlier: Vectors that are used again.
-        progress: Is told how it goes.
-    """
+    """One run of a job, from the first shard that is not finished; `manifest` grows with each."""
 
     client: KalmClient
     plan: Plan
@@ -151,12 +135,10 @@ class LocalExecutor:
         done = sum(manifest.job.shard_rows for _ in manifest.shards) or part.start
         ahead = len(part) + sum(len(shard.builder.part) for shard in self._open)
         seconds = manifest.seconds * (1 + ahead / done) if done else 0.0
-        limits = [
-            (options.max_dollars, (options.dollars_per_second or 0.0)),
-            (options.max_hours, 1 / 3600),
-        ]
-        return any(most is not None and seconds * rate > most for most, rate in limits) or any(
-            most is not None and manifest.seconds * rate >= most for most, rate in limits
+        rate = options.dollars_per_second or 0.0
+        return any(
+            most is not None and (seconds * each > most or manifest.seconds * each >= most)
+            for most, each in ((options.max_dollars, rate), (options.max_hours, 1 / 3600))
         )
 
     # --- one shard
@@ -281,7 +263,8 @@ class LocalExecutor:
             if price is not None:
                 manifest.dollars = (manifest.dollars or 0.0) + (now - self._since) * price
             self._since = now
-            manifest.add(finished)
+            manifest.shards.append(finished)
+            manifest.count()
             manifest.write(self.folder)
             shard.kept.remove()
         except BaseException as error:
@@ -289,14 +272,13 @@ class LocalExecutor:
             shard.kept.close()
             self._events.put(partial(self._failed, error))
             raise
-        self._events.put(partial(self._written, finished))
+        self._events.put(self._written)
 
     def _failed(self, error: BaseException) -> None:
         raise error
 
-    def _written(self, shard: Shard) -> None:
+    def _written(self) -> None:
         self._writing -= 1
-        self.progress.written(shard)
 
     # --- where vectors come from
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kalm_integrations.bulk.ids import id_strings
 from kalm_integrations.bulk.manifest import Manifest, Shard
-from kalm_integrations.bulk.shards import FOLDER, METADATA, python_texts, read_table
+from kalm_integrations.bulk.shards import FOLDER, METADATA
+from kalm_integrations.bulk.tables import python_texts, read_table
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 

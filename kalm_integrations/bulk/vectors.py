@@ -15,7 +15,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from kalm_integrations.bulk.manifest import Job, Manifest, file_digest
-from kalm_integrations.bulk.shards import FOLDER, TRUNCATED, python_texts
+from kalm_integrations.bulk.shards import FOLDER, TRUNCATED
+from kalm_integrations.bulk.tables import python_texts
 from kalm_integrations.errors import ConfigurationError
 
 KEPT: Final = ".vectors"

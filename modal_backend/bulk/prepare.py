@@ -12,7 +12,8 @@ from kalm_integrations.bulk.on_modal import records
 from kalm_integrations.bulk.on_modal.cloud import send_run
 from kalm_integrations.bulk.on_modal.records import Description, FolderStore, Run
 from kalm_integrations.bulk.on_modal.state import Reader
-from kalm_integrations.bulk.plan import Options, make_plan
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.plan import make_plan
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
 from kalm_integrations.protocol import error_fields
 from kalm_integrations.readers import Source

@@ -12,11 +12,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.embedding import Send, Sender, embed_texts
-from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.on_modal import records, worker_pool
 from kalm_integrations.bulk.on_modal.records import (
     Attempt,
@@ -28,12 +26,11 @@ from kalm_integrations.bulk.on_modal.records import (
     run_path,
 )
 from kalm_integrations.bulk.on_modal.state import Reader
-from kalm_integrations.bulk.shards import Part, ShardBuilder
-from kalm_integrations.config import ClientConfig
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.shards import ShardBuilder
 from kalm_integrations.errors import InvalidInputError, KalmError, TransportError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.session import CallSettings, Session
-from kalm_integrations.transports.in_process import InProcessTransport
+from modal_backend.bulk.embedding import embed_part
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -59,8 +56,6 @@ class Container:
     failure: KalmError | None = None
 
 
-_FOREVER: Final = 86_400.0
-"""Seconds for a request: how long a shard may take is for Modal's own limit."""
 VOLUME_SECONDS = 600.0
 """How long one reading or writing of files may take before another container is asked."""
 
@@ -277,38 +272,6 @@ class Worker:
     def _ended(self, run: str, why: str) -> str:
         self._over[run] = why
         return why
-
-
-async def embed_part(service: EmbeddingService, job: Job, part: Part) -> ShardBuilder:
-    """Embed a part with the service in this process, as a local job does with any service.
-
-    Raises:
-        InvalidInputError: With on_error="fail", texts that cannot be embedded, by their places.
-        KalmError: The engine failed, or gave what is no vector of the job's.
-    """
-    identity = job.vector_identity
-    builder = ShardBuilder(part, job, identity.dimensions or service.dimensions[0])
-    config = ClientConfig(
-        backend="modal",
-        timeout=_FOREVER,
-        max_retries=2,
-        model=identity.space.model,
-        expected_identity=identity.space,
-        dimensions=identity.dimensions or None,
-        vector_dtype=job.vector_dtype,
-        truncate=job.truncate,
-    )
-    transport = InProcessTransport(service)
-    call = CallSettings(role="document", timeout=_FOREVER, skip_invalid=True)
-
-    def sending(**changed: Any) -> Send:
-        session = Session(config.model_copy(update=changed), transport)
-        return lambda batch: session.send(batch, call)
-
-    sender = Sender(config, identity.document_template, sending)
-    await embed_texts(sender, builder.own_texts(), builder.add)
-    builder.check()
-    return builder
 
 
 def _all_there(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from scripted import DIMENSIONS, ScriptedTransport, vector_of, vectors_of
 
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import Options, embed_corpus, estimate, read
+from kalm_integrations.bulk.local import Progress
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.errors import (
     BadRowsError,
@@ -169,10 +170,7 @@ def test_few_shards_are_open_while_one_waits_for_its_last_vector(
     client = over(transport, batch_size=2)
     seen: list[int] = []
 
-    class Screen:
-        def scanned(self, rows: int) -> None: ...
-        def begun(self, *_: Any) -> None: ...
-        def written(self, _: Any) -> None: ...
+    class Screen(Progress):
         def embedded(self, rows: int, tokens: int, rejected: int) -> None:
             if transport.in_flight and not (tmp_path / "out/shards/part-000000.parquet").exists():
                 seen.append(len(transport.sent))

@@ -21,6 +21,7 @@ from scripted import ScriptedTransport, vectors_of
 
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import Options, embed_corpus, estimate, read
+from kalm_integrations.bulk.local import Progress
 from kalm_integrations.errors import BadRowsError, ConfigurationError, KalmError
 
 Over = Callable[..., KalmClient]
@@ -540,10 +541,7 @@ def test_an_input_that_changes_while_it_is_embedded_is_an_error(
     write("first")
     changed = False
 
-    class Changing:
-        def scanned(self, rows: int) -> None: ...
-        def written(self, shard: Any) -> None: ...
-        def embedded(self, rows: int, tokens: int, rejected: int) -> None: ...
+    class Changing(Progress):
         def begun(self, *_: Any) -> None:
             nonlocal changed
             if not changed:

@@ -19,7 +19,9 @@ from kalm_integrations.bulk.on_modal import command as modal_command
 from kalm_integrations.bulk.on_modal import records as job_state
 from kalm_integrations.bulk.on_modal import worker_pool
 from kalm_integrations.bulk.on_modal.remote import RemoteInput
-from kalm_integrations.bulk.plan import Options, Plan, make_plan
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.plan import Plan, make_plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import Source
 from modal_backend import gpus
@@ -116,7 +118,7 @@ def test_parts_have_every_row_once_with_its_text_or_its_reason(
     for part in plan.parts():
         path = folder / shards.name_of(part.number)
         _, digest = part.write(path)
-        read = shards.Part.read(path, part.number, job, digest)
+        read = Part.read(path, part.number, job, digest)
         assert read.places == part.places
         assert read.reasons == part.reasons
         assert read.columns.equals(part.columns)

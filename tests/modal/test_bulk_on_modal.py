@@ -390,6 +390,21 @@ def test_an_upload_goes_on_where_it_was_interrupted(
     assert same(out, local(source, tmp_path / "local"))
 
 
+def test_vectors_of_an_earlier_output_are_uploaded_and_not_embedded(
+    emulator: Emulator, kalm: Any, tmp_path: Path
+) -> None:
+    known = local(corpus(tmp_path / "old.jsonl", rows=200, seed=14), tmp_path / "old")
+    source = corpus(tmp_path / "in.jsonl", rows=200, seed=14, r20="a new text")
+    kalm(*on_modal(source, tmp_path / "out", "--reuse", known))
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.complete
+    assert (manifest.rows, manifest.reused, manifest.requests) == (200, 199, 1)
+    made, before = (pq.read_table(f / "shards")["vector"] for f in (tmp_path / "out", known))
+    changed = [row for row in range(200) if made[row] != before[row]]
+    assert changed == [20]
+
+
 # -- an input that lies elsewhere --------------------------------------------------------------
 def test_an_input_in_a_volume(emulator: Emulator, kalm: Any, tmp_path: Path) -> None:
     copies = {f"r{n}": "again" for n in range(0, 200, 9)}

@@ -21,7 +21,8 @@ from kalm_integrations.bulk.on_modal import worker_pool
 from kalm_integrations.bulk.on_modal.records import FolderStore, Run, Stop
 from kalm_integrations.bulk.on_modal.state import Reader, State
 from kalm_integrations.bulk.on_modal.transfer import upload
-from kalm_integrations.bulk.plan import Options, make_plan
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.plan import make_plan
 from kalm_integrations.bulk.progress import ProgressView
 from kalm_integrations.errors import CanaryFailedError, KalmError
 from kalm_integrations.identity import VectorIdentity

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.job import locked, plan_input
+from kalm_integrations.bulk.job import estimate, locked
 from kalm_integrations.bulk.manifest import Job, Manifest, check_same, replace_file
 from kalm_integrations.bulk.on_modal import cloud, records, status_view, worker_pool
 from kalm_integrations.bulk.on_modal.cloud import Deployment, VolumeStore
@@ -17,7 +17,8 @@ from kalm_integrations.bulk.on_modal.records import Run
 from kalm_integrations.bulk.on_modal.remote import RemoteInput, cancel_preparation, is_prepared
 from kalm_integrations.bulk.on_modal.state import Reader, State
 from kalm_integrations.bulk.on_modal.transfer import fetch, upload
-from kalm_integrations.bulk.plan import Options, Plan
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.plan import Plan
 from kalm_integrations.bulk.progress import ProgressView, counted, outcome
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError, JobFailedError, KalmError
@@ -93,7 +94,7 @@ def _embed(
     )
     complete = False
     if remote is None:
-        plan = plan_input(source, client, options, view, folder)
+        plan = estimate(source, client, options, view, folder)
         job = plan.job(identity, config.vector_dtype)
         name = records.job_name(job.model_dump())
         if folder is not None:
