@@ -21,13 +21,8 @@ CONTAINERS: Final = (1, 4, 16)
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A job on some containers, from the first start to the last shard.
-
-    Attributes:
-        containers: At most as many as there are shards.
-        hours: Until all is written.
-        dollars: With each container's start, and its idle time at the end.
-    """
+    """A job on some containers, of which there are at most as many as shards; the price includes
+    each container's start, and its idle time at the end."""
 
     containers: int
     hours: float

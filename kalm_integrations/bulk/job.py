@@ -48,6 +48,8 @@ def embed_corpus(
     """
     options, progress = options or Options(), progress or Progress()
     folder = Path(output)
+    if not str(output):
+        raise ConfigurationError("--output is empty: name a folder for the shards.")
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder for the shards.")
     if options.max_dollars is not None and options.dollars_per_second is None:

@@ -27,6 +27,7 @@ from kalm_integrations.bulk.embedding import Result, Send, Sender, embed_texts
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.plan import Plan
+from kalm_integrations.bulk.recurring import RecurringTexts
 from kalm_integrations.bulk.shards import ShardBuilder
 from kalm_integrations.bulk.vectors import KEPT, EarlierVectors, VectorFile
 from kalm_integrations.client import KalmClient
@@ -83,16 +84,12 @@ class LocalExecutor:
             KalmError: The service failed, or a text cannot be embedded. Finished shards stay.
             OSError: A shard could not be written.
         """
-        job = self.manifest.job
-        first, rows = self.plan.first, np.arange(self.plan.rows)
-        later = (first >= 0) & (rows // job.shard_rows != first // job.shard_rows)
-        self._recurring_rows = np.unique(first[later])
-        self._recurring = self._vector_file(_RECURRING)
-        self._refused = shards.rejected_rows(self.folder, self.manifest.shards)
+        refused = shards.rejected_rows(self.folder, self.manifest.shards)
+        self._recurring = RecurringTexts(self.plan, self._vector_file(_RECURRING), refused)
         self._clients: list[KalmClient] = []
         self._sender = self._new_sender()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kalm-shards")
-        self._begin = self._since = time.monotonic()
+        self._since = time.monotonic()
         try:
             self._run()
         finally:
@@ -208,46 +205,17 @@ class LocalExecutor:
         shard.embedded = True
         while self._open and self._open[0].embedded:
             head = self._open[0]
-            missing = self._copy(head.builder)
+            copied, missing = self._recurring.copy(head.builder)
+            if copied:
+                self.progress.embedded(copied, 0, 0)
             if missing:  # their vectors were lost, and are computed again
                 head.embedded = False
                 self._embed(head, missing)
                 return
             self._open.popleft()
-            self._keep_recurring(head.builder)
+            self._recurring.keep(head.builder)
             self._writing += 1
             self._writer.submit(self._write, head)
-
-    def _copy(self, builder: ShardBuilder) -> list[tuple[int, str]]:
-        """Give rows the vectors of earlier shards that have their texts; return what is left."""
-        rows = builder.copied_rows()
-        first = builder.part.first[rows]
-        for row, origin in zip(rows.tolist(), first.tolist(), strict=True):
-            if reason := self._refused.get(origin):
-                builder.reasons[row] = reason
-        keep = np.array([row not in builder.reasons for row in rows.tolist()], dtype=np.bool_)
-        rows, first = rows[keep], first[keep]
-        slots = np.searchsorted(self._recurring_rows, first)
-        found, vectors, cut = self._recurring.get(slots, builder.part.keys[rows])
-        builder.vectors[rows[found]], builder.truncated[rows[found]] = vectors[found], cut[found]
-        if len(rows):
-            self.progress.embedded(int(found.sum()), 0, 0)
-        return [(row, builder.part.texts[row]) for row in rows[~found].tolist()]
-
-    def _keep_recurring(self, builder: ShardBuilder) -> None:
-        part = builder.part
-        new = builder.reasons.keys() - part.reasons.keys()
-        self._refused |= {part.start + row: builder.reasons[row] for row in new}
-        rows = np.arange(part.start, part.start + len(part))
-        at = np.searchsorted(self._recurring_rows, rows)
-        at[at == len(self._recurring_rows)] = 0
-        recurs = np.zeros(len(rows), dtype=np.bool_)
-        if len(self._recurring_rows):
-            recurs = self._recurring_rows[at] == rows
-        recurs[list(builder.reasons)] = False
-        self._recurring.put(
-            at[recurs], part.keys[recurs], builder.vectors[recurs], builder.truncated[recurs]
-        )
 
     def _write(self, shard: _OpenShard) -> None:
         """On the writer's thread."""

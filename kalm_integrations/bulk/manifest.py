@@ -123,6 +123,8 @@ class Manifest(Counts):
         is_whole = [shard.name for shard in self.shards] == names
         if self.complete and not (is_whole and len(names) == self.job.shards):
             raise ValueError("it lists other shards than the job has")
+        if self.format == FORMAT and not all(shard.digest for shard in self.shards):
+            raise ValueError("a shard has no digest")
         return self
 
     def count(self) -> None:

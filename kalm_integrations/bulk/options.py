@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
+
+from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.readers.json_columns import is_unicode
 
 OnError = Literal["fail", "skip", "null"]
 SHARD_ROWS: Final = 8192
@@ -43,3 +46,14 @@ class Options:
     dollars_per_second: float | None = None
     max_dollars: float | None = None
     max_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_error not in get_args(OnError) or self.shard_rows < 1:
+            raise ConfigurationError(
+                f"on_error={self.on_error!r}, shard_rows={self.shard_rows}: on_error is one of "
+                f"{', '.join(get_args(OnError))}, and a shard has one row at least."
+            )
+        for name in ("text_column", "id_column", "vector_column"):
+            column = getattr(self, name)
+            if column == "" or not is_unicode(column or "none"):
+                raise ConfigurationError(f"{name}={column!r} is no column's name.")

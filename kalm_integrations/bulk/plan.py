@@ -272,9 +272,9 @@ def _check_columns(plan: Plan) -> None:
             f"the input has a column {options.vector_column!r} already: --vector-column NAME puts "
             "the vectors into another one, --replace-vector drops the input's."
         )
-    if plan.truncate == "end" and TRUNCATED in plan.columns:
+    if plan.truncate == "end" and TRUNCATED in (*plan.columns, options.vector_column):
         raise ConfigurationError(
-            f"the input has a column {TRUNCATED!r}, which is the column for cut texts: rename it."
+            f"column {TRUNCATED!r} is for cut texts: rename the input's, or the one for vectors."
         )
     if taken := [name for name in names if name.startswith(_OURS)]:
         raise ConfigurationError(f"column {taken[0]!r}: names with {_OURS!r} are reserved.")

@@ -77,7 +77,7 @@ def _rows(folder: Path, manifest: Manifest, shard: Shard) -> Rows:
         written = json.loads(table.schema.metadata[METADATA])
         vector = table.column(job.vector_column).combine_chunks()
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}.") from error
+        raise ConfigurationError(f"{path}: {error.strerror or error}.") from error
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}.") from error
     if written != job.identity or len(table) != shard.rows:

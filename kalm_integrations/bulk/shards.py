@@ -33,13 +33,7 @@ _ARROW: Final = {"float16": pa.float16(), "float32": pa.float32()}
 
 
 class ShardBuilder:
-    """Collects the vectors of a part, and writes the shard.
-
-    Args:
-        part: The rows.
-        job: What the shard belongs to.
-        width: Dimensions of the vectors.
-    """
+    """Collects the vectors of a part of a job, and writes the shard."""
 
     def __init__(self, part: Part, job: Job, width: int) -> None:
         self.part, self.job = part, job
@@ -89,10 +83,7 @@ class ShardBuilder:
             )
 
     def write(self, folder: Path) -> Shard:
-        """Write the shard, and its rejected rows.
-
-        Args:
-            folder: Of the job.
+        """Write the shard into the job's folder, and its rejected rows.
 
         Raises:
             OSError: The disk is full, for instance. Nothing half-written stays.
@@ -170,13 +161,8 @@ def rejected_rows(folder: Path, shards: list[Shard]) -> dict[int, str]:
 
 
 def gather_rejected(folder: Path, shards: list[Shard], *, keep: bool = False) -> None:
-    """Put all rejected rows into one file, at the end of a job; no file where there are none.
-
-    Args:
-        folder: Of the job.
-        shards: All of them.
-        keep: Keep the shards' own files.
-    """
+    """Put all rejected rows into one file, at the end of a job; no file where there are none. The
+    shards' own files are removed, unless they are to be kept."""
     some = [shard for shard in shards if shard.rejected]
     if some:
         tables = [_read_rejected(folder, shard) for shard in some]

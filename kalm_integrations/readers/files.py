@@ -86,6 +86,8 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
     Raises:
         ConfigurationError: There are none, or of several formats, or of an unknown one.
     """
+    if not pattern:
+        raise ConfigurationError("INPUT is empty: name the corpus to embed.")
     remote = re.match(r"\w[\w+.-]+://", pattern)
     filesystem, root, paths = _remote(pattern) if remote else (None, *_local(pattern, exclude))
     if not paths:

@@ -25,13 +25,10 @@ _COMMIT_EVERY: Final = 64  # parts
 def prepare(
     request: Mapping[str, Any], *, volume: Path, mounted: Path, commit: Callable[[], None]
 ) -> dict[str, Any]:
-    """Split the input, unless that is done, and send what is not finished.
+    """Split the mounted input, unless that is done, and send what is not finished.
 
-    Args:
-        request: From `RemoteInput.prepare` in `kalm_integrations.bulk.on_modal.remote`.
-        volume: Where the jobs' Volume is mounted.
-        mounted: Where the input is.
-        commit: Of the jobs' Volume.
+    `request` comes from `RemoteInput.prepare` in `kalm_integrations.bulk.on_modal.remote`; `volume`
+    and `commit` are the jobs' own.
 
     Returns:
         Nothing, or {"error": fields}: an exception would be logged and tried again.

@@ -61,15 +61,8 @@ VOLUME_SECONDS = 600.0
 
 
 class Worker:
-    """Takes shards, several at a time.
-
-    Args:
-        volume: Of the jobs.
-        root: Where it is mounted.
-        service: With the engine.
-        container: This one.
-        give_way: Has another container take the inputs from now on.
-    """
+    """Takes shards of the jobs in a Volume, several at a time; `give_way` has another container
+    take the inputs from now on."""
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bulk_corpora import table_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedTransport, vectors_of
@@ -25,10 +26,6 @@ from kalm_integrations.bulk.local import Progress
 from kalm_integrations.errors import BadRowsError, ConfigurationError, KalmError
 
 Over = Callable[..., KalmClient]
-
-
-def table_of(folder: Path) -> pa.Table:
-    return pq.read_table(folder / "shards")
 
 
 # --- Arrow types

@@ -138,11 +138,7 @@ class Store(Protocol):
         ...
 
     def read(self, path: str) -> bytes:
-        """A file's content.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
+        """A file's content, or `FileNotFoundError`."""
         ...
 
     def write(self, files: Mapping[str, bytes | Path]) -> None:
