@@ -56,4 +56,6 @@ class Options:
         for name in ("text_column", "id_column", "vector_column"):
             column = getattr(self, name)
             if column == "" or not is_unicode(column or "none"):
-                raise ConfigurationError(f"{name}={column!r} is no column's name.")
+                raise ConfigurationError(
+                    f"{name}={column!r} is no column's name: name one in UTF-8, or leave it out."
+                )

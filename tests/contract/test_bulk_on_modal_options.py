@@ -40,6 +40,7 @@ IDENTITY = KalmClient(backend="local").vector_identity.to_dict()
         ("in.jsonl --output o --on modal --backend local", "does not go with --backend local"),
         ("in.jsonl --output o --on modal --gpu H100", "--gpu goes with --dry-run"),
         ("in.jsonl --on modal", "--output is missing"),
+        ("in.jsonl --output=", "--output is missing"),
         ("in.jsonl --on modal --output o --bucket-secret s", "--bucket-secret is for s3://"),
         ("modal://v/x --on modal --dry-run", "--dry-run does not go with modal://v/x"),
         ("in.jsonl --on modal --dry-run --detach", "--dry-run does not go with --detach"),
