@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from bulk_corpora import SMALL, texts
+from bulk_corpora import SMALL
+from bulk_corpora import texts as corpus
 from scripted import ScriptedTransport, vectors_of
 
 from kalm_integrations import KalmClient, cli
@@ -43,7 +44,7 @@ def has_right_vectors(folder: Path, texts: list[str]) -> bool:
 
 
 def finished(tmp_path: Path, over: Over) -> tuple[Path, Path]:
-    source = texts(tmp_path / "in.jsonl", *(f"text {n}" for n in range(10)))
+    source = corpus(tmp_path / "in.jsonl", *(f"text {n}" for n in range(10)))
     embed_corpus(source, tmp_path / "out", over(ScriptedTransport()), SMALL)
     return source, tmp_path / "out"
 
@@ -145,7 +146,7 @@ def test_other_files_in_the_folder_do_no_harm(tmp_path: Path, over: Over) -> Non
 
 
 def test_nothing_is_paid_twice_after_a_failure_in_the_writer(tmp_path: Path, over: Over) -> None:
-    source = texts(tmp_path / "in.jsonl", *(f"text {n}" for n in range(10)))
+    source = corpus(tmp_path / "in.jsonl", *(f"text {n}" for n in range(10)))
     blocked = tmp_path / "out/shards/.part-000000.parquet.tmp"
     (blocked / "in the way").mkdir(parents=True)
     first = ScriptedTransport()
@@ -170,7 +171,7 @@ def test_texts_that_make_the_service_fail_are_isolated(
         if any("poison" in text for text in request.texts):
             raise kind("the engine choked.")
 
-    source = texts(tmp_path / "in.jsonl", *texts)
+    source = corpus(tmp_path / "in.jsonl", *texts)
     client = over(ScriptedTransport(refuse=refuse), max_retries=0, batch_size=8)
     options = Options(shard_rows=16, on_error="skip")
     manifest = embed_corpus(source, tmp_path / "out", client, options)
@@ -186,7 +187,7 @@ def test_a_service_that_fails_for_every_text_rejects_none(tmp_path: Path, over: 
     def refuse(request: EmbedRequest) -> None:
         raise TransportError("the engine is gone.")
 
-    source = texts(tmp_path / "in.jsonl", *(f"text {n}" for n in range(10)))
+    source = corpus(tmp_path / "in.jsonl", *(f"text {n}" for n in range(10)))
     transport = ScriptedTransport(refuse=refuse)
     client = over(transport, max_concurrency=1)
     with pytest.raises(TransportError, match="the engine is gone"):
@@ -202,12 +203,12 @@ def test_only_new_texts_are_embedded_where_an_earlier_output_is_reused(
 ) -> None:
     old = [f"text {n % 80}" for n in range(100)]
     embed_corpus(
-        texts(tmp_path / "a.jsonl", *old), tmp_path / "a", over(ScriptedTransport()), SMALL
+        corpus(tmp_path / "a.jsonl", *old), tmp_path / "a", over(ScriptedTransport()), SMALL
     )
     new = ["changed", *old[1:40], "new", *old[60:], "new", "changed"]
     transport = ScriptedTransport()
     manifest = embed_corpus(
-        texts(tmp_path / "b.jsonl", *new),
+        corpus(tmp_path / "b.jsonl", *new),
         tmp_path / "b",
         over(transport),
         Options(shard_rows=7, reuse=(str(tmp_path / "a"),)),
@@ -224,7 +225,7 @@ def test_reuse_takes_no_null_vector_and_no_other_space(tmp_path: Path, over: Ove
             raise InvalidInputError.of(bad)
 
     texts = ["a", "odd", "b"]
-    source = texts(tmp_path / "in.jsonl", *texts)
+    source = corpus(tmp_path / "in.jsonl", *texts)
     client = over(ScriptedTransport(refuse=refuse))
     embed_corpus(source, tmp_path / "a", client, Options(on_error="null"))
     reuse = Options(reuse=(str(tmp_path / "a"),), shard_rows=2)
@@ -261,7 +262,7 @@ def test_a_limit_stops_at_a_finished_shard_and_a_higher_one_goes_on(
     tmp_path: Path, over: Over, limit: dict[str, float]
 ) -> None:
     texts = [f"text {n}" for n in range(20)]
-    source, out = texts(tmp_path / "in.jsonl", *texts), tmp_path / "out"
+    source, out = corpus(tmp_path / "in.jsonl", *texts), tmp_path / "out"
     stopped = embed_corpus(source, out, over(ScriptedTransport()), Options(shard_rows=4, **limit))
     assert not stopped.complete
     assert len(stopped.shards) == 1
@@ -279,7 +280,7 @@ def test_a_limit_stops_at_a_finished_shard_and_a_higher_one_goes_on(
 def test_the_command_says_how_to_go_on_after_a_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = texts(tmp_path / "in.jsonl", *(f"text {n}" for n in range(20)))
+    source = corpus(tmp_path / "in.jsonl", *(f"text {n}" for n in range(20)))
     command = ["embed", str(source), "--output", str(tmp_path / "out"), "--backend", "local"]
     command += ["--shard-rows", "4", "--max-hours", "1e-9", "--json"]
     assert cli.main(command) == 3
@@ -290,7 +291,7 @@ def test_the_command_says_how_to_go_on_after_a_limit(
 
 
 def test_a_limit_in_dollars_needs_a_price(tmp_path: Path, over: Over) -> None:
-    source = texts(tmp_path / "in.jsonl", "a")
+    source = corpus(tmp_path / "in.jsonl", "a")
     with pytest.raises(ConfigurationError, match="--gpu"):
         embed_corpus(source, tmp_path / "out", over(ScriptedTransport()), Options(max_dollars=1.0))
 
@@ -305,7 +306,7 @@ def test_rows_that_were_cut_are_marked_and_counted(tmp_path: Path, over: Over) -
             raise InputTooLongError.of([InvalidText(n, "is too long: 9,000 tokens") for n in long])
 
     texts = ["a", "long 1", "b", "long 1", "c", "x" * 300_000, "long 1"]
-    source = texts(tmp_path / "in.jsonl", *texts)
+    source = corpus(tmp_path / "in.jsonl", *texts)
     transport = ScriptedTransport(refuse=refuse)
     client = over(transport, truncate="end")
     manifest = embed_corpus(source, tmp_path / "out", client, SMALL)
@@ -316,14 +317,14 @@ def test_rows_that_were_cut_are_marked_and_counted(tmp_path: Path, over: Over) -
         source, tmp_path / "again", client, Options(reuse=(str(tmp_path / "out"),))
     )
     assert reused.truncated == 4
-    embed_corpus(texts(tmp_path / "b.jsonl", "a"), tmp_path / "b", over(ScriptedTransport()))
+    embed_corpus(corpus(tmp_path / "b.jsonl", "a"), tmp_path / "b", over(ScriptedTransport()))
     assert "truncated" not in pq.read_table(tmp_path / "b/shards").column_names
 
 
 def test_the_embedded_engine_s_cut_texts_are_marked(tmp_path: Path) -> None:
     texts = ["short", "many words " * 20_000]
     with KalmClient(backend="local", truncate="end") as client:
-        manifest = embed_corpus(texts(tmp_path / "in.jsonl", *texts), tmp_path / "out", client)
+        manifest = embed_corpus(corpus(tmp_path / "in.jsonl", *texts), tmp_path / "out", client)
     assert pq.read_table(tmp_path / "out/shards")["truncated"].to_pylist() == [False, True]
     assert manifest.truncated == 1
     assert Manifest.read(tmp_path / "out") == manifest
@@ -338,7 +339,7 @@ def test_a_dry_run_needs_no_service(
     for name in ("KALM_BACKEND", "KALM_BASE_URL", "MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    source = texts(tmp_path / "in.jsonl", "a", "a", "")
+    source = corpus(tmp_path / "in.jsonl", "a", "a", "")
     assert cli.main(["embed", str(source), "--dry-run", "--gpu", "H100", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["rows"], printed["texts"], printed["copies"], printed["bad_rows"]) == (
@@ -371,6 +372,6 @@ def test_json_is_one_document_in_every_case(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KALM_BACKEND", "local")
-    texts(tmp_path / "in.jsonl", "a")
+    corpus(tmp_path / "in.jsonl", "a")
     assert cli.main(["embed", *arguments, "--json"]) == status
     assert json.loads(capsys.readouterr().out).keys() >= ({"error"} if status else {"rows"})
