@@ -68,6 +68,8 @@ class Sender:
         self._slots = asyncio.Semaphore(config.max_concurrency)
         self.backlog = asyncio.Semaphore(config.max_concurrency + 4)
         """Batches that are sent or not yet taken: results that wait would fill the memory."""
+        self.stopped = False
+        """Whether nothing more is sent; what is under way is still answered, and taken."""
 
     def batches(self, texts: list[tuple[int, str]]) -> list[Batch]:
         """The requests for the texts of a part; always the same for the same texts."""
@@ -80,6 +82,8 @@ class Sender:
             KalmError: The service fails for any text.
         """
         async with self._slots:
+            if self.stopped:
+                return []
             whole = await self._isolated(self._send, batch)
             results = [Result(whole)]
             if self._send_cut is not None and whole.rejected:

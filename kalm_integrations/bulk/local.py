@@ -74,6 +74,7 @@ class LocalExecutor:
     progress: Progress
     _open: deque[_OpenShard] = field(default_factory=deque)
     _writing: int = 0
+    _failure: BaseException | None = None
     _write_failed: bool = False
     _events: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
 
@@ -105,15 +106,19 @@ class LocalExecutor:
 
     def _run(self) -> None:
         for part in self.plan.parts(len(self.manifest.shards)):
-            while len(self._open) + self._writing >= self._most_open():
+            while self._failure is None and len(self._open) + self._writing >= self._most_open():
                 self._events.get()()
-            if self._over_limit(part):
+            if self._failure is not None or self._over_limit(part):
                 break
             self._start(part)
             while not self._events.empty():
                 self._events.get()()
-        while self._open or self._writing:
+        while self._failure is None and (self._open or self._writing):
             self._events.get()()
+        if self._failure is not None:  # what was sent is paid: it is kept
+            while any(shard.work is not None for shard in self._open):
+                self._events.get()()
+            raise self._failure
         if len(self.manifest.shards) == self.manifest.job.shards:
             self._recurring.close()
             shutil.rmtree(self.folder / KEPT, ignore_errors=True)
@@ -200,6 +205,8 @@ class LocalExecutor:
 
     def _embedded(self, shard: _OpenShard, done: Future[None]) -> None:
         shard.work = None  # it refers to the shard, whose memory a cycle would keep
+        if self._failure is not None:
+            return
         done.result()
         shard.builder.check()
         shard.embedded = True
@@ -243,7 +250,7 @@ class LocalExecutor:
         self._events.put(self._written)
 
     def _failed(self, error: BaseException) -> None:
-        raise error
+        self._failure, self._sender.stopped = error, True
 
     def _written(self) -> None:
         self._writing -= 1
