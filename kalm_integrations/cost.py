@@ -138,23 +138,25 @@ def report(
 
 
 def count_tokens(path: Path, text_column: str | None) -> int:
-    """Estimated tokens of a corpus that `kalm embed` reads; identical texts count once.
+    """Estimated tokens of a corpus that `kalm embed` reads; identical texts count once, and rows
+    that cannot be embedded do not.
 
     Raises:
-        ConfigurationError: It cannot be read, or has no text.
+        ConfigurationError: It cannot be read, or no text can be embedded.
         ImportError: The extra "bulk" is not installed.
     """
     from kalm_integrations.batching import estimate_tokens
     from kalm_integrations.readers import rows
+    from kalm_integrations.validation import why_invalid
 
     seen, tokens = set[bytes](), 0
     for row in rows(str(path), text_column):
-        if not isinstance(row.text, str):
-            raise ConfigurationError(f"--corpus: {row.place} is not a text.")
-        data = row.text.encode(errors="surrogatepass")
+        if why_invalid(row.text, "end") is not None:
+            continue
+        data = row.text.encode()
         if (digest := xxhash.xxh3_128_digest(data)) not in seen:
             seen.add(digest)
             tokens += estimate_tokens(len(data))
     if not tokens:
-        raise ConfigurationError(f"--corpus: {path} has no text.")
+        raise ConfigurationError(f"--corpus: {path} has no text that can be embedded.")
     return tokens

@@ -87,6 +87,8 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
     Raises:
         ConfigurationError: There are none, or of several formats, or of an unknown one.
     """
+    if not pattern:
+        raise ConfigurationError("INPUT is empty: name the corpus to embed.")
     remote = re.match(r"\w[\w+.-]+://", pattern)
     filesystem, root, paths = _remote(pattern) if remote else (None, *_local(pattern, exclude))
     if not paths:
@@ -114,6 +116,10 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
         InputFile(path, _shown(name), part.replace(os.sep, "/"), filesystem)
         for path, name, part in zip(paths, names, below, strict=True)
     ]
+    if len({file.name for file in files}) < len(files):
+        raise ConfigurationError(
+            f"{_shown(pattern)} has files whose names are the same as text: rename one."
+        )
     return files, str(kinds[suffix_of(paths[0])])
 
 
@@ -132,8 +138,8 @@ def partitions(files: list[InputFile]) -> dict[str, tuple[pa.DataType, dict[str,
         for part in PurePosixPath(file.relative).parts[:-1]:
             name, equals, value = part.partition("=")
             if equals and name:
-                text = None if value == _NULL_PARTITION else _shown(unquote(value))
-                found.setdefault(_shown(unquote(name)), {})[file.name] = text
+                name, value = (_unquoted(each, file) for each in (name, value))
+                found.setdefault(name, {})[file.name] = None if value == _NULL_PARTITION else value
     typed: dict[str, tuple[pa.DataType, dict[str, Any]]] = {}
     for name, values in found.items():
         known = [value for value in values.values() if value is not None]
@@ -142,6 +148,13 @@ def partitions(files: list[InputFile]) -> dict[str, tuple[pa.DataType, dict[str,
         kind = pa.int64() if whole else pa.string()
         typed[name] = kind, {f: None if v is None else convert(v) for f, v in values.items()}
     return typed
+
+
+def _unquoted(text: str, file: InputFile) -> str:
+    try:
+        return unquote(os.fsencode(text).decode(), errors="strict")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{file}: {_shown(text)!r} is not UTF-8: rename it.") from None
 
 
 def _local(pattern: str, exclude: Path | None) -> tuple[str | None, list[str]]:
