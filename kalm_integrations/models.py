@@ -108,7 +108,15 @@ PROFILES: Final = (EMBEDDED, KALM, KALM_MINI)
 NAMED_SPACES: Final = {"kalm-bf16": KALM.space, "kalm-fp8": KALM_FP8.space}
 """Names that `expected_identity` accepts."""
 
+NAMED_PROFILES: Final = {"kalm": KALM, "kalm-mini": KALM_MINI}
+"""Short names that `profile` accepts."""
+
 _KNOWN: Final = {profile.space.model: profile for profile in PROFILES}
+
+
+def is_known(model: str) -> bool:
+    """Whether `model` is the name of a model with a profile."""
+    return model in _KNOWN
 
 
 def profile_of(model: str) -> ModelProfile:

@@ -20,6 +20,7 @@ import numpy as np
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
+    ConnectionFailedError,
     DeadlineExceededError,
     InvalidInputError,
     InvalidResponseError,
@@ -132,22 +133,25 @@ class Session:
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]], state: _RequestState) -> T:
         """The result of `attempt`, retried as `RetryPolicy` decides."""
-        retries = 0
+        retries = outage_retries = 0
         while True:
+            began = time.monotonic()
             try:
                 result = await attempt()
             except KalmError as error:
                 state.last_failure = error
-                delay = self._retries.delay(retries, error, state.deadline - time.monotonic())
+                time_left = state.deadline - time.monotonic()
+                delay = self._retries.delay(retries - outage_retries, error, time_left)
                 if delay is None:
                     error.retries = retries
                     raise
                 retries += 1
-                log.warning("retry %d in %.1f s: %s", retries, delay, error)
+                outage_retries += isinstance(error, ConnectionFailedError) and error.unreached
+                log.debug("retry %d in %.1f s: %s", retries, delay, error)
             except Exception as error:
                 raise TransportError(f"{type(error).__name__}: {error}.") from error
             else:
-                self._retries.succeeded()
+                self._retries.succeeded(began)
                 state.last_failure = None  # what follows is another half of the batch
                 return result
             await asyncio.sleep(delay)
