@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SecretStr,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -117,7 +118,7 @@ class ClientConfig(EnvironmentSettings):
     api_key: Secret = None
     modal_key: Secret = None
     modal_secret: Secret = None
-    transport: Annotated[Transport | None, Field(exclude=True)] = None
+    transport: Annotated[Transport | None, Field(exclude=True), WithJsonSchema({})] = None
     model: str | None = None
     profile: Annotated[str | None, AfterValidator(_known_profile)] = None
     dimensions: int | None = None
@@ -133,7 +134,9 @@ class ClientConfig(EnvironmentSettings):
     vector_dtype: VectorDtype = "float16"
     show_progress: bool = False
     expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
-    on_usage: Annotated[Callable[[Usage], object] | None, Field(exclude=True)] = None
+    on_usage: Annotated[
+        Callable[[Usage], object] | None, Field(exclude=True), WithJsonSchema({})
+    ] = None
     _resolved_backend: ResolvedBackend = PrivateAttr()
 
     def __init__(self, **options: Unpack[ClientOptions]) -> None:
@@ -227,6 +230,12 @@ class ClientConfig(EnvironmentSettings):
     def model_profile(self) -> ModelProfile:
         """What this client declares of the model behind its backend."""
         return profile_of(self.profile or self.served_model)
+
+    @property
+    def lacks_instruction(self) -> bool:
+        """Whether queries get no instruction because the model is unknown, and nobody chose so."""
+        unknown = not is_known(self.profile or self.served_model)
+        return unknown and self.query_instruction is None
 
     @property
     def expected_space(self) -> SpaceIdentity:

@@ -109,7 +109,7 @@ class Shard(Record):
         reused: Rows whose vectors are another job's.
         bytes: Of its file.
         digest: Of its file; empty in a manifest of the first format.
-        tokens: That were embedded.
+        tokens: That were embedded, if the service reports them.
         requests: That were sent.
     """
 

@@ -62,7 +62,10 @@ class HttpPool:
         self.base_url = base_url
         self._config = config
         self._request_ids = (f"{prefix}{number:016x}" for number in itertools.count())
-        self._proxy = proxy_of(base_url)  # redirects stay on this server
+        self._proxy = proxy = proxy_of(base_url)  # redirects stay on this server
+        self._http_proxy = None if proxy is None or proxy.is_socks else proxy.url
+        self._proxy_headers: dict[str, str] = {}
+        """Of the request to open a tunnel."""
         self._failures: tuple[type[Exception], ...] = (
             aiohttp.ClientError,
             ConnectionError,
@@ -72,8 +75,13 @@ class HttpPool:
         self._headers = _credentials(config)
         self.secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         """Redacted in error messages."""
-        if self._proxy is not None:
-            self.secrets.append(self._proxy.password)
+        if proxy is not None and proxy.user:
+            header = {"Proxy-Authorization": _Secret(proxy.authorization)}
+            self.secrets += [proxy.password, proxy.authorization.removeprefix("Basic ")]
+            if self._http_proxy is not None and base_url.scheme == "https":
+                self._proxy_headers = header
+            elif self._http_proxy is not None:
+                self._headers |= header
         self._session: aiohttp.ClientSession | None = None
         self._distrusted: aiohttp.ClientSession | None = None
         """The session whose connections got a response to another request."""
@@ -107,7 +115,6 @@ class HttpPool:
         request_id = next(self._request_ids)
         ids = {REQUEST_ID_HEADER: request_id, ECHO_HEADER: request_id}
         headers = {**self._headers, **headers, **ids}
-        proxy, authorization = self._http_proxy()
         try:
             for _ in range(_MAX_REDIRECTS):
                 async with self._open_session().request(
@@ -116,8 +123,8 @@ class HttpPool:
                     data=body,
                     headers=headers,
                     allow_redirects=False,
-                    proxy=proxy,
-                    proxy_auth=authorization,
+                    proxy=self._http_proxy,
+                    proxy_headers=self._proxy_headers,
                 ) as response:
                     if response.status in (301, 302, 303, 307, 308):
                         method, body, url = self._redirect(response, method, body, url)
@@ -201,15 +208,6 @@ class HttpPool:
                 trust_env=False,  # it would also send passwords of ~/.netrc
             )
         return self._session
-
-    def _http_proxy(self) -> tuple[URL | None, aiohttp.BasicAuth | None]:
-        """The proxy that aiohttp itself uses, with its credentials."""
-        proxy = self._proxy
-        if proxy is None or proxy.is_socks:
-            return None, None
-        if not proxy.user:
-            return proxy.url, None
-        return proxy.url, aiohttp.BasicAuth(proxy.user, _Secret(proxy.password), encoding="utf-8")
 
     def _new_connector(self, *, single_use: bool) -> aiohttp.BaseConnector:
         options: dict[str, Any] = {

@@ -30,7 +30,8 @@ from kalm_integrations.transports.redaction import redact, shorten
 if TYPE_CHECKING:
     from kalm_integrations.config import ClientConfig
 
-_SHORT_TEXT: Final = "text"
+SHORT_TEXT: Final = "text"
+"""The text of the request that finds out."""
 _TRUNCATION: Final[Mapping[str, Any]] = {
     # vLLM: to the model's length; the side is "left" by default in old versions.
     "truncate_prompt_tokens": -1,
@@ -156,7 +157,7 @@ class OpenAIServer:
     async def _accepted(self, form: RequestForm) -> tuple[RequestForm, EmbedResponse | None]:
         """`form`, or what is left of it, and the response to it; None if the server is ours."""
         while True:
-            reply = await self._send([_SHORT_TEXT], form)
+            reply = await self._send([SHORT_TEXT], form)
             if IDENTITY_HEADER in reply.headers:
                 return form, None
             if reply.status == 200:

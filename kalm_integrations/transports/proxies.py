@@ -7,6 +7,7 @@ networks (10.0.0.0/8), each with or without a port or a scheme, or "*".
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import os
 import re
@@ -49,6 +50,11 @@ class Proxy:
     def place(self) -> str:
         """Where it is, for messages."""
         return f"{self.url.host}:{self.url.port}, the proxy of {self.source}"
+
+    @property
+    def authorization(self) -> str:
+        """The header for its user and password."""
+        return f"Basic {base64.b64encode(f'{self.user}:{self.password}'.encode()).decode()}"
 
     @classmethod
     def read(cls, value: str, source: str) -> Self:
