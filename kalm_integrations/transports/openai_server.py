@@ -7,6 +7,7 @@ refused is refused because of its texts. docs/servers.md lists the servers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
@@ -68,7 +69,7 @@ class RequestForm:
 
     def simpler(self, refusal: str) -> Self | None:
         """The form to try after a refusal; None if there is nothing left to leave out."""
-        named = [name for name in self.truncation if name in refusal]
+        named = [name for name in self.truncation if re.search(rf"\b{name}\b", refusal)]
         if named:
             return replace(self, truncation=_without(self.truncation, named))
         if self.encoding_format == "base64":
