@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -291,3 +292,18 @@ def _embedding(text: str, dimensions: int | None, as_text: bool) -> Any:
     assert dimensions in (None, DIMENSIONS)
     vector = vector_of(text, "<f4")
     return base64.b64encode(vector).decode() if as_text else vector.tolist()
+
+
+def main(port: int) -> None:
+    """Serve on `port` until killed."""
+    server = StockServer()
+
+    async def serve() -> None:
+        listening = await asyncio.start_server(server._serve, "127.0.0.1", port)
+        await listening.serve_forever()
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
