@@ -8,10 +8,14 @@ from http.client import HTTPException
 from typing import Final
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass, urlopen
+from urllib.request import urlopen
+
+from yarl import URL
 
 from kalm_integrations.doctor import service
 from kalm_integrations.doctor.base import KEYS, LIMIT, Check, DoctorContext, Result, fail, warn
+from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.transports.proxies import proxy_of
 
 MODAL: Final = ".modal.run"
 """Modal's domain; services below it may be asleep."""
@@ -52,14 +56,16 @@ def _keys(context: DoctorContext) -> Result:
 
 def _network(context: DoctorContext) -> Result:
     """Name, port and certificate; sends no request, so that no container starts."""
-    url = urlsplit(context.url)
-    tls, through = url.scheme == "https", ""
-    host, port = url.hostname or "", url.port or (443 if tls else 80)
-    if proxy := None if proxy_bypass(host) else getproxies().get(url.scheme):
-        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        host, port, tls = target.hostname or "", target.port or 80, False
-        through = f", the proxy of {url.scheme.upper()}_PROXY"
-    place = f"{host}:{port}{through}"
+    url = URL(context.url)
+    host, port, tls = url.host or "", url.port or 0, url.scheme == "https"
+    place = f"{host}:{port}"
+    try:
+        proxy = proxy_of(url)
+    except ConfigurationError as error:
+        return fail(error.message, "Correct or unset that variable, or add the host to NO_PROXY.")
+    if proxy is not None:
+        host, port, place = proxy.url.host or "", proxy.url.port or 0, proxy.place
+        tls = proxy.url.scheme == "https"
     try:
         with socket.create_connection((host, port), LIMIT) as connection:
             if not tls:

@@ -23,7 +23,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
 from kalm_integrations.transports.connection_errors import connection_error
 from kalm_integrations.transports.proxies import proxy_of, socks_connector
-from kalm_integrations.transports.redaction import redact, shorten
+from kalm_integrations.transports.redaction import Hidden, redact, shorten
 
 if TYPE_CHECKING:
     from kalm_integrations.config import ClientConfig
@@ -76,7 +76,7 @@ class HttpPool:
         self.secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         """Redacted in error messages."""
         if proxy is not None and proxy.user:
-            header = {"Proxy-Authorization": _Secret(proxy.authorization)}
+            header: dict[str, str] = {"Proxy-Authorization": Hidden(proxy.authorization)}
             self.secrets += [proxy.password, proxy.authorization.removeprefix("Basic ")]
             if self._http_proxy is not None and base_url.scheme == "https":
                 self._proxy_headers = header
@@ -224,15 +224,6 @@ class HttpPool:
         return connector
 
 
-class _Secret(str):
-    """The value of a header, hidden in tracebacks with local variables, aiohttp's included."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
 def _credentials(config: ClientConfig) -> dict[str, str]:
     headers = {}
     if config.api_key is not None:
@@ -240,7 +231,7 @@ def _credentials(config: ClientConfig) -> dict[str, str]:
     if config.modal_key is not None and config.modal_secret is not None:
         headers["Modal-Key"] = config.modal_key.get_secret_value()
         headers["Modal-Secret"] = config.modal_secret.get_secret_value()
-    return {name: _Secret(value) for name, value in headers.items()}
+    return {name: Hidden(value) for name, value in headers.items()}
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:

@@ -11,9 +11,9 @@ import base64
 import ipaddress
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -22,6 +22,7 @@ from yarl import URL
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.install_hints import install_command
+from kalm_integrations.transports.redaction import Hidden
 
 _PORTS: Final = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
 
@@ -56,31 +57,6 @@ class Proxy:
         """The header for its user and password."""
         return f"Basic {base64.b64encode(f'{self.user}:{self.password}'.encode()).decode()}"
 
-    @classmethod
-    def read(cls, value: str, source: str) -> Self:
-        """The proxy in `value`.
-
-        Raises:
-            ConfigurationError: It is none. The message names `source`; it never quotes `value`,
-                which may hold a password.
-        """
-        value = value.strip()
-        try:
-            # As urllib and curl read it: without a scheme, the proxy speaks HTTP.
-            parts = urlsplit(value if "://" in value else f"http://{value}")
-            scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
-            host.encode("idna")
-            usable = host != "" and host.isprintable() and " " not in host
-        except ValueError:  # a bad port, bracket or host name
-            usable = False
-        if not usable:
-            raise ConfigurationError(f"{source} is not like http://host:port.")
-        if scheme not in _PORTS:
-            known = ", ".join(_PORTS)
-            raise ConfigurationError(f"{source} names a {scheme} proxy; known are {known}.")
-        url = URL.build(scheme=scheme, host=host, port=port or _PORTS[scheme])
-        return cls(url, source, unquote(parts.username or ""), unquote(parts.password or ""))
-
 
 def proxy_of(url: URL) -> Proxy | None:
     """The proxy for `url`; None to connect directly.
@@ -88,14 +64,45 @@ def proxy_of(url: URL) -> Proxy | None:
     Raises:
         ConfigurationError: What the environment names is no proxy.
     """
-    proxies = getproxies()  # values of no_proxy are under "no"
-    value = proxies.get(url.scheme) or proxies.get("all") or ""
+    value, no_proxy = _settings(url.scheme)
     host = (url.host or "").rstrip(".")
-    if not value.strip() or bypassed(host, url.port, url.scheme, proxies.get("no", "")):
+    if not value or bypassed(host, url.port, url.scheme, no_proxy or ""):
         return None
-    if "no" not in proxies and proxy_bypass(host):  # the system's own exceptions
+    if no_proxy is None and proxy_bypass(host):  # the system's own exceptions
         return None
-    return Proxy.read(value, _source(url.scheme, value, os.environ))
+    source = _source(url.scheme, value)
+    proxy = _parse(value, source)
+    if proxy is None:
+        raise ConfigurationError(f"{source} is not like http://host:port.")
+    if proxy.url.scheme not in _PORTS:
+        known = ", ".join(_PORTS)
+        raise ConfigurationError(f"{source} names a {proxy.url.scheme} proxy, not one of {known}.")
+    return proxy
+
+
+def _settings(scheme: str) -> tuple[str, str | None]:
+    """The proxy for `scheme`, or "", and the value of no_proxy, if it is set."""
+    proxies = getproxies()
+    value = proxies.get(scheme) or proxies.get("all") or ""
+    return Hidden(value if value.strip() else ""), proxies.get("no")
+
+
+def _parse(value: str, source: str) -> Proxy | None:
+    """The proxy in `value`, of any scheme; None if it is none. Raises nothing that shows it."""
+    value = value.strip()
+    try:
+        # As urllib and curl read it: without a scheme, the proxy speaks HTTP.
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        scheme, host = parts.scheme.lower(), parts.hostname or ""
+        port = parts.port or _PORTS.get(scheme)
+        host.encode("idna")
+        if not (scheme and host and host.isprintable()) or " " in host:
+            return None
+        url = URL.build(scheme=scheme, host=host, port=port)
+    except ValueError:  # a bad port, bracket or host name
+        return None
+    user, password = unquote(parts.username or ""), Hidden(unquote(parts.password or ""))
+    return Proxy(url, source, user, password)
 
 
 def socks_connector(
@@ -174,10 +181,10 @@ def _network(entry: str) -> tuple[()] | ipaddress.IPv4Network | ipaddress.IPv6Ne
         return ()
 
 
-def _source(scheme: str, value: str, environment: Mapping[str, str]) -> str:
+def _source(scheme: str, value: str) -> str:
     """The variable that `value` is from."""
     names = (f"{scheme}_proxy", "all_proxy")
     for name in [form for each in names for form in (each, each.upper())]:
-        if environment.get(name) == value:
+        if os.environ.get(name) == value:
             return name
     return "the system's settings"

@@ -1,4 +1,4 @@
-"""What may be quoted of a response in a message: short, and without secrets."""
+"""What messages and tracebacks may show: short, and without secrets."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def redact(text: str, secrets: Sequence[str]) -> str:
 def shorten(text: str) -> str:
     """`text`, cut after 200 characters."""
     return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
+
+
+class Hidden(str):
+    """A string that tracebacks with local variables do not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
