@@ -13,16 +13,18 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 from yarl import URL
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.install_hints import install_command
 from kalm_integrations.transports.redaction import Hidden
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _PORTS: Final = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
 
