@@ -25,8 +25,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-fast coverage mutation test-vllm notebooks image-lock bench-client clean
-.PHONY: help quickstart test test-vllm notebooks image-lock bench-client bench-real-weights clean
+.PHONY: help quickstart test test-fast coverage mutation test-vllm notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:

@@ -14,6 +14,7 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
+import sys
 from typing import Never, Self, Unpack
 
 from kalm_integrations.adapter import ClientAdapter, SharedClient, adapter_defaults, client_of
@@ -73,7 +74,8 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this
         # it would wrap this class (sequential batches of 10), ask for an unrelated package, or
         # fail an assertion without a message, depending on the installed packages.
-        if isinstance(other, str) and other == "default":
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(other, str) and caller.startswith("llama_index."):
             raise TypeError(
                 "this is the LangChain class; LlamaIndex takes the other one: "
                 "`from kalm_integrations.llama_index import KalmModalEmbeddings`, with the same "

@@ -118,7 +118,15 @@ NAMED_SPACES: Final = {
 }
 """Names that `expected_identity` accepts."""
 
+NAMED_PROFILES: Final = {"kalm": KALM, "kalm-mini": KALM_MINI}
+"""Short names that `profile` accepts."""
+
 _KNOWN: Final = {profile.space.model: profile for profile in PROFILES}
+
+
+def is_known(model: str) -> bool:
+    """Whether `model` is the name of a model with a profile."""
+    return model in _KNOWN
 
 
 def profile_of(model: str) -> ModelProfile:

@@ -56,6 +56,11 @@ class ClientOptions(TypedDict, total=False):
     """Name of the model. None is the embedded engine's with backend="local", else KaLM. Default:
     None."""
 
+    profile: str | None
+    """The known model that `model` names, where a server has it under another name: "kalm",
+    "kalm-mini", or a full name. It decides the query instruction, the dimensions and the identity
+    that is declared. Default: None."""
+
     dimensions: int | None
     """Dimensions of the vectors; None is the model's native number. Default: None."""
 

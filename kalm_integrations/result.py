@@ -24,13 +24,15 @@ R = TypeVar("R")
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens and requests of a call. `tokens` are the model's own, instructions included; identical
-    texts are counted once, because they are embedded once."""
+    texts are counted once, because they are embedded once. None: a server did not report them."""
 
-    tokens: int = 0
+    tokens: int | None = 0
     requests: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.tokens + other.tokens, self.requests + other.requests)
+        unknown = self.tokens is None or other.tokens is None
+        tokens = None if unknown else (self.tokens or 0) + (other.tokens or 0)
+        return Usage(tokens, self.requests + other.requests)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ import numpy as np
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
+    ConnectionFailedError,
     DeadlineExceededError,
     InvalidInputError,
     InvalidResponseError,
@@ -60,11 +61,12 @@ class CallSettings:
 
 @dataclass(slots=True)
 class _RequestState:
-    """When a request must be complete (`time.monotonic`), how often it was retried, and what its
-    last attempt failed with."""
+    """When a request must be complete (`time.monotonic`), how often it was retried, how often of
+    these because the service could not be reached, and what its last attempt failed with."""
 
     deadline: float
     retries: int = 0
+    outage_retries: int = 0
     last_failure: KalmError | None = None
 
 
@@ -135,8 +137,9 @@ class Session:
 
     async def _embed(self, batch: Batch, role: Role, state: _RequestState) -> EmbeddedBatch:
         """Send one request, again as `RetryPolicy` decides, and check the response."""
-        state.retries = 0
+        state.retries = state.outage_retries = 0
         while True:
+            began = time.monotonic()
             request = EmbedRequest(
                 texts=batch.texts,
                 role=role,
@@ -154,7 +157,7 @@ class Session:
                     raise InvalidInputError.of([alone]) from error
                 await self._before_retry(error, state)
             else:
-                self._retries.succeeded()
+                self._retries.succeeded(began)
                 state.last_failure = None  # what follows is another half of the batch
                 return batch.scatter(response.vectors, response.usage)
 
@@ -163,12 +166,14 @@ class Session:
         if not isinstance(error, KalmError):
             raise TransportError(f"{type(error).__name__}: {error}.") from error
         state.last_failure = error
-        delay = self._retries.delay(state.retries, error, state.deadline - time.monotonic())
+        time_left = state.deadline - time.monotonic()
+        delay = self._retries.delay(state.retries - state.outage_retries, error, time_left)
         if delay is None:
             error.retries = state.retries
             raise error
         state.retries += 1
-        log.warning("retry %d in %.1f s: %s", state.retries, delay, error)
+        state.outage_retries += isinstance(error, ConnectionFailedError) and error.unreached
+        log.debug("retry %d in %.1f s: %s", state.retries, delay, error)
         await asyncio.sleep(delay)
 
     @asynccontextmanager

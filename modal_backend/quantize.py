@@ -282,7 +282,8 @@ def _copy_others(source: Path, folder: Path) -> None:
 def _index(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     from safetensors import safe_open
 
-    places, size = {}, 0
+    places: dict[str, str] = {}
+    size = 0
     for name in sorted(names):
         size += (folder / name).stat().st_size
         with safe_open(folder / name, framework="pt") as opened:

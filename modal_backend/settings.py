@@ -23,7 +23,7 @@ from kalm_integrations.models import (
 )
 from modal_backend import gpus
 from modal_backend.engines.registry import ENGINES, EngineType
-from modal_backend.gpus import Quantization
+from modal_backend.engines.vllm.config import Quantization
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
@@ -198,7 +198,7 @@ class DeploySettings(EnvironmentSettings):
         advice = f"--gpu {name}{default} {problem}. Use --gpu {', '.join(others)} or {last}"
         if gpus.lacks_fp8(name, kind):
             raise ValueError(f"{advice}, or drop --quantization fp8")
-        smaller = [each for each in QUANTIZATIONS if not self._gpu_problem(name, each)]
+        smaller = [each for each in gpus.QUANTIZATIONS if not self._gpu_problem(name, each)]
         if smaller:
             advice += f", or --quantization {' or '.join(smaller)}, which is another vector space"
         raise ValueError(advice)

@@ -190,7 +190,7 @@ class LocalExecutor:
             rows = batch.indices
             cut = builder.truncated[rows]
             shard.kept.put(rows, builder.part.keys[rows], batch.packed, cut)
-            self.progress.embedded(len(batch), batch.usage.tokens, len(batch.rejected))
+            self.progress.embedded(len(batch), batch.usage.tokens or 0, len(batch.rejected))
 
     def _known(self, shard: _OpenShard, batch: Batch) -> list[Result] | None:
         """A batch that an earlier run has kept whole."""

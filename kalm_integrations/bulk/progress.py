@@ -187,7 +187,8 @@ def outcome(
         return json.dumps(content, indent=2)
     lines = [
         f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}, "
-        f"{counted(manifest.tokens, 'token')}, {duration(manifest.seconds)}"
+        f"{counted(manifest.tokens, 'token') if manifest.tokens else 'unknown tokens'}, "
+        f"{duration(manifest.seconds)}"
         + ("" if manifest.dollars is None else f", ${manifest.dollars:,.2f}")
         + f": {folder / shards.FOLDER}"
     ]

@@ -63,7 +63,7 @@ class ShardBuilder:
             batch = result.batch
             batch.write_into(self.vectors)
             self.reasons.update({bad.index: bad.reason for bad in batch.rejected})
-            self.tokens += batch.usage.tokens
+            self.tokens += batch.usage.tokens or 0
             self.requests += batch.usage.requests
             if self.job.truncate == "end":
                 for row in batch.indices.tolist():

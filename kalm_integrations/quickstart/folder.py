@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.input_files import DOCUMENTS, LINES
 from kalm_integrations.quickstart.corpus import Corpus, Question, Text
+from kalm_integrations.readers.files import DOCUMENTS, LINES
 
 MOST_CHUNKS: Final = 20_000
 """Qdrant in memory is not made for more, and they take the embedded engine many minutes."""

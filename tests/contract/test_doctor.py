@@ -97,7 +97,7 @@ class Server(FaultyServer):
 
     async def _respond(self, request: Received, writer: object) -> None:
         step = self.health if request.path == "/health" else None
-        if request.path.endswith("/models"):
+        if request.path.endswith("/models") or request.is_short_text:
             step = self.models
         await (step or super()._respond)(request, writer)  # type: ignore[arg-type]
 

@@ -81,7 +81,7 @@ def _scheme(layer: Any) -> str:
     if hasattr(layer, "num_embeddings"):
         return ""  # an embedding table, which is only looked up
     packed = getattr(layer, "scheme", None)  # of compressed-tensors
-    if hasattr(packed, "num_bits") and hasattr(packed, "group_size"):
+    if packed is not None and hasattr(packed, "num_bits"):
         groups = f"groups of {packed.group_size}" if packed.group_size > 0 else "per channel"
         zero_points = "" if packed.symmetric else ", zero points"
         return f"int{packed.num_bits} weights, {groups}{zero_points}"
