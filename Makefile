@@ -25,7 +25,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-vllm notebooks image-lock bench-client clean
+.PHONY: help quickstart test test-fast coverage mutation test-vllm notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:
@@ -33,10 +33,14 @@ help:
 	@echo 'make quickstart Q="..."      ask a question of your own'
 	@echo 'make quickstart DOCS=path    index a folder of Markdown and text files'
 	@echo 'make test                    ruff, mypy, import-linter, pytest'
+	@echo 'make test-fast               pytest, less what starts a process or a container: a minute'
+	@echo 'make coverage                lines and branches that `make test` runs, and those that it does not'
+	@echo 'make mutation                whether the tests notice faults put into validation, batching, dispatch ...'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
 	@echo 'make notebooks               run the notebooks of examples/ again, in place'
 	@echo 'make image-lock              resolve the packages of the image with vLLM again, after a change of pins'
 	@echo 'make bench-client            our client beside its peers, 20 minutes (Linux)'
+	@echo 'make bench-real-weights      what int8 and fp8 do to rankings, with a small real Gemma 3 from PyPI'
 	@echo 'make clean                   remove $(VENV), $(VLLM_VENV), $(BENCH_VENV) and all caches'
 	@echo 'PYTHON=python3.12            chooses the Python (3.11 or later) that $(VENV) is made with, once'
 	@echo 'VLLM_PYTHON=python3.12       and $(VLLM_VENV); python3.11 if it is there'
@@ -49,8 +53,22 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	@# Two at a time, file by file: much of it waits for processes. In order, as the long files come first.
+	@# Two at a time, file by file: much of it waits for processes. tests/conftest.py puts long files first.
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# In order: the longest first. A test that is marked slow is left out; one that starts a process fails.
+FAST := tests/unit $(patsubst %,tests/contract/test_%.py,bad_input bulk bulk_jobs client cli cost \
+	error_codes http_faults http_odd http_requests http_server langchain secrets serve)
+test-fast: $(VENV)/.dev
+	$(VENV)/bin/pytest --fast $(FAST) --numprocesses 2 --dist loadfile
+
+coverage: $(VENV)/.dev
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS); \
+		status=$$?; $(VENV)/bin/coverage combine --quiet; $(VENV)/bin/coverage report; exit $$status
+
+mutation: $(VENV)/.dev
+	$(VENV)/bin/python tests/tools/mutation.py
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/pytest tests/vllm --numprocesses 2 --dist loadfile
@@ -68,8 +86,13 @@ bench-client: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/client/http_endpoint.py
 	$(BENCH_VENV)/bin/python benchmarks/client/rpc.py
 
+# The model's use is subject to the Gemma Terms of Use, ai.google.dev/gemma/terms.
+bench-real-weights: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps gguf==0.19.0
+	$(VLLM_VENV)/bin/python benchmarks/real_weights/run.py --out build/real_weights --stage-seconds 36000
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) .coverage* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.quickstart $(VENV)/.dev: WANTED = --editable '.[$(@F:.%=%)]'

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations import prompts
 from kalm_integrations.errors import InvalidText
+from kalm_integrations.result import EmbeddedBatch, Usage
 
 T = TypeVar("T")
 _BLOCK: Final = 8192  # texts that `iter_embed` reads ahead and searches for copies
@@ -70,8 +71,8 @@ class Batch:
     def without(self, rows: Iterable[int]) -> Batch:
         """The batch without the texts of `rows`."""
         dropped = set(rows)
-        kept = [row for row in range(len(self)) if row not in dropped]
-        return Batch([self.texts[row] for row in kept], [self.positions[row] for row in kept])
+        rest = [row for row in range(len(self)) if row not in dropped]
+        return Batch([self.texts[row] for row in rest], [self.positions[row] for row in rest])
 
     def locate(self, invalid: Iterable[InvalidText]) -> list[InvalidText]:
         """Translate rows of this batch to all indices of their texts in the caller's list."""
@@ -80,14 +81,12 @@ class Batch:
         ]
         return sorted(located, key=lambda bad: bad.index)
 
-    def scatter(
-        self, vectors: NDArray[np.floating[Any]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
-        """(indices, rows) for the caller, copies included: rows[k] belongs to indices[k]."""
-        copies = [len(places) for places in self.positions]
+    def scatter(self, vectors: NDArray[np.floating[Any]], usage: Usage) -> EmbeddedBatch:
+        """The rows of `vectors` with the caller's indices, copies included."""
         flat = [index for places in self.positions for index in places]
-        rows = vectors if len(flat) == len(copies) else np.repeat(vectors, copies, axis=0)
-        return np.array(flat, dtype=np.int64), rows
+        if len(flat) > len(vectors):
+            vectors = np.repeat(vectors, [len(places) for places in self.positions], axis=0)
+        return EmbeddedBatch(np.array(flat, dtype=np.int64), vectors, usage)
 
 
 def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits) -> Iterator[Batch]:
@@ -104,11 +103,11 @@ def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits)
 
     batch, size, tokens = Batch([], []), 0, 0
     for text, positions in places.items():
-        prompted = prompts.apply(template, text)[: limits.characters]
+        prompted = template.replace(prompts.PLACEHOLDER, text, 1)[: limits.characters]
         text_size = len(prompted) if prompted.isascii() else len(prompted.encode())
         text_tokens = min(estimate_tokens(text_size), limits.text_tokens)
         full = (
-            len(batch) == limits.texts
+            len(batch.texts) == limits.texts
             or size + text_size > limits.bytes
             or tokens + text_tokens > limits.tokens
         )

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SecretStr,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -30,8 +31,11 @@ from kalm_integrations.models import (
     DEFAULT_APP,
     EMBEDDED,
     KALM,
+    NAMED_PROFILES,
     NAMED_SPACES,
+    PROFILES,
     ModelProfile,
+    is_known,
     profile_of,
 )
 from kalm_integrations.options import ClientOptions, clear_arguments
@@ -69,6 +73,22 @@ def _clean_secret(value: SecretStr | None) -> SecretStr | None:
     return SecretStr(secret) if secret else None
 
 
+def _known_profile(value: str | None) -> str | None:
+    """The full name of a known model."""
+    if value is None:
+        return None
+    name = NAMED_PROFILES[value].space.model if value in NAMED_PROFILES else value
+    if not is_known(name):
+        known = ", ".join([*NAMED_PROFILES, *(profile.space.model for profile in PROFILES)])
+        raise ValueError(f"a known model: {known}")
+    return name
+
+
+def _strip(value: Any) -> Any:
+    """Without the white space that a file or a shell leaves around it."""
+    return value.strip() if isinstance(value, str) else value
+
+
 Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret), Field(exclude=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -91,15 +111,16 @@ class ClientConfig(EnvironmentSettings):
     protected_fields = ("backend", "transport")
 
     backend: Backend = "auto"
-    base_url: str | None = None
+    base_url: Annotated[str | None, BeforeValidator(_strip)] = None
     app_name: Annotated[str, Field(min_length=1)] = DEFAULT_APP
     class_name: Annotated[str, Field(min_length=1)] = "VLLMEmbeddingSnapshot"
     environment_name: str | None = None
     api_key: Secret = None
     modal_key: Secret = None
     modal_secret: Secret = None
-    transport: Annotated[Transport | None, Field(exclude=True)] = None
+    transport: Annotated[Transport | None, Field(exclude=True), WithJsonSchema({})] = None
     model: str | None = None
+    profile: Annotated[str | None, AfterValidator(_known_profile)] = None
     dimensions: int | None = None
     query_instruction: str | None = None
     document_instruction: str | None = None
@@ -113,7 +134,9 @@ class ClientConfig(EnvironmentSettings):
     vector_dtype: VectorDtype = "float16"
     show_progress: bool = False
     expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
-    on_usage: Annotated[Callable[[Usage], object] | None, Field(exclude=True)] = None
+    on_usage: Annotated[
+        Callable[[Usage], object] | None, Field(exclude=True), WithJsonSchema({})
+    ] = None
     _resolved_backend: ResolvedBackend = PrivateAttr()
 
     def __init__(self, **options: Unpack[ClientOptions]) -> None:
@@ -128,7 +151,7 @@ class ClientConfig(EnvironmentSettings):
             case _, None | "auto":
                 return ()
             case "backend", "local":
-                return _SERVICE
+                return (*_SERVICE, "profile")
             case "backend", "modal":
                 return ("base_url",)
             case "base_url", _:
@@ -179,7 +202,7 @@ class ClientConfig(EnvironmentSettings):
             raise ValueError("modal_key and modal_secret go together: pass both or neither")
         if self.dimensions is not None and self.dimensions < 1:
             raise ValueError(f"dimensions={self.dimensions}: a positive number")
-        if (known := self.profile.dimensions) and self.dimensions not in (None, *known):
+        if (known := self.model_profile.dimensions) and self.dimensions not in (None, *known):
             raise ValueError(
                 f"dimensions={self.dimensions}: {self.served_model} has "
                 f"{', '.join(map(str, known))}; leave dimensions out for its native number"
@@ -204,26 +227,32 @@ class ClientConfig(EnvironmentSettings):
         return self.model or default.space.model
 
     @property
-    def profile(self) -> ModelProfile:
+    def model_profile(self) -> ModelProfile:
         """What this client declares of the model behind its backend."""
-        return profile_of(self.served_model)
+        return profile_of(self.profile or self.served_model)
+
+    @property
+    def lacks_instruction(self) -> bool:
+        """Whether queries get no instruction because the model is unknown, and nobody chose so."""
+        unknown = not is_known(self.profile or self.served_model)
+        return unknown and self.query_instruction is None
 
     @property
     def expected_space(self) -> SpaceIdentity:
         """The space that every answer is compared with."""
-        return self.expected_identity or self.profile.space
+        return self.expected_identity or self.model_profile.space
 
     @property
     def vector_dimensions(self) -> int:
         """Dimensions that every answer must have; 0 for what the model has, if that is unknown."""
-        native, *_ = self.profile.dimensions or (0,)
+        native, *_ = self.model_profile.dimensions or (0,)
         return self.dimensions or native
 
     @property
     def query_template(self) -> str:
         """What queries are set into, with `{text}` where the query goes."""
         if self.query_instruction is None:
-            return self.profile.query_template
+            return self.model_profile.query_template
         return prompts.resolve(self.query_instruction)
 
     @property
@@ -259,7 +288,7 @@ class ClientConfig(EnvironmentSettings):
     @property
     def request_limits(self) -> RequestLimits:
         """How much goes into one request."""
-        tokens, cut = self.profile.max_tokens, None
+        tokens, cut = self.model_profile.max_tokens, None
         if self.truncate == "end":
             cut = MAX_CHARACTERS
         if self.resolved_backend != "modal":
@@ -277,7 +306,7 @@ class ClientConfig(EnvironmentSettings):
 
     def _cache_namespace(self, role: prompts.Role, template: str) -> str:
         # Truncation moves the vectors of long texts only, and never the space: cache keys only.
-        cut = self.profile.max_tokens if self.truncate == "end" else None
+        cut = self.model_profile.max_tokens if self.truncate == "end" else None
         key = {
             "space": self.expected_space.to_dict(),
             "dimensions": self.vector_dimensions,

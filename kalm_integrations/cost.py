@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -15,7 +13,7 @@ from kalm_integrations.errors import ConfigurationError
 if TYPE_CHECKING:
     from modal_backend.costs import Choice
 
-TYPES: Final = {"none": "bf16", "fp8": "fp8"}
+TYPES: Final = {"none": "bf16", "fp8": "fp8", "int8": "int8"}
 _TABLES: Final = (
     {
         "dollars_per_hour": ("$/hour", "{:.2f}"),
@@ -35,33 +33,8 @@ _TABLES: Final = (
 """Fields of the document, with headings and formats: the GPUs, a corpus, queries."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostOptions:
-    """Options of `kalm cost`; `kalm cost --help` explains each."""
-
-    gpu: tuple[str, ...] = ()
-    quantization: Literal["none", "fp8"] | None = None
-    utilization: float = 0.6
-    tokens: int | None = None
-    corpus: Path | None = None
-    text_column: str | None = None
-    queries_per_day: int | None = None
-    scaledown_window: int | None = None
-    cold_start: int | None = None
-    as_json: bool = False
-
-
-def run(options: CostOptions) -> None:
-    """Print what KaLM costs. Needs no network and starts nothing.
-
-    Raises:
-        ConfigurationError: A GPU is unknown, or the corpus cannot be read.
-        ImportError: `corpus` needs the extra "bulk".
-    """
-    document = report(options)
-    if options.as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-        return
+def show(document: dict[str, Any]) -> None:
+    """Print a document of `report` as tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -84,26 +57,35 @@ def run(options: CostOptions) -> None:
         console.print("{basis}: {figure}, {source}".format(**assumption))
 
 
-def report(options: CostOptions) -> dict[str, Any]:
-    """The JSON document of `kalm cost`; docs/costs.md has the fields. Raises as `run`."""
+def report(
+    gpus_named: Sequence[str],
+    *,
+    quantization: Literal["none", "fp8", "int8"] | None,
+    utilization: float,
+    tokens: int | None,
+    queries: int | None,
+    scaledown_window: int | None,
+    cold_start: int | None,
+) -> dict[str, Any]:
+    """The JSON document of `kalm cost`, whose help explains the options; docs/costs.md has the
+    fields. Needs no network and starts nothing.
+
+    Raises:
+        ConfigurationError: A GPU is unknown, or options do not go together.
+    """
     from modal_backend import costs, gpus
     from modal_backend.settings import DeploySettings
 
     try:
-        choices = costs.choices(options.gpu, options.quantization)
+        choices = costs.choices(gpus_named, quantization)
     except ValueError as error:
         raise ConfigurationError(f"--{error}.") from error
-    tokens, queries = options.tokens, options.queries_per_day
-    if options.corpus is not None:
-        tokens = count_tokens(options.corpus, options.text_column)
-    elif options.text_column:
-        raise ConfigurationError("--text-column goes with --corpus.")
-    if (options.scaledown_window or options.cold_start) and not (tokens or queries):
+    if (scaledown_window or cold_start) and not (tokens or queries):
         raise ConfigurationError(
             "--scaledown-window and --cold-start go with a corpus or with --queries-per-day."
         )
-    window = options.scaledown_window or DeploySettings.model_fields["scaledown_window"].default
-    load, restore = (options.cold_start or s for s in (gpus.FIRST_START, gpus.SNAPSHOT_START))
+    window = scaledown_window or DeploySettings.model_fields["scaledown_window"].default
+    load, restore = (cold_start or s for s in (gpus.FIRST_START, gpus.SNAPSHOT_START))
 
     def row(choice: Choice) -> dict[str, Any]:
         million = 1e6 * choice.dollars / choice.rate.tokens
@@ -119,7 +101,7 @@ def report(options: CostOptions) -> dict[str, Any]:
             "tokens_per_second": choice.rate.tokens,
             "basis": "measured" if choice.rate.measured else "calculated",
             "dollars_per_million": million,
-            "dollars_per_million_at_utilization": million / options.utilization,
+            "dollars_per_million_at_utilization": million / utilization,
         }
         if tokens:
             job = choice.job(tokens, window, load)
@@ -134,7 +116,7 @@ def report(options: CostOptions) -> dict[str, Any]:
             }
         return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in fields.items()}
 
-    machine = "{none} GiB of memory (fp8: {fp8})".format(**gpus.HOST_GIB)
+    machine = "{none} GiB of memory (fp8 and int8: {fp8})".format(**gpus.HOST_GIB)
     starts = f"{load:g} s until a corpus starts (model loaded), {restore:g} s until queries do"
     assumptions = [
         *(
@@ -143,14 +125,12 @@ def report(options: CostOptions) -> dict[str, Any]:
         ),
         ("calculated", "tokens/s on other GPUs", gpus.CALCULATED),
         ("listed", f"prices of a GPU, {gpus.CORES:g} cores, {machine}", gpus.PRICES),
-        ("given", starts, "--cold-start")
-        if options.cold_start
-        else ("listed", starts, gpus.STARTS),
+        ("given", starts, "--cold-start") if cold_start else ("listed", starts, gpus.STARTS),
         ("calculated", f"uptime; a container stops after {window} s without work", costs.MODEL),
     ]
     return {
         "assumptions": [{"basis": b, "figure": f, "source": s} for b, f, s in assumptions],
-        "utilization": options.utilization,
+        "utilization": utilization,
         "tokens": tokens,
         "queries_per_day": queries,
         "choices": [row(choice) for choice in choices],
@@ -158,23 +138,25 @@ def report(options: CostOptions) -> dict[str, Any]:
 
 
 def count_tokens(path: Path, text_column: str | None) -> int:
-    """Estimated tokens of a corpus that `kalm embed` reads; identical texts count once.
+    """Estimated tokens of a corpus that `kalm embed` reads; identical texts count once, and rows
+    that cannot be embedded do not.
 
     Raises:
-        ConfigurationError: It cannot be read, or has no text.
+        ConfigurationError: It cannot be read, or no text can be embedded.
         ImportError: The extra "bulk" is not installed.
     """
     from kalm_integrations.batching import estimate_tokens
     from kalm_integrations.readers import rows
+    from kalm_integrations.validation import why_invalid
 
     seen, tokens = set[bytes](), 0
     for row in rows(str(path), text_column):
-        if not isinstance(row.text, str):
-            raise ConfigurationError(f"--corpus: {row.place} is not a text.")
-        data = row.text.encode(errors="surrogatepass")
+        if why_invalid(row.text, "end") is not None:
+            continue
+        data = row.text.encode()
         if (digest := xxhash.xxh3_128_digest(data)) not in seen:
             seen.add(digest)
             tokens += estimate_tokens(len(data))
     if not tokens:
-        raise ConfigurationError(f"--corpus: {path} has no text.")
+        raise ConfigurationError(f"--corpus: {path} has no text that can be embedded.")
     return tokens

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from functools import partial
+from typing import cast, get_args
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
@@ -22,7 +23,8 @@ from kalm_integrations.errors import InvalidInputError
 from kalm_integrations.event_loop import BackgroundLoop, background_loop, is_exiting
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.native_threads import NativeFuture, new_event
-from kalm_integrations.result import EmbeddedBatch
+from kalm_integrations.prompts import Role
+from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.base import open_transport
 
@@ -41,6 +43,10 @@ class Dispatcher:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
+        # What each call needs of the arguments, computed once.
+        self.templates = {role: config.template(role) for role in get_args(Role)}
+        self.limits = config.request_limits
+        self.dimensions = config.vector_dimensions
         self._loop: BackgroundLoop | None = None
         self._session: Session | None = None
 
@@ -57,13 +63,14 @@ class Dispatcher:
             call: What the requests share.
         """
         completed = new_event()
-        with closing(self._dispatch(batches, call, completed.set)) as results:
-            for result in results:
-                if result is None:
-                    completed.wait()
-                    completed.clear()
-                else:
-                    yield result
+
+        def wait() -> bool:
+            completed.wait()
+            completed.clear()
+            return True
+
+        results = self._dispatch(batches, call, completed.set, wait)
+        return cast(Generator[EmbeddedBatch], results)  # `wait` does not return False
 
     async def arun(
         self, batches: Iterator[Batch], call: CallSettings
@@ -71,7 +78,7 @@ class Dispatcher:
         """`run`, without blocking the running event loop."""
         loop, completed = asyncio.get_running_loop(), asyncio.Event()
         notify = partial(loop.call_soon_threadsafe, completed.set)
-        with closing(self._dispatch(batches, call, notify)) as results:
+        with closing(self._dispatch(batches, call, notify, lambda: False)) as results:
             for result in results:
                 if result is None:
                     await completed.wait()
@@ -92,12 +99,25 @@ class Dispatcher:
         return background_loop().submit(self._close())
 
     def _dispatch(
-        self, batches: Iterator[Batch], call: CallSettings, notify: Callable[[], object]
+        self,
+        batches: Iterator[Batch],
+        call: CallSettings,
+        notify: Callable[[], object],
+        wait: Callable[[], bool],
     ) -> Generator[EmbeddedBatch | None]:
-        """Yield results, or None when the caller has to wait until `notify` is called."""
+        """Yield results as they arrive.
+
+        Args:
+            batches: See `run`.
+            call: See `run`.
+            notify: Called on another thread when a request is complete.
+            wait: Waits for that and returns True; if False, yield None for the caller to wait.
+        """
         running: set[Future[EmbeddedBatch]] = set()
         completed: deque[Future[EmbeddedBatch]] = deque()
-        failure: BaseException | None = None
+        results: list[EmbeddedBatch] = []
+        failures: list[BaseException] = []
+        batch: Batch | None = None
         reading = True
 
         def complete(future: Future[EmbeddedBatch]) -> None:
@@ -107,45 +127,48 @@ class Dispatcher:
 
         try:
             while reading or running:
-                result = None
-                if completed:
+                while completed:
                     future = completed.popleft()
                     running.discard(future)
-                    problem = CancelledError() if future.cancelled() else future.exception()
-                    if problem is None:
-                        result = future.result()
-                    else:
-                        reading, failure = False, _failure_to_raise(failure, problem)
-                        if not isinstance(problem, InvalidInputError):
-                            _cancel(running)
-                # This bounds what is read ahead; the session's slots bound all calls together.
-                full = len(running) >= self._config.max_concurrency
-                if reading and not full:  # a free slot is filled before the caller gets a result
-                    batch = None
+                    failure = CancelledError() if future.cancelled() else future.exception()
+                    if failure is None:
+                        results.append(future.result())
+                        continue
+                    failures.append(failure)
+                    if not isinstance(failure, InvalidInputError):
+                        _cancel(running)
+                # Slots that have become free are filled before the caller gets the results. Their
+                # number bounds what is read ahead; the session's slots bound all calls together.
+                for _ in range(max(1, len(results))):
+                    reading = reading and not failures
+                    full = len(running) >= self._config.max_concurrency
+                    if full or not reading:
+                        break
                     try:
                         batch = next(batches, None)
                     except Exception as error:  # noqa: BLE001 (raised after the results)
-                        failure = _failure_to_raise(failure, error)
-                    reading = batch is not None
-                    if batch is not None:
+                        failures.append(error)
+                    reading = batch is not None and not failures
+                    if batch is not None and reading:
                         future = background_loop().submit(self.send(batch, call))
                         running.add(future)
                         future.add_done_callback(complete)
-                if result is not None:
-                    self.report_usage(result)
+                for result in results:
+                    self.report_usage(result.usage)
                     yield result
-                elif not completed and running and (full or not reading):
+                results.clear()
+                if not completed and running and (full or not reading) and not wait():
                     yield None
-            if failure is not None:
-                raise failure
+            if failures:  # the first, but those of some texts only after those of the service
+                raise min(failures, key=lambda failure: isinstance(failure, InvalidInputError))
         finally:
             _cancel(running)
 
-    def report_usage(self, result: EmbeddedBatch) -> None:
+    def report_usage(self, usage: Usage) -> None:
         """Call the caller's `on_usage` with the usage of a result."""
-        if self._config.on_usage is not None and result.usage.requests:
+        if self._config.on_usage is not None and usage.requests:
             try:
-                self._config.on_usage(result.usage)
+                self._config.on_usage(usage)
             except Exception:  # the caller's accounting must not cost the caller's vectors
                 log.exception("on_usage failed")
 
@@ -179,13 +202,3 @@ class Dispatcher:
 def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:
     for future in futures:
         future.cancel()
-
-
-def _failure_to_raise(
-    first: BaseException | None, second: BaseException | None
-) -> BaseException | None:
-    """The first failure, unless it concerns only some texts and the second does not."""
-    if first is None or second is None:
-        return first or second
-    only_texts = isinstance(first, InvalidInputError) and not isinstance(second, InvalidInputError)
-    return second if only_texts else first

@@ -68,24 +68,24 @@ class EnvironmentSettings(BaseModel):
         return copied
 
     def _validate(self, arguments: dict[str, Any], variables: dict[str, str]) -> None:
-        wrong = ""
+        message = ""
         try:
             BaseModel.__init__(self, **variables, **arguments)
         except ValidationError as error:
-            wrong = explain(error, {name: self.variables()[name] for name in variables})
-        if wrong:
+            message = explain(error, {name: self.variables()[name] for name in variables})
+        if message:
             # Tracebacks may show local variables, and these hold what may be secret; so do
             # pydantic's, which a chained error would bring along.
             arguments.clear()
             variables.clear()
-            raise ConfigurationError(wrong)
+            raise ConfigurationError(message)
 
     @classmethod
     def _check_arguments(cls, arguments: dict[str, Any], together: dict[str, Any]) -> None:
         """Refuse unknown names in `arguments`, and those that contradict others `together`."""
-        fields, wrong = cls.model_fields, None
+        fields, message = cls.model_fields, ""
         if unknown := arguments.keys() - fields.keys():
-            wrong = unknown_argument(min(unknown), fields)
+            message = unknown_argument(min(unknown), fields)
         else:
             # A default value counts as absent.
             present = [name for name in together if together[name] != fields[name].default]
@@ -96,11 +96,11 @@ class EnvironmentSettings(BaseModel):
                 if other in present
             )
             if pair := next(pairs, None):
-                wrong = "{}= and {}= contradict each other: leave one of them out.".format(*pair)
-        if wrong:
+                message = "{}= and {}= contradict each other: leave one of them out.".format(*pair)
+        if message:
             arguments.clear()
             together.clear()
-            raise ConfigurationError(wrong)
+            raise ConfigurationError(message)
 
     @classmethod
     def _variables(cls, arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -130,7 +130,7 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         error: pydantic's.
         sources: The variable that each argument was read from, if it was.
     """
-    wrong = []
+    messages = []
     for item in error.errors(include_url=False, include_input=False, include_context=False):
         name = str(item["loc"][0]) if item["loc"] else ""
         message = item["msg"].removeprefix("Value error, ").removesuffix(".")
@@ -138,8 +138,8 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         first = re.split(r"[=: ]", message, maxsplit=1)[0]
         about = name or first.removeprefix("--").replace("-", "_")  # an option, or an argument
         source = f" (from {sources[about]})" if about in sources else ""
-        wrong.append(f"{name}{source}: {message}" if name else f"{message}{source}")
-    return "; ".join(wrong) + "."
+        messages.append(f"{name}{source}: {message}" if name else f"{message}{source}")
+    return "; ".join(messages) + "."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

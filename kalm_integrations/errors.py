@@ -168,6 +168,8 @@ class RateLimitError(ServiceUnavailableError):
 class ConnectionFailedError(ServiceUnavailableError):
     """The service was not reached, or the connection broke before the response was complete."""
 
+    unreached: bool = False
+    """Whether there was no connection, so that the request was certainly not sent."""
     code = "connection_failed"
     remedy = "Check base_url, the network and whether the service runs."
 

@@ -92,8 +92,7 @@ class SpaceIdentity:
 
     def differences(self, other: SpaceIdentity) -> str:
         """Each field in which `other` differs, as "name: mine != theirs; ..."."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return "; ".join(f"{k}: {mine[k]!r} != {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
+        return _differences(self.to_dict(), other.to_dict())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,16 +138,16 @@ class VectorIdentity:
         Raises:
             IdentityMismatchError: They differ; the message says in what.
         """
-        if self == stored:
-            return
-        parts = {
-            "dimensions": (self.dimensions, stored.dimensions),
-            "document_template": (self.document_template, stored.document_template),
-        }
-        wrong = [f"{name}: {a!r} != {b!r}" for name, (a, b) in parts.items() if a != b]
-        if self.space != stored.space:
-            wrong.insert(0, self.space.differences(stored.space))
-        raise IdentityMismatchError(
-            f"these vectors ({self.fingerprint}) are not those of the index "
-            f"({stored.fingerprint}): {'; '.join(wrong)}."
-        )
+        if self != stored:
+            mine, theirs = self.to_dict(), stored.to_dict()
+            differences = _differences(
+                {**mine.pop("space"), **mine}, {**theirs.pop("space"), **theirs}
+            )
+            raise IdentityMismatchError(
+                f"these vectors ({self.fingerprint}) are not those of the index "
+                f"({stored.fingerprint}): {differences}."
+            )
+
+
+def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    return "; ".join(f"{k}: {mine[k]!r} != {theirs[k]!r}" for k in mine if mine[k] != theirs[k])

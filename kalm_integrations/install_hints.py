@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
 
 NAME = "kalm-integrations"
 
@@ -13,6 +12,8 @@ def install_command(extra: str) -> str:
 
     A checkout is named by its path: its version need not be in any index.
     """
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         origin = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):

@@ -14,6 +14,7 @@ except ImportError as error:
         "`from kalm_integrations import KalmClient`."
     ) from error
 
+import sys
 from typing import Never, Self, Unpack
 
 from kalm_integrations.adapter import ClientAdapter, SharedClient, adapter_defaults, client_of
@@ -51,29 +52,30 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed documents, with the document instruction; see `KalmClient.embed`."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return self._client.embed_to_lists(texts, role="document")
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query, with the query instruction; see `KalmClient.embed`."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return self._client.embed_to_lists([text], role="query")[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents`, without blocking the running event loop or its thread pool."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return await self._client.aembed_to_lists(texts, role="document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query`, without blocking the running event loop or its thread pool."""
-        with raised_as_langchains():
+        with raised_as_langchains:
             return (await self._client.aembed_to_lists([text], role="query"))[0]
 
     def __eq__(self, other: object) -> bool:
         # LlamaIndex's Settings.embed_model first compares its value with "default". Without this
         # it would wrap this class (sequential batches of 10), ask for an unrelated package, or
         # fail an assertion without a message, depending on the installed packages.
-        if isinstance(other, str) and other == "default":
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(other, str) and caller.startswith("llama_index."):
             raise TypeError(
                 "this is the LangChain class; LlamaIndex takes the other one: "
                 "`from kalm_integrations.llama_index import KalmModalEmbeddings`, with the same "

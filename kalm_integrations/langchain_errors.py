@@ -7,8 +7,6 @@ of ours; this module exists so that importing `kalm_integrations.errors` needs n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from langchain_core import exceptions
@@ -45,13 +43,17 @@ _BOTH: Final = {ours: _both(ours) for ours in subclasses(errors.KalmError)}
 globals().update({both.__name__: both for both in _BOTH.values()})  # where pickle looks
 
 
-@contextmanager
-def raised_as_langchains() -> Iterator[None]:
-    """Make a `KalmError` that leaves this block an error of LangChain too."""
-    try:
-        yield
-    except errors.KalmError as error:
-        both = _BOTH.get(type(error), type(error))
-        raised = both.__new__(both, *error.args)
-        raised.__dict__.update(error.__dict__)
-        raise raised.with_traceback(error.__traceback__) from error.__cause__
+class _RaisedAsLangChains:
+    """Makes a `KalmError` that leaves a block an error of LangChain too."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, errors.KalmError):
+            both = _BOTH.get(type(error), type(error))
+            raised = both.__new__(both, *error.args)
+            raised.__dict__.update(error.__dict__)
+            raise raised.with_traceback(error.__traceback__) from error.__cause__
+
+
+raised_as_langchains: Final = _RaisedAsLangChains()

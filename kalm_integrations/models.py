@@ -14,6 +14,10 @@ DEFAULT_APP: Final = "vllm-embedding-snapshot"
 
 FP8: Final = "fp8 weights per tensor, inputs per token"
 """Quantization of weights that vLLM converts to fp8 while loading."""
+INT8: Final = "int8 weights, groups of 128"
+"""Quantization of the weights that `kalm quantize` writes; inputs stay in bf16."""
+QUANTIZATIONS: Final = {"fp8": FP8, "int8": INT8}
+"""By the value of `--quantization`: what the loaded engine must report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +82,14 @@ KALM: Final = ModelProfile(
 """As the model card runs it."""
 
 
-def in_fp8(profile: ModelProfile) -> ModelProfile:
-    """The same weights, converted to fp8: another space."""
-    return replace(profile, space=replace(profile.space, quantization=FP8))
+def quantized(profile: ModelProfile, quantization: str) -> ModelProfile:
+    """The same model with other weights, in "fp8" or "int8": another space."""
+    scheme = QUANTIZATIONS[quantization]
+    return replace(profile, space=replace(profile.space, quantization=scheme))
 
 
-KALM_FP8: Final = in_fp8(KALM)
+KALM_FP8: Final = quantized(KALM, "fp8")
+KALM_INT8: Final = quantized(KALM, "int8")
 
 KALM_MINI: Final = ModelProfile(
     space=SpaceIdentity(
@@ -105,10 +111,22 @@ KALM_MINI: Final = ModelProfile(
 """The sibling with half a billion parameters."""
 
 PROFILES: Final = (EMBEDDED, KALM, KALM_MINI)
-NAMED_SPACES: Final = {"kalm-bf16": KALM.space, "kalm-fp8": KALM_FP8.space}
+NAMED_SPACES: Final = {
+    "kalm-bf16": KALM.space,
+    "kalm-fp8": KALM_FP8.space,
+    "kalm-int8": KALM_INT8.space,
+}
 """Names that `expected_identity` accepts."""
 
+NAMED_PROFILES: Final = {"kalm": KALM, "kalm-mini": KALM_MINI}
+"""Short names that `profile` accepts."""
+
 _KNOWN: Final = {profile.space.model: profile for profile in PROFILES}
+
+
+def is_known(model: str) -> bool:
+    """Whether `model` is the name of a model with a profile."""
+    return model in _KNOWN
 
 
 def profile_of(model: str) -> ModelProfile:

@@ -56,6 +56,11 @@ class ClientOptions(TypedDict, total=False):
     """Name of the model. None is the embedded engine's with backend="local", else KaLM. Default:
     None."""
 
+    profile: str | None
+    """The known model that `model` names, where a server has it under another name: "kalm",
+    "kalm-mini", or a full name. It decides the query instruction, the dimensions and the identity
+    that is declared. Default: None."""
+
     dimensions: int | None
     """Dimensions of the vectors; None is the model's native number. Default: None."""
 
@@ -103,7 +108,8 @@ class ClientOptions(TypedDict, total=False):
 
     expected_identity: SpaceIdentity | VectorIdentity | Mapping[str, Any] | str | None
     """The space that the service must report: a `SpaceIdentity`, its dict or its JSON, what
-    `warm_up` returned, or "kalm-fp8". None expects the backend's own model. Default: None."""
+    `warm_up` returned, "kalm-fp8" or "kalm-int8". None expects the backend's own model. Default:
+    None."""
 
     on_usage: Callable[[Usage], object] | None
     """Called with the `Usage` of each answered request, on the caller's thread or event loop. Its

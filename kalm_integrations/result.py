@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_integrations import floats
-from kalm_integrations.errors import InvalidResponseError, InvalidText, KalmError
+from kalm_integrations.errors import InvalidResponseError, InvalidText
 
 if TYPE_CHECKING:
     from kalm_integrations.identity import VectorIdentity
@@ -25,13 +24,15 @@ R = TypeVar("R")
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens and requests of a call. `tokens` are the model's own, instructions included; identical
-    texts are counted once, because they are embedded once."""
+    texts are counted once, because they are embedded once. None: a server did not report them."""
 
-    tokens: int = 0
+    tokens: int | None = 0
     requests: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.tokens + other.tokens, self.requests + other.requests)
+        unknown = self.tokens is None or other.tokens is None
+        tokens = None if unknown else (self.tokens or 0) + (other.tokens or 0)
+        return Usage(tokens, self.requests + other.requests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +89,10 @@ class EmbeddedBatch:
         """Shape (n, dimensions), float32, each row of unit length."""
         # Kept, but not by cached_property: Python 3.11 guards that by one lock for all instances,
         # and a process forked while another thread holds it waits for ever.
-        kept = self.__dict__
-        if "_vectors" not in kept:
+        vectors: NDArray[np.float32] | None = self.__dict__.get("_vectors")
+        if vectors is None:
             wide = floats.widen(self.packed)
-            kept["_vectors"] = wide if wide.flags.writeable else wide.copy()
-        vectors: NDArray[np.float32] = kept["_vectors"]
+            vectors = self.__dict__["_vectors"] = wide if wide.flags.writeable else wide.copy()
         return vectors
 
     def joined(self, other: EmbeddedBatch) -> EmbeddedBatch:
@@ -159,45 +159,24 @@ class ResultBuilder(ABC, Generic[R]):
     """
 
     def __init__(self, total: int, dimensions: int) -> None:
-        self.usage = Usage()
-        self._filled = np.zeros(total, dtype=np.bool_)
+        self._total = total
         self._dimensions = dimensions
 
+    @abstractmethod
     def add(self, part: EmbeddedBatch) -> None:
         """Put the rows of `part` at their indices."""
-        self._put(part)
-        self._filled[part.indices] = True
-        self.usage += part.usage
 
-    @contextmanager
-    def partial_on_error(self) -> Iterator[None]:
-        """A `KalmError` that leaves this block carries the finished rows, as `partial`."""
-        try:
-            yield
-        except KalmError as error:
-            indices = np.flatnonzero(self._filled)
-            error.partial = PartialResult(len(self._filled), indices, self._rows(indices))
-            raise
-
+    @abstractmethod
     def result(self) -> R:
         """All vectors.
 
         Raises:
-            InvalidResponseError: A row was never filled: uninitialized memory is not returned.
+            InvalidResponseError: A text got none: uninitialized memory is not returned.
         """
-        if not self._filled.all():
-            missing = int(np.flatnonzero(~self._filled)[0])
-            raise InvalidResponseError(f"texts[{missing}] got no vector.")
-        return self._result()
 
     @abstractmethod
-    def _result(self) -> R: ...
-
-    @abstractmethod
-    def _put(self, part: EmbeddedBatch) -> None: ...
-
-    @abstractmethod
-    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]: ...
+    def partial(self) -> PartialResult:
+        """What was added."""
 
 
 class ArrayBuilder(ResultBuilder[EmbeddingResult]):
@@ -207,20 +186,27 @@ class ArrayBuilder(ResultBuilder[EmbeddingResult]):
         self, total: int, dimensions: int, dtype: VectorDtype, identity: VectorIdentity
     ) -> None:
         super().__init__(total, dimensions)
+        self.usage = Usage()
+        self._filled = np.zeros(total, dtype=np.bool_)
         self._vectors = np.empty((total, dimensions), dtype=np.float32)
         self._dtype: VectorDtype = dtype
         self._identity = identity
 
-    def _result(self) -> EmbeddingResult:
+    def add(self, part: EmbeddedBatch) -> None:
+        if not self._vectors.shape[1]:
+            self._vectors = np.empty((self._total, part.packed.shape[1]), np.float32)
+        part.write_into(self._vectors)
+        self._filled[part.indices] = True
+        self.usage += part.usage
+
+    def result(self) -> EmbeddingResult:
+        if not self._filled.all():
+            raise _missing(int(self._filled.argmin()))
         return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage)
 
-    def _put(self, part: EmbeddedBatch) -> None:
-        if not self._vectors.shape[1]:
-            self._vectors = np.empty((len(self._filled), part.packed.shape[1]), np.float32)
-        part.write_into(self._vectors)
-
-    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._vectors[indices]
+    def partial(self) -> PartialResult:
+        indices = np.flatnonzero(self._filled)
+        return PartialResult(self._total, indices, self._vectors[indices])
 
 
 class ListBuilder(ResultBuilder[list[list[float]]]):
@@ -228,15 +214,27 @@ class ListBuilder(ResultBuilder[list[list[float]]]):
 
     def __init__(self, total: int, dimensions: int) -> None:
         super().__init__(total, dimensions)
-        self._lists: list[list[float]] = [[]] * total
+        self._lists: list[list[float]] = [_NO_ROW] * total
 
-    def _result(self) -> list[list[float]]:
-        return self._lists
-
-    def _put(self, part: EmbeddedBatch) -> None:
+    def add(self, part: EmbeddedBatch) -> None:
         for index, row in zip(part.indices.tolist(), floats.to_lists(part.packed), strict=True):
             self._lists[index] = row
 
-    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        rows = [self._lists[index] for index in indices.tolist()]
-        return np.array(rows, dtype=np.float32).reshape(len(rows), -1 if rows else self._dimensions)
+    def result(self) -> list[list[float]]:
+        for index, row in enumerate(self._lists):
+            if row is _NO_ROW:
+                raise _missing(index)
+        return self._lists
+
+    def partial(self) -> PartialResult:
+        rows = {index: row for index, row in enumerate(self._lists) if row is not _NO_ROW}
+        vectors = np.array([*rows.values()], dtype=np.float32)
+        shape = (len(rows), -1 if rows else self._dimensions)
+        return PartialResult(self._total, np.array([*rows], np.int64), vectors.reshape(shape))
+
+
+_NO_ROW: list[float] = []
+
+
+def _missing(index: int) -> InvalidResponseError:
+    return InvalidResponseError(f"texts[{index}] got no vector.")

@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
-from typing import TypeVar
+from functools import reduce
 
 import numpy as np
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
+    ConnectionFailedError,
     DeadlineExceededError,
     InvalidInputError,
     InvalidResponseError,
@@ -31,7 +31,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.options import STARTUP_TIMEOUT
 from kalm_integrations.prompts import Role
-from kalm_integrations.protocol import EmbedRequest, EmbedResponse
+from kalm_integrations.protocol import EmbedRequest
 from kalm_integrations.response_validator import ResponseValidator
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryPolicy
@@ -40,7 +40,6 @@ from kalm_integrations.transports.base import Transport
 log = logging.getLogger(__name__)
 
 COLD_START_HINT = 5.0  # seconds without a first response, until the log mentions a cold start
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +61,12 @@ class CallSettings:
 
 @dataclass(slots=True)
 class _RequestState:
-    """When a request must be complete (`time.monotonic`), and what its last attempt failed with."""
+    """When a request must be complete (`time.monotonic`), how often it was retried, how often of
+    these because the service could not be reached, and what its last attempt failed with."""
 
     deadline: float
+    retries: int = 0
+    outage_retries: int = 0
     last_failure: KalmError | None = None
 
 
@@ -100,9 +102,7 @@ class Session:
             while pending:
                 batch = pending.pop()
                 try:
-                    attempt = partial(self._attempt, batch.texts, call.role, state.deadline)
-                    response = await self._retry(attempt, state)
-                    parts.append(EmbeddedBatch(*batch.scatter(response.vectors), response.usage))
+                    parts.append(await self._embed(batch, call.role, state))
                 except RequestTooLargeError:
                     pending += reversed(batch.halves())
                 except (InvalidInputError, InvalidResponseError) as error:
@@ -118,7 +118,12 @@ class Session:
     async def ensure_ready(self, timeout: float) -> SpaceIdentity | None:
         """Wait until the service can embed, and check its identity; None if it reports none."""
         async with self._deadline(timeout) as state:
-            description = await self._retry(self._transport.ensure_ready, state)
+            while True:
+                try:
+                    description = await self._transport.ensure_ready()
+                    break
+                except Exception as error:  # noqa: BLE001 (raised again, or logged)
+                    await self._before_retry(error, state)
         if description is None:
             return None
         for warning in description.warnings:
@@ -130,47 +135,46 @@ class Session:
         """Close the connections."""
         await self._transport.close()
 
-    async def _retry(self, attempt: Callable[[], Awaitable[T]], state: _RequestState) -> T:
-        """The result of `attempt`, retried as `RetryPolicy` decides."""
-        retries = 0
+    async def _embed(self, batch: Batch, role: Role, state: _RequestState) -> EmbeddedBatch:
+        """Send one request, again as `RetryPolicy` decides, and check the response."""
+        state.retries = state.outage_retries = 0
         while True:
+            began = time.monotonic()
+            request = EmbedRequest(
+                texts=batch.texts,
+                role=role,
+                dimensions=self._config.dimensions,
+                truncate=self._config.truncate,
+                dtype=self._config.vector_dtype,
+                timeout=state.deadline - time.monotonic(),
+            )
             try:
-                result = await attempt()
-            except KalmError as error:
-                state.last_failure = error
-                delay = self._retries.delay(retries, error, state.deadline - time.monotonic())
-                if delay is None:
-                    error.retries = retries
-                    raise
-                retries += 1
-                log.warning("retry %d in %.1f s: %s", retries, delay, error)
+                response = await self._transport.embed(request)
+                self._validator.check(response, request)
             except Exception as error:
-                raise TransportError(f"{type(error).__name__}: {error}.") from error
+                if isinstance(error, RequestTooLargeError) and len(batch) == 1:
+                    alone = InvalidText(0, "is too large for the service even alone")
+                    raise InvalidInputError.of([alone]) from error
+                await self._before_retry(error, state)
             else:
-                self._retries.succeeded()
+                self._retries.succeeded(began)
                 state.last_failure = None  # what follows is another half of the batch
-                return result
-            await asyncio.sleep(delay)
+                return batch.scatter(response.vectors, response.usage)
 
-    async def _attempt(self, texts: list[str], role: Role, deadline: float) -> EmbedResponse:
-        """Send one request, once, and check the response."""
-        request = EmbedRequest(
-            texts=texts,
-            role=role,
-            dimensions=self._config.dimensions,
-            truncate=self._config.truncate,
-            dtype=self._config.vector_dtype,
-            timeout=deadline - time.monotonic(),
-        )
-        try:
-            response = await self._transport.embed(request)
-        except RequestTooLargeError as error:
-            if len(texts) > 1:
-                raise
-            alone = InvalidText(0, "is too large for the service even alone")
-            raise InvalidInputError.of([alone]) from error
-        self._validator.check(response, request)
-        return response
+    async def _before_retry(self, error: Exception, state: _RequestState) -> None:
+        """Wait until the request may be sent again; raise `error` if it may not."""
+        if not isinstance(error, KalmError):
+            raise TransportError(f"{type(error).__name__}: {error}.") from error
+        state.last_failure = error
+        time_left = state.deadline - time.monotonic()
+        delay = self._retries.delay(state.retries - state.outage_retries, error, time_left)
+        if delay is None:
+            error.retries = state.retries
+            raise error
+        state.retries += 1
+        state.outage_retries += isinstance(error, ConnectionFailedError) and error.unreached
+        log.debug("retry %d in %.1f s: %s", state.retries, delay, error)
+        await asyncio.sleep(delay)
 
     @asynccontextmanager
     async def _deadline(

@@ -51,7 +51,8 @@ def check_texts(texts: object, truncate: Truncate) -> list[str]:
         InvalidArgumentError: `texts` is not an ordered collection.
         InvalidInputError: Some texts cannot be embedded; `invalid` names every one of them.
     """
-    valid, invalid = partition_valid(enumerate(check_collection(texts)), truncate)
+    collection = texts if isinstance(texts, list) else check_collection(texts)
+    valid, invalid = partition_valid(enumerate(collection), truncate)
     if invalid:
         raise invalid_input(invalid)
     return [text for _, text in valid]

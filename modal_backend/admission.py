@@ -179,6 +179,8 @@ class Admission:
         own = self.speed.seconds(work) if role == "query" else self._document_seconds(work)
         time_left = math.inf if deadline is None else DEADLINE_SHARE * (deadline - self._clock())
         limit = min(MAX_WAIT[role], time_left)
+        if present:  # at about this wait, as many texts are in the service as there may be
+            limit = min(limit, wait * max(0, self._limits[role] - texts) / present)
         late = wait + own - time_left
         if wait <= _reopening_wait(self._refused_limit[role]):
             self._refused_limit[role] = 0.0

@@ -273,6 +273,23 @@ if settings.on_gpu:
         download(settings.model, settings.revision)
 
     @app.function(
+        image=image,
+        volumes=volumes,
+        cpu=4.0,
+        memory=8 * 1024,
+        timeout=2 * 3600,
+        max_containers=1,
+    )
+    def quantize_model_weights() -> None:
+        """Write the int8 weights into the volume, once, after the download.
+
+        `modal run -m modal_backend.app::quantize_model_weights`. Needs no GPU; resumes.
+        """
+        from modal_backend.quantize import quantize
+
+        quantize(settings.model, settings.revision)
+
+    @app.function(
         **resources,
         volumes=volumes,
         secrets=hf_secrets,

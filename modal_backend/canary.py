@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations import prompts, reference
 from kalm_integrations.errors import CanaryFailedError
-from kalm_integrations.models import FP8
+from kalm_integrations.models import FP8, INT8
 from kalm_integrations.validation import invalid_rows
 from modal_backend.engines.base import Engine
 
@@ -31,9 +31,9 @@ TEXTS: Final = (
 SAME: Final = 0.999
 """Least cosine of two vectors of one text in bf16. With real weights a text alone and in a batch
 had 0.9998."""
-SAME_FP8: Final = 0.996
-"""The same in fp8, where a small difference in bf16 rounds some inputs to the next number. With
-random weights fp8 was four times as noisy as bf16."""
+SAME_BY_QUANTIZATION: Final = {FP8: 0.996, INT8: SAME}
+"""The same in fp8, where a small difference in bf16 rounds some inputs to the next number: with
+random weights fp8 was four times as noisy as bf16. With int8 weights inputs stay in bf16."""
 
 Vectors = NDArray[np.float32]
 
@@ -53,7 +53,7 @@ async def check(engine: Engine, before: Vectors | None = None) -> Vectors:
         KalmError: The engine failed.
     """
     checks = ["form", "each text alone", "differences"]
-    same = SAME_FP8 if engine.identity.quantization == FP8 else SAME
+    same = SAME_BY_QUANTIZATION.get(engine.identity.quantization, SAME)
     vectors = await _embed(engine, list(TEXTS))
     # One after the other: concurrent calls would be one batch again.
     alone = np.concatenate([await _embed(engine, [text]) for text in TEXTS])

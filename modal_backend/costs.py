@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from modal_backend import gpus
-from modal_backend.gpus import Quantization, Rate
+from modal_backend.engines.vllm.config import Quantization
+from modal_backend.gpus import Rate
 
 DAY: Final = 86_400
 MODEL: Final = "for queries that arrive independently (Poisson), docs/costs.md"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, get_args
 
 from kalm_integrations.environment import did_you_mean
 from kalm_integrations.models import KALM
-from modal_backend.engines.vllm.config import VLLMOptions, kv_cache_bytes
+from modal_backend.engines.vllm.config import Quantization, VLLMOptions, kv_cache_bytes
 
-Quantization = Literal["none", "fp8"]
-QUANTIZATIONS: Final[tuple[Quantization, ...]] = ("none", "fp8")
+QUANTIZATIONS: Final[tuple[Quantization, ...]] = get_args(Quantization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +46,9 @@ _CORE_DOLLARS, _GIB_DOLLARS = 0.0000131, 0.00000222  # per second
 CORES: Final = 4.0
 """Cores of a container: the engine's core process, the tokenizer, the endpoints."""
 
-HOST_GIB: Final = {"none": 40, "fp8": 28}
-"""Host memory of a container. A sleeping engine takes 26.6 and 16.7 GiB (measured); loading takes
-more for a while."""
+HOST_GIB: Final = {"none": 40, "fp8": 28, "int8": 28}
+"""Host memory of a container. A sleeping engine takes 26.6 and 16.7 GiB in bf16 and fp8 (measured);
+loading takes more for a while."""
 
 FIRST_START: Final = 460.0
 SNAPSHOT_START: Final = 70.0
@@ -74,9 +73,11 @@ class Rate:
 
 _H100: Final = "one H100 80GB, random weights, 24 November 2026, benchmarks/gpu/performance.py"
 _H200: Final = "one H200, random weights, 28 November 2026, benchmarks/gpu/performance.py"
+_H100_INT8: Final = _H100.replace("24 November", "28 November")
 MEASURED: Final[dict[tuple[str, Quantization], Rate]] = {
     ("H100", "none"): Rate(28_000, measured=True, source=_H100),
     ("H100", "fp8"): Rate(41_400, measured=True, source=_H100),
+    ("H100", "int8"): Rate(24_400, measured=True, source=_H100_INT8),
     ("H200", "none"): Rate(28_600, measured=True, source=_H200),
     ("H200", "fp8"): Rate(42_100, measured=True, source=_H200),
 }
@@ -87,7 +88,7 @@ CALCULATED: Final = f"the {REFERENCE}'s, times the ratio of the data sheets' den
 """How the throughput of the other GPUs is calculated."""
 
 _TOKEN_BYTES: Final = 2 * 48 * 8 * 256 * 2  # keys and values of a token: 48 layers, 8 heads, bf16
-_WEIGHTS_GIB: Final = {"none": 22, "fp8": 13}
+_WEIGHTS_GIB: Final = {"none": 22, "fp8": 13, "int8": 13}
 _WORKING_GIB: Final = 3  # activations, CUDA graphs, CUDA itself
 _USABLE: Final = 0.95  # of the nominal memory
 
@@ -141,7 +142,7 @@ def too_small(gpu: str, quantization: Quantization, longest: int | None = None) 
 
 def lacks_fp8(gpu: str, quantization: Quantization) -> str:
     """Why this GPU computes other vectors than those of fp8; empty if it does not."""
-    if quantization == "none" or gpu_named(gpu).fp8:
+    if quantization != "fp8" or gpu_named(gpu).fp8:
         return ""
     return "does not compute in fp8 and would give other vectors"
 

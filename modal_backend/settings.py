@@ -14,10 +14,16 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from kalm_integrations.environment import EnvironmentSettings
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.models import DEFAULT_APP, FP8, KALM, KALM_FP8, profile_of
+from kalm_integrations.models import (
+    DEFAULT_APP,
+    KALM,
+    NAMED_SPACES,
+    QUANTIZATIONS,
+    profile_of,
+)
 from modal_backend import gpus
 from modal_backend.engines.registry import ENGINES, EngineType
-from modal_backend.gpus import Quantization
+from modal_backend.engines.vllm.config import Quantization
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
@@ -89,8 +95,9 @@ class DeploySettings(EnvironmentSettings):
     """GPU types in order of preference; "!" pins a type ("H100!" is never an H200)."""
 
     quantization: Quantization = "none"
-    """"fp8" halves the weights and is 1.5 times as fast, on GPUs that support it. It is another
-    vector space."""
+    """"int8" halves the weights, which `quantize_model_weights` writes first. "fp8" halves them too
+    and is 1.5 times as fast, on GPUs that support it, but less exact. Each is another vector
+    space."""
 
     max_model_len: Annotated[int | None, Field(ge=256, le=32_768)] = None
     """Longest text in tokens. Default: 8192 for KaLM, 512 for KaLM mini, the model's own limit for
@@ -191,8 +198,9 @@ class DeploySettings(EnvironmentSettings):
         advice = f"--gpu {name}{default} {problem}. Use --gpu {', '.join(others)} or {last}"
         if gpus.lacks_fp8(name, kind):
             raise ValueError(f"{advice}, or drop --quantization fp8")
-        if not self._gpu_problem(name, "fp8"):
-            advice += ", or --quantization fp8, which is another vector space"
+        smaller = [each for each in gpus.QUANTIZATIONS if not self._gpu_problem(name, each)]
+        if smaller:
+            advice += f", or --quantization {' or '.join(smaller)}, which is another vector space"
         raise ValueError(advice)
 
     def _gpu_problem(self, name: str, quantization: Quantization) -> str:
@@ -261,9 +269,8 @@ class DeploySettings(EnvironmentSettings):
         space = profile_of(self.model).space
         if not space.declared:
             return space
-        if self.quantization == "fp8":
-            space = replace(space, quantization=FP8)
-        return replace(space, revision=self.revision or space.revision)
+        scheme = QUANTIZATIONS.get(self.quantization, space.quantization)
+        return replace(space, quantization=scheme, revision=self.revision or space.revision)
 
     @property
     def client_arguments(self) -> dict[str, str]:
@@ -275,10 +282,9 @@ class DeploySettings(EnvironmentSettings):
             arguments["environment_name"] = self.environment_name
         if self.space.model != KALM.space.model:
             arguments["model"] = self.space.model
-        if self.space == KALM_FP8.space:
-            arguments["expected_identity"] = "kalm-fp8"
-        elif self.space.declared and self.space != profile_of(self.space.model).space:
-            arguments["expected_identity"] = json.dumps(self.space.to_dict())
+        if self.space.declared and self.space != profile_of(self.space.model).space:
+            named = (name for name, space in NAMED_SPACES.items() if space == self.space)
+            arguments["expected_identity"] = next(named, json.dumps(self.space.to_dict()))
         return arguments
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kalm_integrations.models import PROFILES, in_fp8
+from kalm_integrations.models import PROFILES, QUANTIZATIONS, quantized
 from kalm_integrations.version import __version__
 from modal_backend.engines.registry import ENGINES
 from modal_backend.settings import DeploySettings
@@ -13,9 +13,14 @@ VERSION_TAG: Final = "kalm-version"
 IDENTITY_TAG: Final = "kalm-identity"
 BULK_TAG: Final = "kalm-bulk"
 _CPU_MODELS: Final = [engine.profile for engine in ENGINES.values() if engine.profile is not None]
-_FP8_MODELS: Final = [in_fp8(profile) for profile in PROFILES if profile not in _CPU_MODELS]
+_QUANTIZED: Final = [
+    quantized(profile, kind)
+    for profile in PROFILES
+    if profile not in _CPU_MODELS
+    for kind in QUANTIZATIONS
+]
 DEPLOYABLE: Final = {
-    profile.space.fingerprint: profile.space for profile in (*PROFILES, *_FP8_MODELS)
+    profile.space.fingerprint: profile.space for profile in (*PROFILES, *_QUANTIZED)
 }
 """The spaces of known models, by the value of the identity tag."""
 

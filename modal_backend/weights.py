@@ -13,6 +13,9 @@ from typing import Final
 from kalm_integrations.errors import ConfigurationError, EngineLoadError
 from kalm_integrations.models import KALM, PROFILES, profile_of
 
+INT8: Final = "int8"
+"""The quantization whose weights `kalm quantize` writes."""
+
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NOT_THE_MODEL: Final = frozenset({".md", ".png", ".jpg", ".lock", ".log"})
 _RESUME: Final = "run the download again; it resumes where it stopped"
@@ -40,18 +43,23 @@ def memory_bytes() -> int:
     return min(memory, int(limit)) if limit.isdigit() else memory
 
 
-def locate(model: str, revision: str | None = None) -> Weights:
+def locate(model: str, revision: str | None = None, quantization: str = "none") -> Weights:
     """Find a model on this machine without downloading anything.
 
     Args:
         model: A folder, or the name of a repository in the Hugging Face cache.
         revision: Of the repository; None is the pinned one, or "main".
+        quantization: "int8" finds what `kalm quantize` has made of it; any other is converted from
+            the original weights while they are loaded.
 
     Raises:
         ConfigurationError: A folder with a revision.
         EngineLoadError: The model is missing or incomplete; the message names the remedy.
     """
     folder = Path(model).expanduser()
+    commit = revision or pinned_revision(model)
+    if quantization == INT8 and not folder.is_dir() and _COMMIT.fullmatch(commit):
+        return _quantized(model, commit)  # without the original weights
     if folder.is_dir():
         if revision is not None:
             raise ConfigurationError(
@@ -62,9 +70,34 @@ def locate(model: str, revision: str | None = None) -> Weights:
     elif model.startswith((".", "/", "~")):
         raise EngineLoadError(f"{model} is not a folder.")
     else:
-        weights = _in_cache(model, revision or pinned_revision(model))
+        weights = _in_cache(model, commit)
     _check_complete(weights.folder)
-    return weights
+    return _quantized(weights.name, weights.revision) if quantization == INT8 else weights
+
+
+def quantized_folder(name: str, revision: str) -> Path:
+    """Return the folder of a model's int8 weights, in Hugging Face's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / "kalm-int8" / name.replace("/", "--") / revision.replace(":", "-")
+
+
+def _quantized(name: str, revision: str) -> Weights:
+    folder = quantized_folder(name, revision)
+    if not (folder / "config.json").is_file():
+        command = "`kalm quantize` with the same --model and --revision"
+        if "MODAL_TASK_ID" in os.environ:
+            variable = "" if name == KALM.space.model else f"KALM_DEPLOY_MODEL={name} "
+            run = f"{variable}modal run -m modal_backend.app::quantize_model_weights"
+            command = f"`{run}`, then `kalm deploy` again"
+        missing = EngineLoadError(
+            f"the int8 weights of {name} at {revision} are not in {folder}, or are incomplete. "
+            f"Write them: {command}."
+        )
+        missing.permanent = True  # a mounted Volume stays as it was when the container started
+        raise missing
+    _check_complete(folder)
+    return Weights(name, revision, folder)
 
 
 def pinned_revision(model: str) -> str:

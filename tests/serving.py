@@ -20,6 +20,7 @@ from kalm_integrations.codec import MEDIA_TYPE, pack
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.result import Usage
+from kalm_integrations.transports.openai_server import SHORT_TEXT
 from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.server import HttpServer, ServerOptions, bind
 
@@ -61,6 +62,11 @@ class Received:
     def texts(self) -> list[str]:
         return list(json.loads(self.body)["input"])
 
+    @property
+    def is_short_text(self) -> bool:
+        """Whether this finds out what a server accepts."""
+        return self.method == "POST" and self.texts == [SHORT_TEXT]
+
 
 Step = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
 """Responds to one request, or fails to."""
@@ -69,6 +75,8 @@ Step = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
 @dataclass
 class FaultyServer(LoopbackServer):
     """A server that responds to `/v1/embeddings` with its steps, and then correctly.
+
+    The short text that a client sends to find out what a server accepts takes no step.
 
     Args:
         steps: For the first, second, ... request to `/v1/embeddings`.
@@ -82,7 +90,8 @@ class FaultyServer(LoopbackServer):
 
     @property
     def posted(self) -> list[Received]:
-        return [request for request in self.received if request.method == "POST"]
+        """What was sent to `/v1/embeddings`, without the short text that comes before."""
+        return [each for each in self.received if each.method == "POST" and not each.is_short_text]
 
     def __post_init__(self) -> None:
         self._steps = iter(self.steps)
@@ -108,6 +117,9 @@ class FaultyServer(LoopbackServer):
             if self.ours:
                 described["identity"] = EMBEDDED.space.to_dict()  # type: ignore[assignment]
             await reply(200, json.dumps({"data": [described]}))(request, writer)
+            return
+        if request.is_short_text:
+            await plain()(request, writer)
             return
         step = next(self._steps, None)
         if request.method == "GET":

@@ -1,6 +1,8 @@
 """`kalm embed`: speed, memory, planning and `kill -9`, beside an earlier version and other ways.
 
     python benchmarks/bulk/run.py [--before CHECKOUT]     # 25 minutes; Markdown on stdout
+    python benchmarks/bulk/run.py --only killed           # or throughput, wide, memory, planning
+    python benchmarks/bulk/run.py --small                 # does it run? Its figures mean nothing
 
 1. Share of the service's own throughput, with the embedded engine behind `kalm serve`.
 2. Peak memory for a million short rows.
@@ -42,9 +44,10 @@ from measure import memory  # noqa: E402
 KEY = "benchmark"
 EMBEDDED = "universal-sentence-encoder-multilingual-3"
 PORT = 8430
-MANY, FEW, MILLION = 200_000, 20_000, 1_000_000
-ROUNDS = 3
-KILLS = 30
+SMALL = "--small" in sys.argv
+MANY, FEW, MILLION = (2_000, 500, 5_000) if SMALL else (200_000, 20_000, 1_000_000)
+ROUNDS, KILLS, PLANNED = (1, 3, 2_000) if SMALL else (3, 30, 100_000)
+ONLY = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
 BEFORE = sys.argv[sys.argv.index("--before") + 1] if "--before" in sys.argv else ""
 VERSIONS = {"before": BEFORE, "now": ""} if BEFORE else {"now": ""}
 BLOCK = 1_000
@@ -284,7 +287,7 @@ def planned(folder: Path) -> None:
 
     words = ["embedding", "of", "the", "text", "mountain", "river", "is", "deep", "vector", "and"]
     rng = random.Random(0)  # noqa: S311
-    texts = [" ".join(rng.choices(words, k=180)) for _ in range(100_000)]
+    texts = [" ".join(rng.choices(words, k=180)) for _ in range(PLANNED)]
     paths = [folder / "plan.parquet", folder / "plan.jsonl"]
     pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), paths[0], compression="none")
     with paths[1].open("w") as file:
@@ -337,16 +340,21 @@ def main() -> None:
     instant = [sys.executable, HERE.parent / "client" / "http_endpoint.py", "serve", "--port", PORT]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        few, many = corpus(folder / "few.jsonl", FEW), corpus(folder / "many.jsonl", MANY)
-        million = corpus(folder / "million.jsonl", MILLION)
-        throughput(folder, few, [*kalm, "serve", "--port", PORT])
-        with serving(*instant):
-            wide_rows(folder, many)
-            sizes = [measured("narrow", path, folder, MODEL)["mb"] for path in (many, million)]
+        if ONLY in ("", "throughput"):
+            few = corpus(folder / "few.jsonl", FEW)
+            throughput(folder, few, [*kalm, "serve", "--port", PORT])
+        if ONLY in ("", "wide"):
+            with serving(*instant):
+                wide_rows(folder, corpus(folder / "many.jsonl", MANY))
+        if ONLY in ("", "memory"):
+            paths = [corpus(folder / f"{rows}.jsonl", rows) for rows in (MANY, MILLION)]
+            sizes = [measured("narrow", path, folder, MODEL)["mb"] for path in paths]
             print(f"\nPeak memory over the start, 64 dimensions: {sizes[0]:,.0f} MB for {MANY:,} ")
             print(f"rows, {sizes[1]:,.0f} MB for {MILLION:,}.")
-        planned(folder)
-        killed(folder)
+        if ONLY in ("", "planning"):
+            planned(folder)
+        if ONLY in ("", "killed"):
+            killed(folder)
     packages = ("kalm-integrations", "pyarrow", "numpy", "langchain-core", "llama-index-core")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     machine = f"Python {platform.python_version()}, {platform.machine()} {platform.system()}"

@@ -7,8 +7,9 @@ import pathlib
 import random
 
 
-def write_model(folder: pathlib.Path, tiny: bool) -> None:
-    """A config of the 12 B shape (or a tiny one) and a tokenizer of bytes: BOS, then one a byte."""
+def write_model(folder: pathlib.Path, tiny: bool, packed: tuple[int, int] | None = None) -> None:
+    """A config of the 12 B shape (or a tiny one) and a tokenizer of bytes: BOS, then one a byte.
+    `packed` is bits and group size of quantized weights."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     shape = {
@@ -40,6 +41,10 @@ def write_model(folder: pathlib.Path, tiny: bool) -> None:
         "bos_token_id": 2,
         "torch_dtype": "bfloat16",
     }
+    if packed is not None:
+        from modal_backend.quantize import quantization_config
+
+        config["quantization_config"] = quantization_config(*packed)
     special = ["<pad>", "<eos>", "<bos>"]
     words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))

@@ -44,12 +44,17 @@ class Variant:
         arguments: Of `AsyncEngineArgs`, over ours.
         measure: What is measured, in this order.
         from_disk: Read random weights from the disk instead of making them on the GPU.
+        packed: Bits and group size of packed weights, as `kalm quantize` writes them with 8 and
+            128. They are random integers: vectors are not comparable with those of other variants.
+        environment: Variables of the process.
     """
 
     options: Row = field(default_factory=dict)
     arguments: Row = field(default_factory=dict)
     measure: tuple[str, ...] = ()
     from_disk: bool = False
+    packed: tuple[int, int] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def autotune(*, on: bool) -> Row:
@@ -58,20 +63,36 @@ def autotune(*, on: bool) -> Row:
 
 
 FP8: Final = {"quantization": "fp8"}
+INT8: Final = {"quantization": "int8"}
+INTEGERS: Final = {"worker_cls": "random_integers.RandomIntegersWorker"}
 # As on an A100: vLLM has FlashAttention 3 on Hopper cards only, and version 2 cannot be part of a
 # CUDA graph here, so the graphs are made in pieces.
 FA2: Final = {"attention_config": {"flash_attn_version": 2}, "worker_cls": "auto"}
 MEASURED: Final = ("vectors", "throughput", "service", "alone", "steps", "asleep", "asleep")
+BRIEF: Final = ("throughput", "alone")
 VARIANTS: Final = {
     "bf16": Variant(measure=MEASURED),
     "FlashAttention 2": Variant(
         arguments=FA2, measure=("vectors", "throughput", "alone", "asleep")
     ),
     "fp8": Variant(options=FP8, measure=MEASURED),
+    "int8": Variant(options=INT8, arguments=INTEGERS, measure=MEASURED[1:], packed=(8, 128)),
     "from disk": Variant(
         arguments={"load_format": "safetensors", "safetensors_load_strategy": "prefetch"},
         measure=("alone",),
         from_disk=True,
+    ),
+    # What other packed weights would give: Machete has no groups of 32, and vLLM takes Marlin.
+    "int8, groups of 64": Variant(arguments=INTEGERS, measure=BRIEF, packed=(8, 64)),
+    "int8, groups of 32": Variant(arguments=INTEGERS, measure=BRIEF, packed=(8, 32)),
+    "int4, groups of 32": Variant(arguments=INTEGERS, measure=BRIEF, packed=(4, 32)),
+    # The kernel of cards before Hopper.
+    "int8 with Marlin": Variant(
+        options=INT8,
+        arguments=INTEGERS,
+        measure=BRIEF,
+        packed=(8, 128),
+        environment={"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"},
     ),
     # They differ only where flashinfer is installed.
     "without autotune": Variant(arguments=autotune(on=False), measure=("vectors", "alone")),
@@ -99,8 +120,10 @@ VARIANTS: Final = {
 
 async def ours(out: Path, tiny: bool, variant: Variant) -> AsyncIterator[Row]:
     """One variant."""
-    folder = out / "shape"
-    write_model(folder, tiny)
+    os.environ |= variant.environment
+    packed = None if tiny else variant.packed  # vLLM has no such kernel for CPUs
+    folder = out / ("shape" if packed is None else "shape-int{}-{}".format(*packed))
+    write_model(folder, tiny, packed)
     if variant.from_disk:
         folder = parity.model_folder(out, tiny)
         for row in parity.weights(out, tiny):

@@ -47,7 +47,7 @@ class Running:
 
         os.environ |= _ENVIRONMENT
         process.set_environment()
-        _override(arguments)
+        _override({} if tiny and "worker_cls" in arguments else arguments)
         chosen: Row = {"max_model_len": 8192, "dtype": "bf16", **options}
         if tiny:
             chosen |= {"dtype": "fp32", "enforce_eager": True, "max_model_len": 4096}
@@ -67,6 +67,7 @@ class Running:
             "step_tokens": config.scheduler_config.max_num_batched_tokens,
             "async_scheduling": config.scheduler_config.async_scheduling,
             "graph_mode": inspected["cuda_graphs"],
+            "kernels": await self._inside(_linear_kernels),
             "graphs": len(sizes),
             "graph_sizes": [min(sizes, default=0), max(sizes, default=0)],
             "gpu_gib": gpu_used(),
@@ -133,6 +134,17 @@ class Running:
         """One query after the other."""
         taken = [await self._query(number) for number in range(20 if self.tiny else 300)]
         yield {"step": "a query alone", "through": "engine", **workloads.percentiles(taken)}
+        await self._inside(_start_profile)
+        count = 20 if self.tiny else 50
+        for number in range(count):
+            await self._query(number)
+        profile = await self._inside(_end_profile)
+        kernels = [[name, round(ms / count, 3), n] for name, ms, n in profile["kernels"][:6]]
+        yield {
+            "step": "a query alone, on the GPU",
+            "ms": round(profile["busy_seconds"] * 1e3 / count, 2),
+            "kernels": kernels,
+        }
 
     async def _query(self, seed: int) -> float:
         text = text_of(workloads.QUERY_TOKENS, seed)
@@ -376,6 +388,13 @@ def _end_profile(worker: Any) -> dict[str, Any]:
     )
     busy = sum(row[1] for row in rows) / 1e3
     return {"seconds": round(seconds, 2), "busy_seconds": round(busy, 2), "kernels": rows[:22]}
+
+
+def _linear_kernels(worker: Any) -> list[str]:
+    """Names of the kernels for packed weights."""
+    schemes = [getattr(module, "scheme", None) for module in worker.get_model().modules()]
+    kernels = {type(getattr(scheme, "kernel", None)).__name__ for scheme in schemes if scheme}
+    return sorted(kernels)
 
 
 def _allocations(worker: Any) -> dict[str, float]:

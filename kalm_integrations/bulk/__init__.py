@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from kalm_integrations.bulk.job import embed_corpus as embed_corpus
     from kalm_integrations.bulk.job import estimate as estimate
-    from kalm_integrations.bulk.plan import Options as Options
+    from kalm_integrations.bulk.options import Options as Options
     from kalm_integrations.bulk.reading import Rows as Rows
     from kalm_integrations.bulk.reading import read as read
 
 _HOMES: Final = {
-    "Options": "plan",
+    "Options": "options",
     "Rows": "reading",
     "embed_corpus": "job",
     "estimate": "job",

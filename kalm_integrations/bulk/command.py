@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
 
 from kalm_integrations.bulk import forecast
-from kalm_integrations.bulk.job import embed_corpus, plan_input
+from kalm_integrations.bulk.job import embed_corpus, estimate
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.plan import SHARD_ROWS, Options
+from kalm_integrations.bulk.options import SHARD_ROWS, Options
 from kalm_integrations.bulk.progress import ProgressView, outcome
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
@@ -21,6 +20,7 @@ from kalm_integrations.terminal import write
 
 if TYPE_CHECKING:
     from kalm_integrations.cli.embed import EmbedOptions
+    from kalm_integrations.cli.parameters import Quantization
     from modal_backend.costs import Choice
 
 LIMIT_REACHED: Final = 3
@@ -34,16 +34,19 @@ def run(source: str | None, chosen: EmbedOptions) -> int:
         KalmError: See `embed_corpus`.
         KeyboardInterrupt: With a message that says what is finished.
     """
-    arguments = Namespace(**asdict(chosen), input=source)
-    if _concerns_modal(arguments):
-        arguments.backend = "modal"
-        arguments.output = arguments.output or arguments.fetch
-    gpu = _gpu(arguments)
+    gpu_name = chosen.gpu
+    if gpu_name is None and chosen.on and chosen.dry_run:
+        from modal_backend.settings import DeploySettings
+
+        (gpu_name,) = DeploySettings.model_fields["gpu"].default
+    gpu = _gpu(gpu_name, chosen.quantization) if gpu_name else None
+    if _concerns_modal(chosen):
+        chosen = replace(chosen, backend="modal", output=chosen.output or chosen.fetch)
     view = ProgressView(gpu.dollars if gpu else None)
     try:
-        return _run(arguments, gpu, view)
+        return _run(source, chosen, gpu, view)
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(_finished(arguments)) from interrupt
+        raise KeyboardInterrupt(_finished(chosen)) from interrupt
     except (KalmError, OSError, ImportError):
         raise
     except pa.ArrowException as error:
@@ -52,35 +55,39 @@ def run(source: str | None, chosen: EmbedOptions) -> int:
         view.close()
 
 
-def _run(arguments: Namespace, gpu: Choice | None, view: ProgressView) -> int:
+def _run(source: str | None, chosen: EmbedOptions, gpu: Choice | None, view: ProgressView) -> int:
     options = Options(
-        text_column=arguments.text_column,
-        id_column=arguments.id_column,
-        on_error=arguments.on_error,
-        shard_rows=arguments.shard_rows or SHARD_ROWS,
-        encoding=arguments.encoding,
-        allow_duplicate_ids=arguments.allow_duplicate_ids,
-        vector_column=arguments.vector_column,
-        replace_vector=arguments.replace_vector,
-        reuse=arguments.reuse,
+        text_column=chosen.text_column,
+        id_column=chosen.id_column,
+        on_error=chosen.on_error,
+        shard_rows=chosen.shard_rows or SHARD_ROWS,
+        encoding=chosen.encoding,
+        allow_duplicate_ids=chosen.allow_duplicate_ids,
+        vector_column=chosen.vector_column,
+        replace_vector=chosen.replace_vector,
+        reuse=chosen.reuse,
         dollars_per_second=gpu.dollars if gpu else None,
-        max_dollars=arguments.max_dollars,
-        max_hours=arguments.max_hours,
+        max_dollars=chosen.max_dollars,
+        max_hours=chosen.max_hours,
     )
-    with _client(arguments) as client:
-        if arguments.dry_run:
-            output = Path(arguments.output) if arguments.output else None
-            plan = plan_input(arguments.input, client, options, view, output, refuse_bad=False)
-            write(forecast.shown(plan, client, gpu, arguments))
+    with _client(chosen) as client:
+        if chosen.dry_run:
+            output = Path(str(chosen.output)) if chosen.output else None
+            plan = estimate(str(source), client, options, view, output, refuse_bad=False)
+            write(
+                forecast.shown(
+                    plan, client, gpu, on_modal=chosen.on is not None, as_json=chosen.json
+                )
+            )
             return 0
-        if _concerns_modal(arguments):
+        if _concerns_modal(chosen):
             from kalm_integrations.bulk.on_modal import command
 
-            manifest, text = command.run(arguments, client, options, view)
+            manifest, text = command.run(source, chosen, client, options, view)
         else:
-            folder = Path(arguments.output)
-            manifest = embed_corpus(arguments.input, folder, client, options, view)
-            text = outcome(manifest, folder, as_json=arguments.json)
+            folder = Path(str(chosen.output))
+            manifest = embed_corpus(str(source), folder, client, options, view)
+            text = outcome(manifest, folder, as_json=chosen.json)
     view.close()
     write(text)
     if manifest is None or manifest.complete or not (options.max_dollars or options.max_hours):
@@ -94,24 +101,24 @@ def _run(arguments: Namespace, gpu: Choice | None, view: ProgressView) -> int:
     return LIMIT_REACHED
 
 
-def _client(arguments: Namespace) -> KalmClient:
+def _client(chosen: EmbedOptions) -> KalmClient:
     names = ("backend", "vector_dtype", "dimensions")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    options = {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
     try:
         return KalmClient(**options)
     except ConfigurationError:
-        if not arguments.dry_run or "backend" in options:
+        if not chosen.dry_run or "backend" in options:
             raise
         return KalmClient(**{**options, "backend": "modal"})  # which a dry run does not call
 
 
-def _finished(arguments: Namespace) -> str:
-    if arguments.dry_run:
+def _finished(chosen: EmbedOptions) -> str:
+    if chosen.dry_run:
         return "interrupted."
-    if _concerns_modal(arguments):
+    if _concerns_modal(chosen):
         return "interrupted; a submitted job continues. Run the same command again to follow it."
     try:
-        manifest = Manifest.read(Path(arguments.output))
+        manifest = Manifest.read(Path(str(chosen.output)))
     except KalmError:
         manifest = None
     count = "0"
@@ -120,23 +127,17 @@ def _finished(arguments: Namespace) -> str:
     return f"interrupted: {count} rows are finished. Run the same command again to resume."
 
 
-def _gpu(arguments: Namespace) -> Choice | None:
-    if arguments.gpu is None and arguments.on and arguments.dry_run:
-        from modal_backend.settings import DeploySettings
-
-        (arguments.gpu,) = DeploySettings.model_fields["gpu"].default
-    if arguments.gpu is None:
-        return None
+def _gpu(name: str, quantization: Quantization) -> Choice:
     from modal_backend import costs
 
     try:
-        (choice,) = costs.choices([arguments.gpu], arguments.quantization)
+        (choice,) = costs.choices([name], quantization)
     except ValueError as error:
         raise ConfigurationError(f"--{error}.") from error
     if choice.problem:
-        raise ConfigurationError(f"--gpu {arguments.gpu}: {choice.problem}.")
+        raise ConfigurationError(f"--gpu {name}: {choice.problem}.")
     return choice
 
 
-def _concerns_modal(arguments: Namespace) -> bool:
-    return any((arguments.on, arguments.status, arguments.fetch, arguments.cancel))
+def _concerns_modal(chosen: EmbedOptions) -> bool:
+    return any((chosen.on, chosen.status, chosen.fetch, chosen.cancel))

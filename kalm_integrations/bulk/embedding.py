@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from kalm_integrations import prompts
-from kalm_integrations.batching import Batch, RequestLimits, plan
+from kalm_integrations.batching import Batch, plan
+from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
     AuthenticationError,
     CanaryFailedError,
@@ -39,12 +40,7 @@ _CONCERNS_SERVICE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Vectors of some rows of a part, or why they have none.
-
-    Attributes:
-        batch: With rows of the part as indices.
-        truncated: Whether these texts were cut.
-    """
+    """Vectors of some rows of a part, or why they have none; and whether these texts were cut."""
 
     batch: EmbeddedBatch
     truncated: bool = False
@@ -54,29 +50,26 @@ class Sender:
     """Sends batches to a service, and finds out which text a failure is due to.
 
     Args:
-        send: Embeds a batch; refused texts are in `rejected`.
-        send_cut: The same, with long texts cut; None refuses them.
-        wait: As `send`, for longer: embeds a plain text, to know whether the service works.
+        config: Of the client.
         template: What documents are set into.
-        limits: Of a request.
-        concurrency: Requests at a time.
+        sending: A function that embeds a batch, with some options of the client changed; texts that
+            are refused are in `rejected`.
+        patience: Options with which the service is waited for while it fails.
     """
 
     def __init__(
-        self,
-        send: Send,
-        *,
-        send_cut: Send | None,
-        wait: Send,
-        template: str,
-        limits: RequestLimits,
-        concurrency: int,
+        self, config: ClientConfig, template: str, sending: Callable[..., Send], **patience: Any
     ) -> None:
-        self._send, self._send_cut, self._wait = send, send_cut, wait
-        self._template, self._limits = template, limits
-        self._slots = asyncio.Semaphore(concurrency)
-        self.backlog = asyncio.Semaphore(concurrency + 4)
+        cut = config.truncate == "end"
+        self._send = sending(truncate="error") if cut else sending()
+        self._send_cut = sending() if cut else None
+        self._wait = sending(**patience)
+        self._template, self._limits = template, config.request_limits
+        self._slots = asyncio.Semaphore(config.max_concurrency)
+        self.backlog = asyncio.Semaphore(config.max_concurrency + 4)
         """Batches that are sent or not yet taken: results that wait would fill the memory."""
+        self.stopped = False
+        """Whether nothing more is sent; what is under way is still answered, and taken."""
 
     def batches(self, texts: list[tuple[int, str]]) -> list[Batch]:
         """The requests for the texts of a part; always the same for the same texts."""
@@ -89,6 +82,8 @@ class Sender:
             KalmError: The service fails for any text.
         """
         async with self._slots:
+            if self.stopped:
+                return []
             whole = await self._isolated(self._send, batch)
             results = [Result(whole)]
             if self._send_cut is not None and whole.rejected:

@@ -3,7 +3,6 @@ figures that `modal_backend.gpus` calls measured or calculated; no run on Modal 
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -22,13 +21,8 @@ CONTAINERS: Final = (1, 4, 16)
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A job on some containers, from the first start to the last shard.
-
-    Attributes:
-        containers: At most as many as there are shards.
-        hours: Until all is written.
-        dollars: With each container's start, and its idle time at the end.
-    """
+    """A job on some containers, of which there are at most as many as shards; the price includes
+    each container's start, and its idle time at the end."""
 
     containers: int
     hours: float
@@ -47,10 +41,12 @@ def forecast(gpu: Choice, tokens: float, shards: int, containers: int) -> Foreca
     return Forecast(containers=working, hours=hours, dollars=paid * gpu.dollars)
 
 
-def shown(plan: Plan, client: KalmClient, gpu: Choice | None, arguments: argparse.Namespace) -> str:
+def shown(
+    plan: Plan, client: KalmClient, gpu: Choice | None, *, on_modal: bool, as_json: bool
+) -> str:
     """The dry run's answer, as text or as one JSON document."""
-    data = _data(plan, client, gpu, on_modal=arguments.on is not None)
-    return json.dumps(data, indent=2) if arguments.json else _text(data, plan)
+    data = _data(plan, client, gpu, on_modal=on_modal)
+    return json.dumps(data, indent=2) if as_json else _text(data, plan)
 
 
 def _data(plan: Plan, client: KalmClient, gpu: Choice | None, *, on_modal: bool) -> dict[str, Any]:

@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.local import LocalExecutor, Progress, discard_leftovers
 from kalm_integrations.bulk.manifest import FORMAT, NAME, Manifest, check_same
-from kalm_integrations.bulk.plan import Options, Plan, make_plan
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.plan import Plan, make_plan
 from kalm_integrations.bulk.vectors import EarlierVectors, check_shard
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import Source
 
 _LOCK = ".lock"
-
-
-class Silent:
-    """Shows nothing."""
-
-    def scanned(self, rows: int) -> None: ...
-    def begun(self, plan: Plan, finished: int, manifest: Manifest) -> None: ...
-    def embedded(self, rows: int, tokens: int, rejected: int) -> None: ...
-    def written(self, shard: Any) -> None: ...
 
 
 def embed_corpus(
@@ -55,15 +46,17 @@ def embed_corpus(
         KalmError: The service failed; what is finished stays, and the same call resumes.
         OSError: The output could not be written; what is finished stays, too.
     """
-    options, progress = options or Options(), progress or Silent()
+    options, progress = options or Options(), progress or Progress()
     folder = Path(output)
+    if not str(output):
+        raise ConfigurationError("--output is empty: name a folder for the shards.")
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder for the shards.")
     if options.max_dollars is not None and options.dollars_per_second is None:
         raise ConfigurationError(
             "--max-dollars needs the price of the GPU that computes: name it with --gpu."
         )
-    plan = plan_input(source, client, options, progress, folder)
+    plan = estimate(source, client, options, progress, folder)
     for name in (folder, folder / shards.FOLDER):
         name.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -85,10 +78,10 @@ def embed_corpus(
         return manifest
 
 
-def plan_input(
+def estimate(
     source: str | Path,
     client: KalmClient,
-    options: Options,
+    options: Options | None = None,
     progress: Progress | None = None,
     output: Path | None = None,
     *,
@@ -99,21 +92,12 @@ def plan_input(
     Raises:
         KalmError: What `embed_corpus` would raise of the input.
     """
+    options, progress = options or Options(), progress or Progress()
     files = Source(str(source), options.text_column, options.encoding, exclude=output)
     if output is not None:
         _check_apart(str(source), output)
-    scanned = (progress or Silent()).scanned
-    return make_plan(files, client.config.truncate, options, scanned, refuse_bad=refuse_bad)
-
-
-def estimate(
-    source: str | Path,
-    client: KalmClient,
-    options: Options | None = None,
-    progress: Progress | None = None,
-) -> Plan:
-    """`plan_input`, by its public name."""
-    return plan_input(source, client, options or Options(), progress)
+    truncate = client.config.truncate
+    return make_plan(files, truncate, options, progress.scanned, refuse_bad=refuse_bad)
 
 
 @contextmanager

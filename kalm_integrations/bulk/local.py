@@ -17,16 +17,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.embedding import Result, Send, Sender, embed_texts
-from kalm_integrations.bulk.manifest import Manifest, Shard
+from kalm_integrations.bulk.manifest import Manifest
+from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.plan import Plan
-from kalm_integrations.bulk.shards import Part, ShardBuilder
+from kalm_integrations.bulk.recurring import RecurringTexts
+from kalm_integrations.bulk.shards import ShardBuilder
 from kalm_integrations.bulk.vectors import KEPT, EarlierVectors, VectorFile
 from kalm_integrations.client import KalmClient
 from kalm_integrations.event_loop import background_loop
@@ -38,24 +40,17 @@ _RETRIES: Final = 100  # of one request, more than an hour of them: its `timeout
 _RECURRING: Final = "recurring"
 
 
-class Progress(Protocol):
-    """Who is told how a job goes."""
+class Progress:
+    """Who is told how a job goes; this one shows nothing."""
 
     def scanned(self, rows: int) -> None:
         """So many rows more were read, before anything is sent."""
-        ...
 
     def begun(self, plan: Plan, finished: int, manifest: Manifest) -> None:
         """The work begins; so many rows were finished before."""
-        ...
 
     def embedded(self, rows: int, tokens: int, rejected: int) -> None:
         """So many rows more have their vectors, or were rejected."""
-        ...
-
-    def written(self, shard: Shard) -> None:
-        """A shard is on the disk."""
-        ...
 
 
 @dataclass(eq=False)
@@ -68,17 +63,7 @@ class _OpenShard:
 
 @dataclass
 class LocalExecutor:
-    """One run of a job, from the first shard that is not finished.
-
-    Attributes:
-        client: To embed with.
-        plan: Of the input.
-        manifest: Of the job; grows with each shard.
-        folder: Of the job.
-        width: Dimensions of the vectors.
-        earlier: Vectors that are used again.
-        progress: Is told how it goes.
-    """
+    """One run of a job, from the first shard that is not finished; `manifest` grows with each."""
 
     client: KalmClient
     plan: Plan
@@ -89,6 +74,7 @@ class LocalExecutor:
     progress: Progress
     _open: deque[_OpenShard] = field(default_factory=deque)
     _writing: int = 0
+    _failure: BaseException | None = None
     _write_failed: bool = False
     _events: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
 
@@ -99,16 +85,12 @@ class LocalExecutor:
             KalmError: The service failed, or a text cannot be embedded. Finished shards stay.
             OSError: A shard could not be written.
         """
-        job = self.manifest.job
-        first, rows = self.plan.first, np.arange(self.plan.rows)
-        later = (first >= 0) & (rows // job.shard_rows != first // job.shard_rows)
-        self._recurring_rows = np.unique(first[later])
-        self._recurring = self._vector_file(_RECURRING)
-        self._refused = shards.rejected_rows(self.folder, self.manifest.shards)
+        refused = shards.rejected_rows(self.folder, self.manifest.shards)
+        self._recurring = RecurringTexts(self.plan, self._vector_file(_RECURRING), refused)
         self._clients: list[KalmClient] = []
         self._sender = self._new_sender()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kalm-shards")
-        self._begin = self._since = time.monotonic()
+        self._since = time.monotonic()
         try:
             self._run()
         finally:
@@ -124,15 +106,19 @@ class LocalExecutor:
 
     def _run(self) -> None:
         for part in self.plan.parts(len(self.manifest.shards)):
-            while len(self._open) + self._writing >= self._most_open():
+            while self._failure is None and len(self._open) + self._writing >= self._most_open():
                 self._events.get()()
-            if self._over_limit(part):
+            if self._failure is not None or self._over_limit(part):
                 break
             self._start(part)
             while not self._events.empty():
                 self._events.get()()
-        while self._open or self._writing:
+        while self._failure is None and (self._open or self._writing):
             self._events.get()()
+        if self._failure is not None:  # what was sent is paid: it is kept
+            while any(shard.work is not None for shard in self._open):
+                self._events.get()()
+            raise self._failure
         if len(self.manifest.shards) == self.manifest.job.shards:
             self._recurring.close()
             shutil.rmtree(self.folder / KEPT, ignore_errors=True)
@@ -151,12 +137,10 @@ class LocalExecutor:
         done = sum(manifest.job.shard_rows for _ in manifest.shards) or part.start
         ahead = len(part) + sum(len(shard.builder.part) for shard in self._open)
         seconds = manifest.seconds * (1 + ahead / done) if done else 0.0
-        limits = [
-            (options.max_dollars, (options.dollars_per_second or 0.0)),
-            (options.max_hours, 1 / 3600),
-        ]
-        return any(most is not None and seconds * rate > most for most, rate in limits) or any(
-            most is not None and manifest.seconds * rate >= most for most, rate in limits
+        rate = options.dollars_per_second or 0.0
+        return any(
+            most is not None and (seconds * each > most or manifest.seconds * each >= most)
+            for most, each in ((options.max_dollars, rate), (options.max_hours, 1 / 3600))
         )
 
     # --- one shard
@@ -202,11 +186,11 @@ class LocalExecutor:
             if not batch.usage.requests and len(batch):  # it was kept by an earlier run
                 self.progress.embedded(len(batch), 0, 0)
                 continue
-            self.client._dispatcher.report_usage(batch)
+            self.client._dispatcher.report_usage(batch.usage)
             rows = batch.indices
             cut = builder.truncated[rows]
             shard.kept.put(rows, builder.part.keys[rows], batch.packed, cut)
-            self.progress.embedded(len(batch), batch.usage.tokens, len(batch.rejected))
+            self.progress.embedded(len(batch), batch.usage.tokens or 0, len(batch.rejected))
 
     def _known(self, shard: _OpenShard, batch: Batch) -> list[Result] | None:
         """A batch that an earlier run has kept whole."""
@@ -221,51 +205,24 @@ class LocalExecutor:
 
     def _embedded(self, shard: _OpenShard, done: Future[None]) -> None:
         shard.work = None  # it refers to the shard, whose memory a cycle would keep
+        if self._failure is not None:
+            return
         done.result()
         shard.builder.check()
         shard.embedded = True
         while self._open and self._open[0].embedded:
             head = self._open[0]
-            missing = self._copy(head.builder)
+            copied, missing = self._recurring.copy(head.builder)
+            if copied:
+                self.progress.embedded(copied, 0, 0)
             if missing:  # their vectors were lost, and are computed again
                 head.embedded = False
                 self._embed(head, missing)
                 return
             self._open.popleft()
-            self._keep_recurring(head.builder)
+            self._recurring.keep(head.builder)
             self._writing += 1
             self._writer.submit(self._write, head)
-
-    def _copy(self, builder: ShardBuilder) -> list[tuple[int, str]]:
-        """Give rows the vectors of earlier shards that have their texts; return what is left."""
-        rows = builder.copied_rows()
-        first = builder.part.first[rows]
-        for row, origin in zip(rows.tolist(), first.tolist(), strict=True):
-            if reason := self._refused.get(origin):
-                builder.reasons[row] = reason
-        keep = np.array([row not in builder.reasons for row in rows.tolist()], dtype=np.bool_)
-        rows, first = rows[keep], first[keep]
-        slots = np.searchsorted(self._recurring_rows, first)
-        found, vectors, cut = self._recurring.get(slots, builder.part.keys[rows])
-        builder.vectors[rows[found]], builder.truncated[rows[found]] = vectors[found], cut[found]
-        if len(rows):
-            self.progress.embedded(int(found.sum()), 0, 0)
-        return [(row, builder.part.texts[row]) for row in rows[~found].tolist()]
-
-    def _keep_recurring(self, builder: ShardBuilder) -> None:
-        part = builder.part
-        new = builder.reasons.keys() - part.reasons.keys()
-        self._refused |= {part.start + row: builder.reasons[row] for row in new}
-        rows = np.arange(part.start, part.start + len(part))
-        at = np.searchsorted(self._recurring_rows, rows)
-        at[at == len(self._recurring_rows)] = 0
-        recurs = np.zeros(len(rows), dtype=np.bool_)
-        if len(self._recurring_rows):
-            recurs = self._recurring_rows[at] == rows
-        recurs[list(builder.reasons)] = False
-        self._recurring.put(
-            at[recurs], part.keys[recurs], builder.vectors[recurs], builder.truncated[recurs]
-        )
 
     def _write(self, shard: _OpenShard) -> None:
         """On the writer's thread."""
@@ -281,7 +238,8 @@ class LocalExecutor:
             if price is not None:
                 manifest.dollars = (manifest.dollars or 0.0) + (now - self._since) * price
             self._since = now
-            manifest.add(finished)
+            manifest.shards.append(finished)
+            manifest.count()
             manifest.write(self.folder)
             shard.kept.remove()
         except BaseException as error:
@@ -289,14 +247,13 @@ class LocalExecutor:
             shard.kept.close()
             self._events.put(partial(self._failed, error))
             raise
-        self._events.put(partial(self._written, finished))
+        self._events.put(self._written)
 
     def _failed(self, error: BaseException) -> None:
-        raise error
+        self._failure, self._sender.stopped = error, True
 
-    def _written(self, shard: Shard) -> None:
+    def _written(self) -> None:
         self._writing -= 1
-        self.progress.written(shard)
 
     # --- where vectors come from
 
@@ -305,19 +262,9 @@ class LocalExecutor:
 
     def _new_sender(self) -> Sender:
         config = self.client.config
-        patient: dict[str, Any] = {}
-        if "max_retries" not in config.model_fields_set:
-            # A job of hours does not end because a service restarts: it waits for `timeout`.
-            patient = {"max_retries": _RETRIES}
-        cut = config.truncate == "end"
-        return Sender(
-            self._sending(truncate="error") if cut else self._sending(),
-            send_cut=self._sending() if cut else None,
-            wait=self._sending(**patient),
-            template=config.document_template,
-            limits=config.request_limits,
-            concurrency=config.max_concurrency,
-        )
+        # A job of hours does not end because a service restarts: it waits for `timeout`.
+        patience = {} if "max_retries" in config.model_fields_set else {"max_retries": _RETRIES}
+        return Sender(config, config.document_template, self._sending, **patience)
 
     def _sending(self, **changed: Any) -> Send:
         client = self.client

@@ -53,21 +53,8 @@ class Record(BaseModel):
 
 
 class Job(Record):
-    """Everything that decides a job's output. A resumed job must be the same.
-
-    Attributes:
-        files: A digest of each input file, in order.
-        text_column: The column that is embedded.
-        id_column: The column used as the document ID; None without one.
-        vector_column: The column that gets the vectors.
-        rows: Rows of the input.
-        identity: What the vectors may be compared with.
-        vector_dtype: "float16" or "float32".
-        truncate: What is done with texts over the model's length.
-        on_error: What is done with rows that cannot be embedded.
-        shard_rows: Input rows of each shard.
-        encoding: Of CSV and text files.
-    """
+    """Everything that decides a job's output, a digest of each input file included. A resumed job
+    must be the same."""
 
     files: dict[str, str]
     text_column: str
@@ -98,52 +85,32 @@ class Job(Record):
         return value
 
 
-class Shard(Record):
-    """A finished shard.
+class Counts(Record):
+    """Rows in the shards, rows that were not embedded, rows whose text was cut, rows with another
+    job's vectors; what was embedded, and sent."""
 
-    Attributes:
-        name: Of its file.
-        rows: In the file.
-        rejected: Rows that were not embedded.
-        truncated: Rows whose text was cut.
-        reused: Rows whose vectors are another job's.
-        bytes: Of its file.
-        digest: Of its file; empty in a manifest of the first format.
-        tokens: That were embedded.
-        requests: That were sent.
-    """
-
-    name: str
-    rows: Count
-    rejected: Count
-    truncated: Count = 0
-    reused: Count = 0
-    bytes: Count
-    digest: str = ""
-    tokens: Count
-    requests: Count
-
-
-class Manifest(Record):
-    """A job's record.
-
-    Attributes:
-        job: What it is.
-        shards: The finished ones, in order.
-        seconds: Time that embedding took, over all runs.
-        dollars: Price of these seconds on the GPU that was named; None if none was.
-        runs: How often it was started.
-        complete: Whether every shard is finished.
-    """
-
-    format: Literal[1, 2] = FORMAT
-    complete: bool = False
     rows: Count = 0
     rejected: Count = 0
     truncated: Count = 0
     reused: Count = 0
     tokens: Count = 0
     requests: Count = 0
+
+
+class Shard(Counts):
+    """A finished shard: its file, with size and digest (none in a manifest of the first format)."""
+
+    name: str
+    bytes: Count
+    digest: str = ""
+
+
+class Manifest(Counts):
+    """A job's record: what it is, its finished shards in order, and what they took, over all runs:
+    seconds, and their price on the GPU that was named."""
+
+    format: Literal[1, 2] = FORMAT
+    complete: bool = False
     job: Job
     shards: list[Shard] = Field(default_factory=list)
     seconds: Amount = 0.0
@@ -152,19 +119,17 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _has_all_shards(self) -> Self:
-        names = [f"part-{number:06}.parquet" for number in range(self.job.shards)]
-        if self.complete and [shard.name for shard in self.shards] != names:
+        names = [f"part-{number:06}.parquet" for number in range(len(self.shards))]
+        is_whole = [shard.name for shard in self.shards] == names
+        if self.complete and not (is_whole and len(names) == self.job.shards):
             raise ValueError("it lists other shards than the job has")
+        if self.format == FORMAT and not all(shard.digest for shard in self.shards):
+            raise ValueError("a shard has no digest")
         return self
-
-    def add(self, shard: Shard) -> None:
-        """Count a finished shard."""
-        self.shards.append(shard)
-        self.count()
 
     def count(self) -> None:
         """Set the sums."""
-        for name in ("rows", "rejected", "truncated", "reused", "tokens", "requests"):
+        for name in Counts.model_fields:
             setattr(self, name, sum(getattr(shard, name) for shard in self.shards))
 
     def write(self, folder: Path) -> None:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -21,52 +21,16 @@ from numpy.typing import NDArray
 from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.bulk import ids
 from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.shards import TRUNCATED, Part
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.shards import TRUNCATED
 from kalm_integrations.errors import BadRowsError, ConfigurationError
-from kalm_integrations.input_files import manifest_names, partitions
 from kalm_integrations.protocol import Truncate
 from kalm_integrations.readers import Block, Schema, Source
+from kalm_integrations.readers.files import manifest_names, partitions
 from kalm_integrations.validation import why_invalid
 
-OnError = Literal["fail", "skip", "null"]
-SHARD_ROWS: Final = 8192
 _OURS: Final = "kalm:"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How a corpus is embedded.
-
-    Attributes:
-        text_column: Of Parquet, JSON Lines and CSV, the column that is embedded; None is "text".
-        id_column: The column used as the document ID by stores.
-        on_error: Of rows that cannot be embedded: "fail" before anything is sent, as far as that
-            can be known; "skip" leaves them out; "null" keeps them with a null vector. With the
-            latter two they are in `rejected.parquet`, with their reasons.
-        shard_rows: Input rows of each shard; 8,192 vectors of 3840 float16 are 60 MiB. Three
-            shards are in memory.
-        encoding: Of CSV and text files; None is UTF-8.
-        allow_duplicate_ids: Accept ids that occur more than once.
-        vector_column: The column that gets the vectors.
-        replace_vector: Drop a column of that name from the input.
-        reuse: Outputs of complete jobs whose vectors are used again.
-        dollars_per_second: Of the GPU that computes, for the job's cost.
-        max_dollars: Stop at a finished shard before the job costs more.
-        max_hours: The same, for the hours that embedding takes.
-    """
-
-    text_column: str | None = None
-    id_column: str | None = None
-    on_error: OnError = "fail"
-    shard_rows: int = SHARD_ROWS
-    encoding: str | None = None
-    allow_duplicate_ids: bool = False
-    vector_column: str = "vector"
-    replace_vector: bool = False
-    reuse: tuple[str, ...] = ()
-    dollars_per_second: float | None = None
-    max_dollars: float | None = None
-    max_hours: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +38,11 @@ class Plan:
     """What there is to embed.
 
     Attributes:
-        source: The files.
-        options: Of the job.
-        truncate: What is done with texts over the model's length.
-        rows: All rows, bad ones too.
-        bad: Rows that cannot be embedded, as far as that is known before.
-        examples: The first of them, with place and reason.
+        bad: Rows that cannot be embedded, as far as that is known before; `examples` names some.
         first: For each row, the row that has its text first; -1 of a bad row.
         keys: Digest of each row's text.
-        row_tokens: Estimated tokens of each row.
         files: A digest of each file.
-        file_rows: Rows of each file.
         block_digests: Of each file, a digest of each of its blocks.
-        schema: The columns.
     """
 
     source: Source
@@ -193,7 +149,8 @@ class Plan:
             tables.append(table.slice(begin, end - begin))
             for row in range(begin, end):
                 if self.first[start + len(texts)] < 0:
-                    reasons[len(texts)] = _reason(block, row, self.truncate) or "is a bad row"
+                    reason = block.problems.get(row) or why_invalid(block.texts[row], self.truncate)
+                    reasons[len(texts)] = reason or "is a bad row"
                 texts.append(block.texts[row])
                 places.append(block.places[row])
         rows = slice(start, start + len(texts))
@@ -243,20 +200,19 @@ def make_plan(
         begin = rows
         digests.append([])
         for block in source.blocks(file):
-            problems, found = block.problems, []
+            problems = block.problems
             for row, text in enumerate(block.texts):
-                reason = (problems.get(row) if problems else None) or why_invalid(text, truncate)
+                reason = (problems and problems.get(row)) or why_invalid(text, truncate)
                 if reason is None:
                     content = text.encode()
-                    found.append(sha256(content).digest()[:16])
+                    keys += sha256(content).digest()[:16]
                     tokens.append(estimate_tokens(len(content)))
                     continue
                 bad += 1
                 if len(examples) < ids.SHOWN:
                     examples.append(f"{block.places[row]} {reason}")
-                found.append(_bad_key(rows + row))
+                keys += _bad_key(rows + row)
                 tokens.append(0)
-            keys += b"".join(found)
             digests[-1].append(block.digest)
             if options.id_column is not None:
                 id_keys += ids.keys_of(block, options.id_column, constants)
@@ -280,12 +236,14 @@ def make_plan(
         keys=key_array,
         row_tokens=row_tokens,
         files={
-            name: xxhash.xxh3_128_hexdigest(b"".join(set_of[-1:] if _running(source) else set_of))
-            for name, set_of in zip(names, digests, strict=True)
+            name: xxhash.xxh3_128_hexdigest(
+                b"".join(blocks if source.kind == "parquet" else blocks[-1:])
+            )
+            for name, blocks in zip(names, digests, strict=True)
         },
         file_rows=file_rows,
         block_digests=digests,
-        schema=source.schema(),
+        schema=source.schema().with_nulls() if bad else source.schema(),
     )
     _check_columns(plan)
     if refuse_bad:
@@ -298,15 +256,6 @@ def make_plan(
 def _bad_key(row: int) -> bytes:
     """A key that no other row has."""
     return (2**64 - 1).to_bytes(8, "little") + row.to_bytes(8, "little")
-
-
-def _running(source: Source) -> bool:
-    """Whether a block's digest is of all bytes before it too."""
-    return source.kind != "parquet"
-
-
-def _reason(block: Block, row: int, truncate: Truncate) -> str | None:
-    return block.problems.get(row) or why_invalid(block.texts[row], truncate)
 
 
 def _check_columns(plan: Plan) -> None:
@@ -323,9 +272,9 @@ def _check_columns(plan: Plan) -> None:
             f"the input has a column {options.vector_column!r} already: --vector-column NAME puts "
             "the vectors into another one, --replace-vector drops the input's."
         )
-    if plan.truncate == "end" and TRUNCATED in plan.columns:
+    if plan.truncate == "end" and TRUNCATED in (*plan.columns, options.vector_column):
         raise ConfigurationError(
-            f"the input has a column {TRUNCATED!r}, which is the column for cut texts: rename it."
+            f"column {TRUNCATED!r} is for cut texts: rename the input's, or the one for vectors."
         )
     if taken := [name for name in names if name.startswith(_OURS)]:
         raise ConfigurationError(f"column {taken[0]!r}: names with {_OURS!r} are reserved.")

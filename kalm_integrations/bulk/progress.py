@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.manifest import Manifest, Shard
+from kalm_integrations.bulk.local import Progress
+from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.bulk.plan import Plan
 from kalm_integrations.terminal import write
 
@@ -23,7 +24,7 @@ _OUTAGE: Final = 60.0
 """Seconds without a retry after which the next retry belongs to another outage."""
 
 
-class ProgressView:
+class ProgressView(Progress):
     """The view of a job, here or on Modal.
 
     Args:
@@ -47,13 +48,7 @@ class ProgressView:
         self._last = time.monotonic()
 
     def show(self, done: int, total: int, text: str) -> None:
-        """Show how far a job is.
-
-        Args:
-            done: Rows that are finished.
-            total: All rows.
-            text: The rest of the line.
-        """
+        """Show how many rows of all are finished, and the rest of the line."""
         if sys.stderr.isatty():
             if self._bar is None:
                 self._open_bar(total)
@@ -67,12 +62,10 @@ class ProgressView:
             self.say(text)
 
     def scanned(self, rows: int) -> None:
-        """So many rows more were read, before anything is sent."""
         self._scanned += rows
         self.now_and_then(f"reading: {counted(self._scanned, 'row')}")
 
     def begun(self, plan: Plan, finished: int, manifest: Manifest) -> None:
-        """The work begins."""
         copies = plan.rows - plan.bad - plan.distinct
         parts = [
             counted(plan.rows, "row"),
@@ -93,14 +86,10 @@ class ProgressView:
         _LOGGER.addHandler(self._warnings)
 
     def embedded(self, rows: int, tokens: int, rejected: int) -> None:
-        """So many rows more have their vectors, or were rejected."""
         self._rows += rows + rejected
         self._tokens += tokens
         self._rejected += rejected
         self.show(min(self._total, self._finished + self._rows), self._total, self._rates())
-
-    def written(self, shard: Shard) -> None:
-        """A shard is on the disk."""
 
     def close(self) -> None:
         """Take the bar away."""
@@ -184,14 +173,7 @@ def duration(seconds: float) -> str:
 def outcome(
     manifest: Manifest, folder: Path, *, as_json: bool, more: Mapping[str, Any] | None = None
 ) -> str:
-    """The result of a job that has come to its end, or to a limit.
-
-    Args:
-        manifest: Its record.
-        folder: Its output.
-        as_json: As one document.
-        more: Further fields of that.
-    """
+    """The result of a job that has come to its end, or to a limit; as one document, with `more`."""
     names = ("rows", "rejected", "truncated", "reused", "tokens", "seconds", "dollars", "runs")
     if as_json:
         content = {
@@ -205,7 +187,8 @@ def outcome(
         return json.dumps(content, indent=2)
     lines = [
         f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}, "
-        f"{counted(manifest.tokens, 'token')}, {duration(manifest.seconds)}"
+        f"{counted(manifest.tokens, 'token') if manifest.tokens else 'unknown tokens'}, "
+        f"{duration(manifest.seconds)}"
         + ("" if manifest.dollars is None else f", ${manifest.dollars:,.2f}")
         + f": {folder / shards.FOLDER}"
     ]

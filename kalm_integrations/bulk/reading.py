@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kalm_integrations.bulk.ids import id_strings
 from kalm_integrations.bulk.manifest import Manifest, Shard
-from kalm_integrations.bulk.shards import FOLDER, METADATA, python_texts, read_table
+from kalm_integrations.bulk.shards import FOLDER, METADATA
+from kalm_integrations.bulk.tables import python_texts, read_table
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
 
@@ -76,7 +77,7 @@ def _rows(folder: Path, manifest: Manifest, shard: Shard) -> Rows:
         written = json.loads(table.schema.metadata[METADATA])
         vector = table.column(job.vector_column).combine_chunks()
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}.") from error
+        raise ConfigurationError(f"{path}: {error.strerror or error}.") from error
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}.") from error
     if written != job.identity or len(table) != shard.rows:

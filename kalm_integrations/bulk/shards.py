@@ -1,22 +1,19 @@
-"""Parts and shards: rows on their way in, and rows with their vectors as Parquet."""
+"""Shards: rows with their vectors as Parquet."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 
 from kalm_integrations.bulk.embedding import Result
-from kalm_integrations.bulk.manifest import Job, Shard, rename
+from kalm_integrations.bulk.manifest import Job, Shard
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.tables import read_table, write_table
 from kalm_integrations.errors import (
     BadRowsError,
     ConfigurationError,
@@ -32,97 +29,11 @@ TRUNCATED: Final = "truncated"
 METADATA: Final = b"kalm"
 """Key of a shard's metadata that has the vectors' identity, as JSON."""
 _REJECTED: Final = pa.schema([("row", pa.int64()), ("place", pa.string()), ("reason", pa.string())])
-_GROUP_ROWS: Final = 1024
-"""8 MiB of vectors. To write a row group, Arrow takes 8 bytes for each float16 in it."""
 _ARROW: Final = {"float16": pa.float16(), "float32": pa.float32()}
-_PLACE, _REASON, _REUSED = "kalm:place", "kalm:reason", "kalm:reused"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The rows that one shard is made from.
-
-    Attributes:
-        number: Of the part and its shard, counted from 0.
-        start: Its first row in the input.
-        columns: The columns that the shard will have beside vectors.
-        places: Where the rows are in the input, for people.
-        texts: The text column, whatever its values are.
-        reasons: Why rows cannot be embedded, by row of the part.
-        first: For each row, the row of the input that has its text first; -1 of a bad row.
-        keys: Digest of each row's text; none in a container.
-        tokens: Estimated tokens of all rows.
-        vectors: Vectors of another job that are used again, by row of the part; and whether
-            their texts were cut.
-    """
-
-    number: int
-    start: int
-    columns: pa.Table = field(repr=False)
-    places: list[str] = field(repr=False)
-    texts: list[Any] = field(repr=False)
-    reasons: dict[int, str]
-    first: NDArray[np.int64] = field(repr=False)
-    keys: NDArray[np.uint64] = field(repr=False)
-    tokens: int = 0
-    vectors: dict[int, tuple[NDArray[Any], bool]] = field(default_factory=dict, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def write(self, path: Path) -> tuple[int, str]:
-        """Write it as a file that `read` reads; its size and digest."""
-        reasons = [self.reasons.get(row) for row in range(len(self))]
-        table = self.columns.append_column(_PLACE, pa.array(self.places, pa.string()))
-        table = table.append_column(_REASON, pa.array(reasons, pa.string()))
-        if self.vectors:
-            known = [self.vectors.get(row) for row in range(len(self))]
-            raw = [None if v is None else bytes([v[1]]) + v[0].tobytes() for v in known]
-            table = table.append_column(_REUSED, pa.array(raw, pa.large_binary()))
-        return write_table(path, table, vector=_REUSED if self.vectors else None)
-
-    @classmethod
-    def read(cls, path: Path, number: int, job: Job, digest: str) -> Part:
-        """Read what `write` has written.
-
-        Raises:
-            ConfigurationError: The file is damaged, or not a part of this job.
-        """
-        try:
-            table = read_table(path, digest)
-            places, given = table[_PLACE].to_pylist(), table[_REASON].to_pylist()
-            reasons = {row: reason for row, reason in enumerate(given) if reason is not None}
-            texts, reused = python_texts(table[job.text_column]), {}
-            if _REUSED in table.column_names:
-                raw = enumerate(table[_REUSED].to_pylist())
-                dtype = job.vector_dtype
-                reused = {n: (np.frombuffer(v[1:], dtype), bool(v[0])) for n, v in raw if v}
-        except (KeyError, OSError, pa.ArrowException) as error:
-            raise ConfigurationError(f"{path.name} is not an input part ({error}).") from error
-        start = number * job.shard_rows
-        first = np.arange(start, start + len(places))
-        first[list(reasons)] = -1
-        return cls(
-            number=number,
-            start=start,
-            columns=table.select([n for n in table.column_names if not n.startswith("kalm:")]),
-            places=places,
-            texts=texts,
-            reasons=reasons,
-            first=first,
-            keys=np.empty((0, 2), dtype=np.uint64),
-            vectors=reused,
-        )
 
 
 class ShardBuilder:
-    """Collects the vectors of a part, and writes the shard.
-
-    Args:
-        part: The rows.
-        job: What the shard belongs to.
-        width: Dimensions of the vectors.
-    """
+    """Collects the vectors of a part of a job, and writes the shard."""
 
     def __init__(self, part: Part, job: Job, width: int) -> None:
         self.part, self.job = part, job
@@ -152,7 +63,7 @@ class ShardBuilder:
             batch = result.batch
             batch.write_into(self.vectors)
             self.reasons.update({bad.index: bad.reason for bad in batch.rejected})
-            self.tokens += batch.usage.tokens
+            self.tokens += batch.usage.tokens or 0
             self.requests += batch.usage.requests
             if self.job.truncate == "end":
                 for row in batch.indices.tolist():
@@ -172,10 +83,7 @@ class ShardBuilder:
             )
 
     def write(self, folder: Path) -> Shard:
-        """Write the shard, and its rejected rows.
-
-        Args:
-            folder: Of the job.
+        """Write the shard into the job's folder, and its rejected rows.
 
         Raises:
             OSError: The disk is full, for instance. Nothing half-written stays.
@@ -224,13 +132,6 @@ class ShardBuilder:
         )
 
 
-def python_texts(column: pa.ChunkedArray) -> list[Any]:
-    """A text column as Python strings."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return list(column.to_pylist())
-
-
 def _one_chunk(table: pa.Table) -> pa.Table:
     """However the rows came, the file is the same."""
     try:
@@ -260,13 +161,8 @@ def rejected_rows(folder: Path, shards: list[Shard]) -> dict[int, str]:
 
 
 def gather_rejected(folder: Path, shards: list[Shard], *, keep: bool = False) -> None:
-    """Put all rejected rows into one file, at the end of a job; no file where there are none.
-
-    Args:
-        folder: Of the job.
-        shards: All of them.
-        keep: Keep the shards' own files.
-    """
+    """Put all rejected rows into one file, at the end of a job; no file where there are none. The
+    shards' own files are removed, unless they are to be kept."""
     some = [shard for shard in shards if shard.rejected]
     if some:
         tables = [_read_rejected(folder, shard) for shard in some]
@@ -292,75 +188,3 @@ def _read_rejected(folder: Path, shard: Shard) -> pa.Table:
     raise ConfigurationError(
         f"{path} cannot be read: {why}. Restore it from a copy, or choose another --output."
     )
-
-
-def read_table(path: Path, digest: str = "", columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, from the very bytes whose digest was compared.
-
-    Raises:
-        ConfigurationError: It was changed or damaged since it was written.
-    """
-    content = path.read_bytes()
-    if digest and xxhash.xxh3_128_hexdigest(content) != digest:
-        raise ConfigurationError(f"{path} is damaged, or was changed since it was written.")
-    with pq.ParquetFile(pa.BufferReader(content)) as file:
-        return file.read(columns)
-
-
-def write_table(path: Path, table: pa.Table, vector: str | None = None) -> tuple[int, str]:
-    """Write a Parquet file that is there whole or not at all; its size and digest."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    others = [name for name in table.column_names if name != vector]
-    try:
-        with temporary.open("wb") as file:
-            hashed = _Hashed(file)
-            writer = pq.ParquetWriter(
-                hashed,
-                table.schema,
-                # Numbers that look like noise take longer to compress than to write.
-                compression={str(vector): "none", **dict.fromkeys(others, "zstd")},
-                use_dictionary=others,
-                write_statistics=others,
-            )
-            with writer:
-                for start in range(0, max(1, len(table)), _GROUP_ROWS):
-                    group = table.slice(start, _GROUP_ROWS)
-                    if any("view" in str(kind) for kind in table.schema.types):
-                        group = _copied(group)
-                    writer.write_table(group, row_group_size=_GROUP_ROWS)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        rename(temporary, path)
-    except BaseException:
-        if temporary.is_file():
-            temporary.unlink()
-        raise
-    return size, hashed.hexdigest()
-
-
-def _copied(table: pa.Table) -> pa.Table:
-    """A slice as a table of its own: Arrow cannot write slices of some types, views in structs."""
-    columns = [
-        pa.concat_arrays(table[name].chunks or [table[name].combine_chunks()])
-        for name in table.column_names
-    ]
-    return pa.table(columns, schema=table.schema)
-
-
-class _Hashed(io.RawIOBase):
-    """A file whose bytes are hashed as they are written."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._hash = file, xxhash.xxh3_128()
-        self.hexdigest = self._hash.hexdigest
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self._hash.update(content)
-        return int(self._file.write(content))
-
-    def tell(self) -> int:
-        return int(self._file.tell())

@@ -15,7 +15,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from kalm_integrations.bulk.manifest import Job, Manifest, file_digest
-from kalm_integrations.bulk.shards import FOLDER, TRUNCATED, python_texts
+from kalm_integrations.bulk.shards import FOLDER, TRUNCATED
+from kalm_integrations.bulk.tables import python_texts
 from kalm_integrations.errors import ConfigurationError
 
 KEPT: Final = ".vectors"
@@ -25,13 +26,7 @@ _GROUPS_IN_MEMORY: Final = 12
 
 class VectorFile:
     """Vectors in numbered slots of a file. Each has its text's key and a checksum, so that a slot
-    that is missing, damaged or another text's is no vector.
-
-    Args:
-        path: Made with the first vector.
-        width: Dimensions.
-        dtype: Of the vectors.
-    """
+    that is missing, damaged or another text's is no vector. The file is made with the first."""
 
     def __init__(self, path: Path, width: int, dtype: str) -> None:
         self._path = path
@@ -119,11 +114,7 @@ def _sums(records: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 class EarlierVectors:
-    """Vectors of complete outputs, found by their texts.
-
-    Args:
-        folders: The outputs.
-        job: That wants to use them.
+    """Vectors of complete outputs that a job wants to use, found by their texts.
 
     Raises:
         ConfigurationError: One is not a complete output, or damaged, or its vectors differ.

@@ -28,6 +28,9 @@ Runs until interrupted. Callers present the key that KALM_API_KEY holds.""",
     "deploy": """Deploy the service to Modal.
 
 Each setting is also a variable: KALM_DEPLOY_ and its name in capitals.""",
+    "quantize": """Write a model's weights in int8, for --quantization int8.
+
+Halves them, on a CPU. Run the same command again to resume, or to verify what is written.""",
     "doctor": """Check settings, keys and the service, and show how to fix them.
 
 Checks what an application with these KALM_* variables would meet. Starts no container without

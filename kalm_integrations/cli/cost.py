@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 from cyclopts import Group, Parameter
 
+from kalm_integrations.cli import console
 from kalm_integrations.cli.failures import needs
 from kalm_integrations.cli.parameters import (
     Count,
@@ -17,7 +18,7 @@ from kalm_integrations.cli.parameters import (
     TextColumn,
     between,
 )
-from kalm_integrations.cost import CostOptions, run
+from kalm_integrations.cost import count_tokens, report, show
 from kalm_integrations.errors import ConfigurationError
 from modal_backend.settings import WINDOWS
 
@@ -63,17 +64,23 @@ def cost(
     """Print what each GPU costs."""
     if tokens is not None and corpus is not None:
         raise ConfigurationError("--corpus does not go with --tokens.")
-    options = CostOptions(
-        gpu=gpu,
+    if corpus is not None:
+        with needs("bulk"):
+            tokens = count_tokens(corpus, text_column)
+    elif text_column:
+        raise ConfigurationError("--text-column goes with --corpus.")
+    document = report(
+        gpu,
         quantization=quantization,
         utilization=utilization,
         tokens=tokens,
-        corpus=corpus,
-        text_column=text_column,
-        queries_per_day=queries_per_day,
+        queries=queries_per_day,
         scaledown_window=scaledown_window,
         cold_start=cold_start,
-        as_json=json,
     )
-    with needs("bulk"):  # for a corpus
-        run(options)
+    if json:
+        from kalm_integrations.cli.documents import CostReport
+
+        console.print_document(CostReport.model_validate(document))
+    else:
+        show(document)

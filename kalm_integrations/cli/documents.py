@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
@@ -119,7 +119,112 @@ class JobStatus(Document):
     identity: dict[str, Any] | None = None
 
 
-DOCUMENTS: Final = (ErrorDocument, DoctorReport, EmbedForecast, EmbedOutcome, JobStatus)
+class Assumption(Document):
+    """`basis`: measured, listed, calculated, or given by an option."""
+
+    basis: Literal["measured", "listed", "calculated", "given"]
+    figure: str
+    source: str
+
+
+class GpuCost(Document):
+    """One GPU and quantization. If there is a `problem`, no figures follow."""
+
+    gpu: str
+    quantization: Literal["none", "fp8", "int8"]
+    problem: str | None
+    dollars_per_hour: float
+    tokens_per_second: float | None = None
+    basis: Literal["measured", "calculated"] | None = None
+    dollars_per_million: float | None = None
+    dollars_per_million_at_utilization: float | None = None
+    corpus_hours: float | None = None
+    corpus_dollars: float | None = None
+    hours_up_per_day: float | None = None
+    queries_waiting: float | None = None
+    dollars_per_month: float | None = None
+    always_on_dollars_per_month: float | None = None
+
+
+class CostReport(Document):
+    """`kalm cost`."""
+
+    assumptions: list[Assumption]
+    utilization: float
+    tokens: int | None
+    queries_per_day: int | None
+    choices: list[GpuCost]
+
+
+class EvaluatedSystem(Document):
+    """A deployment as it was evaluated; `identity` is null if the service reports none."""
+
+    name: str
+    model: str
+    identity: dict[str, Any] | None
+    query_template: str | None
+    document_template: str | None
+
+
+class Interval(Document):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Difference(Interval):
+    """To the first system, with the p value of a paired randomization test."""
+
+    p: float
+
+
+class Measure(Interval):
+    """Of one system; the first one has no `difference`."""
+
+    difference: Difference | None = None
+
+
+class MeasuredSystem(EvaluatedSystem):
+    """A system with its measures, by name."""
+
+    measures: dict[str, Measure]
+
+
+class RetrievalReport(Document):
+    """`kalm eval retrieval`."""
+
+    documents: int
+    queries: int
+    systems: list[MeasuredSystem]
+
+
+class Distribution(Document):
+    """Over texts; empty if it is undefined. `lowest_at` names the text with the lowest value."""
+
+    mean: float | None = None
+    median: float | None = None
+    p5: float | None = None
+    p1: float | None = None
+    lowest: float | None = None
+    lowest_at: str | None = None
+
+
+class ComparisonReport(Document):
+    """`kalm eval compare`; the figures by name."""
+
+    baseline: EvaluatedSystem
+    candidate: EvaluatedSystem
+    documents: int
+    queries: int
+    figures: dict[str, Distribution]
+
+
+DOCUMENTS: Final = (
+    *(ErrorDocument, DoctorReport, EmbedForecast, EmbedOutcome, JobStatus),
+    *(CostReport, RetrievalReport, ComparisonReport),
+)
 
 
 def schema() -> str:

@@ -181,7 +181,7 @@ def _check(source: str | None, options: EmbedOptions) -> None:
     _check_modal(source, options, given)
     if options.bucket_secret is not None and not source.startswith("s3://"):
         raise ConfigurationError("--bucket-secret is for s3://BUCKET/path.")
-    if options.output is None and not (options.dry_run or options.detach):
+    if not options.output and (options.output == "" or not (options.dry_run or options.detach)):
         raise ConfigurationError("--output is missing: name the folder for the shards.")
 
 

@@ -58,19 +58,17 @@ def retrieval(
 ) -> None:
     """Measure nDCG, recall and MRR on texts with relevance judgments."""
     with needs("eval"):
-        from kalm_integrations.evaluation.retrieval import RetrievalOptions, run
+        from kalm_integrations.evaluation.retrieval import run
 
         run(
-            RetrievalOptions(
-                folder=folder,
-                systems=system,
-                dimensions=dimensions,
-                query_instructions=query_instruction,
-                split=split,
-                k=k,
-                plot=plot,
-                as_json=json,
-            )
+            folder,
+            systems=system,
+            dimensions=dimensions,
+            query_instructions=query_instruction,
+            split=split,
+            k=k,
+            plot_path=plot,
+            as_json=json,
         )
 
 
@@ -93,18 +91,15 @@ def compare(
 ) -> None:
     """Tell how far two systems find the same, without relevance judgments."""
     with needs("eval"):
-        from kalm_integrations.evaluation.compare import CompareOptions, run
+        from kalm_integrations.evaluation.compare import run
 
         run(
-            CompareOptions(
-                baseline=baseline,
-                candidate=candidate,
-                corpus=corpus,
-                queries=queries,
-                text_column=text_column,
-                sample=sample,
-                k=k,
-                plot=plot,
-                as_json=json,
-            )
+            (baseline, candidate),
+            corpus=corpus,
+            queries_path=queries,
+            text_column=text_column,
+            sample=sample,
+            k=k,
+            plot_path=plot,
+            as_json=json,
         )

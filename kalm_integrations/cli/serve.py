@@ -96,8 +96,8 @@ def serve(
         Quantization | None,
         Parameter(
             group=_VLLM,
-            help="fp8 halves the memory of the weights, and is another vector space. "
-            "Default: none.",
+            help="int8 halves the memory of the weights, which `kalm quantize` writes first; fp8 "
+            "halves it too, and is less exact. Each is another vector space. Default: none.",
         ),
     ] = None,
     dtype: Annotated[

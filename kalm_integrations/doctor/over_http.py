@@ -8,10 +8,11 @@ from http.client import HTTPException
 from typing import Final
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass, urlopen
+from urllib.request import urlopen
 
 from kalm_integrations.doctor import service
 from kalm_integrations.doctor.base import KEYS, LIMIT, Check, DoctorContext, Result, fail, warn
+from kalm_integrations.errors import ConfigurationError
 
 MODAL: Final = ".modal.run"
 """Modal's domain; services below it may be asleep."""
@@ -52,14 +53,10 @@ def _keys(context: DoctorContext) -> Result:
 
 def _network(context: DoctorContext) -> Result:
     """Name, port and certificate; sends no request, so that no container starts."""
-    url = urlsplit(context.url)
-    tls, through = url.scheme == "https", ""
-    host, port = url.hostname or "", url.port or (443 if tls else 80)
-    if proxy := None if proxy_bypass(host) else getproxies().get(url.scheme):
-        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        host, port, tls = target.hostname or "", target.port or 80, False
-        through = f", the proxy of {url.scheme.upper()}_PROXY"
-    place = f"{host}:{port}{through}"
+    try:
+        host, port, tls, place = _next_hop(context.url)
+    except ConfigurationError as error:
+        return fail(error.message, "Correct or unset that variable, or add the host to NO_PROXY.")
     try:
         with socket.create_connection((host, port), LIMIT) as connection:
             if not tls:
@@ -72,10 +69,24 @@ def _network(context: DoctorContext) -> Result:
     except ssl.SSLError as error:
         remedy = "If it is plain HTTP, write http:// in KALM_BASE_URL."
         return fail(f"{place} does not speak TLS: {error.reason}", remedy)
-    except ConnectionRefusedError:
-        return fail(f"nothing listens at {place}", _REACH)
     except (OSError, UnicodeError) as error:
-        return fail(f"{place}: {getattr(error, 'strerror', None) or error}", _REACH)
+        reason = f"{place}: {getattr(error, 'strerror', None) or error}"
+        refused = isinstance(error, ConnectionRefusedError)
+        return fail(f"nothing listens at {place}" if refused else reason, _REACH)
+
+
+def _next_hop(base_url: str) -> tuple[str, int, bool, str]:
+    """Host, port, whether it speaks TLS, and its name, of the service or of the proxy to it."""
+    from yarl import URL
+
+    from kalm_integrations.transports.proxies import proxy_of
+
+    url = URL(base_url)
+    proxy = proxy_of(url)
+    if proxy is None:
+        host, port = url.host or "", url.port or 0
+        return host, port, url.scheme == "https", f"{host}:{port}"
+    return proxy.url.host or "", proxy.url.port or 0, proxy.url.scheme == "https", proxy.place
 
 
 def _health(context: DoctorContext) -> Result:

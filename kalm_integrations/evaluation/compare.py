@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,41 +20,36 @@ DEPTH: Final = 100
 Values = NDArray[np.floating[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
-    """Options of `kalm eval compare`; its help explains each."""
-
-    baseline: str
-    candidate: str
-    corpus: Path
-    queries: Path | None = None
-    text_column: str | None = None
-    sample: int = 2000
-    k: tuple[int, ...] = (1, 10, 100)
-    plot: Path | None = None
-    as_json: bool = False
-
-
-def run(options: CompareOptions) -> None:
+def run(
+    named: tuple[str, str],
+    *,
+    corpus: Path,
+    queries_path: Path | None,
+    text_column: str | None,
+    sample: int,
+    k: Sequence[int],
+    plot_path: Path | None,
+    as_json: bool,
+) -> None:
     """Embed the texts with both systems, and print how far they agree.
+
+    The command's help explains the options.
 
     Raises:
         ConfigurationError: Arguments or texts that cannot work.
         KalmError: A service failed; the message names it.
         ImportError: The extra "eval" is not installed.
     """
-    column, sample = options.text_column, options.sample
-    queries = documents = read_distinct(options.corpus, column, sample)
+    queries = documents = read_distinct(corpus, text_column, sample)
     own = np.arange(len(documents.texts))  # each document is left out of its own results
-    if options.queries:
-        queries = read_distinct(options.queries, column, sample)
+    if queries_path:
+        queries = read_distinct(queries_path, text_column, sample)
         own = np.full(len(queries.texts), -1)
     ranked = len(documents.texts) - (queries is documents)
-    ks = sorted({k for k in options.k if k < ranked})
+    ks = sorted({each for each in k if each < ranked})
     if not ks:
-        raise ConfigurationError(f"{options.corpus}: too few texts for k={min(options.k)}.")
-    specs = [(spec, parse(spec)) for spec in (options.baseline, options.candidate)]
-    with connected(specs) as systems:
+        raise ConfigurationError(f"{corpus}: too few texts for k={min(k)}.")
+    with connected([(spec, parse(spec)) for spec in named]) as systems:
         query_vectors = [system.embed(queries, "query") for system in systems]  # few: fails early
         document_vectors = [system.embed(documents, "document") for system in systems]
         sides = [system.describe() for system in systems]
@@ -75,10 +70,10 @@ def run(options: CompareOptions) -> None:
         {"": name} | {key: x if isinstance(x, str) else f"{x:.4f}" for key, x in figure.items()}
         for name, figure in figures.items()
     ]
-    write(document | {"figures": figures}, rows, as_json=options.as_json)
-    if options.plot:
+    write(document | {"figures": figures}, rows, as_json=as_json)
+    if plot_path:
         intervals = {name: (x["lowest"], x["mean"], 1.0) for name, x in figures.items() if x}
-        plot(intervals, "mean, and the range from the lowest value to 1", options.plot)
+        plot(intervals, "mean, and the range from the lowest value to 1", plot_path)
 
 
 def agreement(

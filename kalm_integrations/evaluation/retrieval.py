@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,51 +17,45 @@ from kalm_integrations.evaluation.texts import Judged, read_judged, search
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetrievalOptions:
-    """Options of `kalm eval retrieval`; its help explains each."""
-
-    folder: Path
-    systems: tuple[str, ...] = ()
-    dimensions: tuple[int, ...] = ()
-    query_instructions: tuple[str, ...] = ()
-    split: str = "test"
-    k: tuple[int, ...] = (10, 100)
-    plot: Path | None = None
-    as_json: bool = False
-
-
-def run(options: RetrievalOptions) -> None:
-    """Evaluate every system, and print the measures.
+def run(
+    folder: Path,
+    *,
+    systems: Sequence[str],
+    dimensions: Sequence[int],
+    query_instructions: Sequence[str],
+    split: str,
+    k: Sequence[int],
+    plot_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate every system, and print the measures; the command's help explains the options.
 
     Raises:
         ConfigurationError: Arguments or files that cannot work.
         KalmError: A service failed; the message names it.
         ImportError: The extra "eval" is not installed.
     """
-    judged = read_judged(options.folder, options.split)
-    with connected(_specs(options)) as systems:
-        measures = summarize(evaluate(systems, judged, options.k))
+    judged = read_judged(folder, split)
+    with connected(_specs(systems, dimensions, query_instructions)) as made:
+        measures = summarize(evaluate(made, judged, k))
         rows = [
             system.describe() | {"measures": measured}
-            for system, measured in zip(systems, measures, strict=True)
+            for system, measured in zip(made, measures, strict=True)
         ]
     sizes = {"documents": len(judged.documents.texts), "queries": len(judged.queries.texts)}
-    write(sizes | {"systems": rows}, list(map(_cells, rows)), as_json=options.as_json)
-    if options.plot:
+    write(sizes | {"systems": rows}, list(map(_cells, rows)), as_json=as_json)
+    if plot_path:
         main = {row["name"]: row["measures"]["nDCG@10"] for row in rows}
         intervals = {name: (x["low"], x["mean"], x["high"]) for name, x in main.items()}
-        plot(intervals, "nDCG@10 with 95 % intervals", options.plot)
+        plot(intervals, "nDCG@10 with 95 % intervals", plot_path)
 
 
-def _specs(options: RetrievalOptions) -> list[tuple[str, dict[str, Any]]]:
+def _specs(
+    systems: Sequence[str], sizes: Sequence[int], prompts: Sequence[str]
+) -> list[tuple[str, dict[str, Any]]]:
     """Name and client arguments: each system with each number of dimensions and each prompt."""
     specs = {}
-    for spec, dimensions, prompt in product(
-        options.systems or ("",),
-        options.dimensions or (None,),
-        options.query_instructions or (None,),
-    ):
+    for spec, dimensions, prompt in product(systems or ("",), sizes or (None,), prompts or (None,)):
         more = {"dimensions": dimensions, "query_instruction": prompt}
         more = {name: value for name, value in more.items() if value is not None}
         name = " ".join([spec, *(f"{key}={value}" for key, value in more.items())]).strip()

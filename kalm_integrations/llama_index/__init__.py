@@ -195,7 +195,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         for name, value in config.__dict__.items():  # what has no effect beside it is not dumped
             for other in config.contradicted_by(name, value):
                 dumped[other] = ClientConfig.model_fields[other].default
-        if config.expected_identity == config.profile.space:
+        if config.expected_identity == config.model_profile.space:
             dumped["expected_identity"] = None
         if config.transport is not None:
             dumped["transport"] = type(config.transport).__qualname__  # to be passed to from_dict

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from kalm_integrations.documents import SUFFIXES, files, left_out, unread
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.quickstart.corpus import Corpus, Question, Text
+from kalm_integrations.readers.files import DOCUMENTS, LINES
 
 MOST_CHUNKS: Final = 20_000
 """Qdrant in memory is not made for more, and they take the embedded engine many minutes."""
+_SUFFIXES: Final = (*DOCUMENTS, *LINES)
+_NOT_DOCUMENTS: Final = {"node_modules", "site-packages", "venv", "__pycache__"}
+_MOST_NAMES: Final = 5  # of files that could not be read
 _CHUNK: Final = 1000  # characters
 _OVERLAP: Final = 100
 _QUESTIONS: Final = 3
@@ -65,9 +70,9 @@ def pieces(folder: Path) -> tuple[list[Text], str]:
         for chunk in splitter.split_text(document)
     ]
     if not texts:
-        kinds = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise ConfigurationError(f"{folder} has no text in files named {kinds}{left_out(skipped)}")
-    origin = f"{len(texts):,} pieces of {len(documents):,} files in {folder}{left_out(skipped)}"
+        kinds = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
+        raise ConfigurationError(f"{folder} has no text in files named {kinds}{_left_out(skipped)}")
+    origin = f"{len(texts):,} pieces of {len(documents):,} files in {folder}{_left_out(skipped)}"
     return texts, origin
 
 
@@ -75,15 +80,34 @@ def _documents(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Texts by file name, and what was left out and why."""
     documents: dict[str, str] = {}
     skipped: list[str] = []
-    for path in files(folder):
+    for path in _files(folder, _SUFFIXES):
         name = path.relative_to(folder).as_posix()
         try:
             documents[name] = path.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            skipped.append(unread(name, error))
-    kinds = Counter(path.suffix.lower() or "no suffix" for path in files(folder, ("",)))
-    others = [f"{count:,} × {kind}" for kind, count in kinds.items() if kind not in SUFFIXES]
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            skipped.append(f"{name} ({reason})")
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in _files(folder, ("",)))
+    others = [f"{count:,} × {kind}" for kind, count in kinds.items() if kind not in _SUFFIXES]
     return documents, skipped + others
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files that are neither hidden nor installed, in order of their names, folder by folder."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(n for n in folders if n[0] != "." and n not in _NOT_DOCUMENTS)
+        for name in sorted(names):
+            path = Path(parent, name)
+            # opening a named pipe would block
+            if name.lower().endswith(suffixes) and name[0] != "." and path.is_file():
+                yield path
+
+
+def _left_out(skipped: list[str]) -> str:
+    """The end of a message: which files were not read, and why."""
+    more = len(skipped) - _MOST_NAMES
+    names = [*skipped[:_MOST_NAMES], f"{more} more"] if more > 0 else skipped
+    return f"; left out: {', '.join(names)}" if names else ""
 
 
 def _headings(document: str) -> list[str]:

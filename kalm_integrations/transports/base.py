@@ -5,12 +5,15 @@ docs/architecture.md lists what to change to add one.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Protocol, assert_never, runtime_checkable
 
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
 if TYPE_CHECKING:
     from kalm_integrations.config import ClientConfig
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -42,6 +45,12 @@ class Transport(Protocol):
 def open_transport(config: ClientConfig) -> Transport:
     """The transport in `config`, or the one that its backend names."""
     backend = config.resolved_backend
+    if config.lacks_instruction:
+        log.warning(
+            "%r is no model that this package knows: queries get no instruction. If it is another "
+            'name of one, pass it as profile= ("kalm"); otherwise pass query_instruction=.',
+            config.served_model,
+        )
     if backend == "transport":
         assert config.transport is not None
         return config.transport

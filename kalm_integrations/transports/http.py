@@ -1,9 +1,8 @@
-"""backend="http": our own server, or any that speaks OpenAI's embeddings API.
+"""backend="http": our server, or any that speaks OpenAI's embeddings API.
 
 A probe of `/v1/models` identifies the server before the first request. Our server gets our fields
-and returns packed vectors with its identity; any other server gets OpenAI's fields only and returns
-base64. If the probe gets a 404, the responses decide: one with an identity comes from our server.
-Any other failure of the probe is raised.
+and returns packed vectors with its identity. Any other server, also one that refuses the probe, is
+an `OpenAIServer`, unless its responses have an identity.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from yarl import URL
 from kalm_integrations.codec import MEDIA_TYPE, unpack
 from kalm_integrations.errors import (
     ConfigurationError,
+    CorruptedAnswerError,
     DeadlineExceededError,
     IdentityMismatchError,
+    InvalidResponseError,
     NotFoundError,
 )
 from kalm_integrations.identity import SpaceIdentity
@@ -33,6 +34,7 @@ from kalm_integrations.protocol import (
 )
 from kalm_integrations.transports import openai_compat
 from kalm_integrations.transports.http_pool import HttpPool, HttpResponse
+from kalm_integrations.transports.openai_server import OpenAIServer
 
 if TYPE_CHECKING:
     from kalm_integrations.config import ClientConfig
@@ -52,6 +54,7 @@ class HttpTransport:
         assert config.base_url is not None
         self._config = config
         self._pool = HttpPool(api_root(config.base_url), config)
+        self._other = OpenAIServer(config, self._post, self._pool.secrets)
         self._is_kalm: bool | None = None
         """Whether this is our server; None while that is unknown."""
         self._probe: asyncio.Task[ServiceDescription | None] | None = None
@@ -60,18 +63,20 @@ class HttpTransport:
         start = time.monotonic()
         if self._is_kalm is None:
             await self.ensure_ready()
-        fields: dict[str, Any] = {"model": self._config.served_model, "input": request.texts}
-        if request.dimensions is not None:
-            fields["dimensions"] = request.dimensions
         if not self._is_kalm:
-            response = await self._embed_openai(request, fields)
+            response = await self._other.embed(request)
             if response is not None:
                 return response
-        fields |= {
+            self._is_kalm = True  # these vectors are not used, since they lack their identity
+        fields: dict[str, Any] = {
+            "model": self._config.served_model,
+            "input": request.texts,
             "truncate": request.truncate,
             "priority": request.role,
             "embed_dtype": request.dtype,
         }
+        if request.dimensions is not None:
+            fields["dimensions"] = request.dimensions
         headers = {"Accept": MEDIA_TYPE}
         if request.timeout is not None:
             timeout = request.timeout - (time.monotonic() - start)
@@ -79,6 +84,8 @@ class HttpTransport:
                 raise DeadlineExceededError("the deadline passed before the request was sent.")
             headers[TIMEOUT_HEADER] = f"{timeout:.3f}"
         reply = await self._post(fields, headers, len(request.texts))
+        if reply.status != 200:
+            raise openai_compat.error_from_response(reply, self._pool.secrets)
         media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if media_type == MEDIA_TYPE:
             return unpack(reply.body)
@@ -99,49 +106,46 @@ class HttpTransport:
             self._probe.cancel()
         await self._pool.close()
 
-    async def _embed_openai(
-        self, request: EmbedRequest, fields: dict[str, Any]
-    ) -> EmbedResponse | None:
-        """The response of a server that is not ours; None if it turns out to be ours."""
-        if request.truncate != "error":
-            raise ConfigurationError(
-                f"truncate={request.truncate!r} needs our server: {self._pool.base_url} is "
-                "another one, and OpenAI's API has no such field."
-            )
-        plain = fields | {"encoding_format": "base64"}
-        reply = await self._post(plain, {"Accept": "application/json"}, len(request.texts))
-        if IDENTITY_HEADER in reply.headers:
-            # The probe got a 404. These vectors are not used, since they lack their identity.
-            self._is_kalm = True
-            return None
-        return openai_compat.decode(reply, fields["model"], request.dtype, self._pool.secrets)
-
     def _probe_done(self, probe: asyncio.Task[ServiceDescription | None]) -> None:
         self._probe = None
         if not probe.cancelled():
             probe.exception()  # retrieved, in case every caller has left
 
     async def _identify_server(self) -> ServiceDescription | None:
-        reply = await self._pool.request("GET", "models", headers={}, limit=2**20)
-        if reply.status == 404:  # OpenAI-compatible servers need not have this route; ours does
-            if IDENTITY_HEADER in reply.headers:  # ours, under another path
+        description = await self._read_models()
+        if description is not None and description.identity is not None:
+            self._is_kalm = True
+        else:
+            self._is_kalm = not await self._other.agree()
+        return description
+
+    async def _read_models(self) -> ServiceDescription | None:
+        """What `/v1/models` reports; None if that says nothing of the server.
+
+        Servers and keys need not allow this route. Whether they embed shows when they embed.
+        """
+        try:
+            reply = await self._pool.request("GET", "models", headers={}, limit=2**20)
+        except CorruptedAnswerError:
+            raise
+        except (ConfigurationError, InvalidResponseError):  # a redirect, or far too long
+            return None
+        if reply.status != 200 and IDENTITY_HEADER in reply.headers:
+            if reply.status == 404:
                 raise NotFoundError(f"our server is there, but not at {self._pool.base_url}.")
-            return None  # inconclusive: the response may be a proxy's
-        if reply.status != 200:
             raise openai_compat.error_from_response(reply, self._pool.secrets)
         try:
             (model, *_) = json.loads(reply.body)["data"]
             fields = model.get("identity")
             identity = None if fields is None else SpaceIdentity.from_dict(fields)
-        except openai_compat.UNREADABLE as error:
-            raise openai_compat.unexpected_content(reply, self._pool.secrets) from error
-        self._is_kalm = identity is not None
+        except openai_compat.UNREADABLE:
+            return None
         return ServiceDescription(identity, read_warnings(model))
 
     async def _post(
         self, fields: dict[str, Any], headers: dict[str, str], texts: int
     ) -> HttpResponse:
-        reply = await self._pool.request(
+        return await self._pool.request(
             "POST",
             "embeddings",
             body=_JSON.encode(fields).encode(),
@@ -149,9 +153,6 @@ class HttpTransport:
             limit=2**20 + texts * _MAX_DIMENSIONS * _NUMBER_BYTES,
             from_kalm=self._is_kalm is True,
         )
-        if reply.status != 200:
-            raise openai_compat.error_from_response(reply, self._pool.secrets)
-        return reply
 
 
 def api_root(base_url: str) -> URL:

@@ -4,15 +4,12 @@ limits and connection errors."""
 from __future__ import annotations
 
 import itertools
-import json
 import socket
 import ssl
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-from urllib.parse import quote
-from urllib.request import getproxies, proxy_bypass
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 from yarl import URL
@@ -26,13 +23,15 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.native_threads import is_patched, original
 from kalm_integrations.protocol import ECHO_HEADER, IDENTITY_HEADER, REQUEST_ID_HEADER
+from kalm_integrations.transports.connection_errors import connection_error
+from kalm_integrations.transports.proxies import proxy_of, socks_connector
+from kalm_integrations.transports.redaction import Hidden, redact, shorten
 
 if TYPE_CHECKING:
     from kalm_integrations.config import ClientConfig
 
 _MAX_REDIRECTS: Final = 50  # Modal redirects every 150 s while a container starts
 _READ_BUFFER: Final = 2**20
-_MAX_QUOTED: Final = 200  # characters of a response in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +64,26 @@ class HttpPool:
         self.base_url = base_url
         self._config = config
         self._request_ids = (f"{prefix}{number:016x}" for number in itertools.count())
-        self._proxy = _proxy(base_url)  # redirects stay on this server
+        self._proxy = proxy = proxy_of(base_url)  # redirects stay on this server
+        self._http_proxy = None if proxy is None or proxy.is_socks else proxy.url
+        self._proxy_headers: dict[str, str] = {}
+        """Of the request to open a tunnel."""
+        self._failures: tuple[type[Exception], ...] = (
+            aiohttp.ClientError,
+            ConnectionError,
+            UnicodeError,
+        )
+        """What a failed request raises."""
         self._headers = _credentials(config)
         self.secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         """Redacted in error messages."""
-        if self._proxy is not None and (password := URL(self._proxy).password):
-            self.secrets.append(password)
+        if proxy is not None and proxy.user:
+            header: dict[str, str] = {"Proxy-Authorization": Hidden(proxy.authorization)}
+            self.secrets += [proxy.password, proxy.authorization.removeprefix("Basic ")]
+            if self._http_proxy is not None and base_url.scheme == "https":
+                self._proxy_headers = header
+            elif self._http_proxy is not None:
+                self._headers |= header
         self._session: aiohttp.ClientSession | None = None
         self._distrusted: aiohttp.ClientSession | None = None
         """The session whose connections got a response to another request."""
@@ -112,7 +125,8 @@ class HttpPool:
                     data=body,
                     headers=headers,
                     allow_redirects=False,
-                    proxy=self._proxy,
+                    proxy=self._http_proxy,
+                    proxy_headers=self._proxy_headers,
                 ) as response:
                     if response.status in (301, 302, 303, 307, 308):
                         method, body, url = self._redirect(response, method, body, url)
@@ -120,24 +134,17 @@ class HttpPool:
                     content = await _read(response, limit)
                 self._check_echo(response.headers, request_id, from_kalm)
                 return HttpResponse(response.status, response.headers, content, request_id)
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise ConfigurationError(
-                f"{url.host}: {error.certificate_error}. For a private authority, set "
-                "SSL_CERT_FILE to its certificate."
-            ) from error
-        except aiohttp.ClientConnectorSSLError as error:
-            if "WRONG_VERSION_NUMBER" not in str(error):
-                raise ConnectionFailedError(f"{method} {url}: {error}.") from error
-            raise ConfigurationError(
-                f"{url.host}:{url.port} answered, but not in TLS: the base_url of a server that "
-                "speaks plain HTTP begins with http://."
-            ) from error
-        except UnicodeError as error:
-            raise ConfigurationError(f"{url.host} is not a valid host name.") from error
-        except (aiohttp.ClientError, ConnectionError) as error:
-            # aiohttp's messages quote unparsable input; its errors hold the request's headers.
-            cause = shorten(redact(str(error), self.secrets) or type(error).__name__)
-            raise ConnectionFailedError(f"{method} {url}: {cause}.") from ConnectionError(cause)
+        except self._failures as error:
+            failure = connection_error(
+                error,
+                f"{method} {url}",
+                url,
+                proxy=self._proxy,
+                connect_timeout=self._config.connect_timeout,
+                secrets=self.secrets,
+            )
+            # aiohttp's errors hold the request's headers.
+            raise failure from ConnectionError(redact(str(error), self.secrets))
         raise ConnectionFailedError(f"more than {_MAX_REDIRECTS} redirects from {url}.")
 
     async def close(self) -> None:
@@ -187,19 +194,13 @@ class HttpPool:
         if self._closed:
             raise KalmError("the client was closed during the call.")
         if self._session is None:
-            single_use = self._distrusted is not None
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    socket_factory=_new_socket if is_patched() else None,
-                    limit=0,  # the slots of `Session` are the limit
-                    force_close=single_use,
-                    keepalive_timeout=None if single_use else self._config.keepalive_timeout,
-                    # aiohttp creates its own on import, and SSL_CERT_FILE may be set later.
-                    ssl=ssl.create_default_context() if self.base_url.scheme == "https" else True,
-                ),
+                connector=self._new_connector(single_use=self._distrusted is not None),
                 # The call's deadline governs everything else.
                 timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=self._config.connect_timeout
+                    total=None,
+                    connect=self._config.connect_timeout,  # TLS and the proxy included
+                    sock_connect=self._config.connect_timeout,
                 ),
                 # aiohttp's 64 KiB would pause and resume the socket several times per response.
                 read_bufsize=_READ_BUFFER,
@@ -210,40 +211,26 @@ class HttpPool:
             )
         return self._session
 
-
-def redact(text: str, secrets: Sequence[str]) -> str:
-    """`text` without `secrets`, plain or encoded for JSON or a URL. Redact before shortening:
-    otherwise part of a secret may remain."""
-    for secret in secrets:
-        if len(secret) > 3:  # shorter ones are also words
-            for form in (secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")):
-                text = text.replace(form, "***")
-    return text
-
-
-def shorten(text: str) -> str:
-    """`text`, cut after 200 characters."""
-    return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
+    def _new_connector(self, *, single_use: bool) -> aiohttp.BaseConnector:
+        options: dict[str, Any] = {
+            "socket_factory": _new_socket if is_patched() else None,
+            "limit": 0,  # the slots of `Session` are the limit
+            "force_close": single_use,
+            "keepalive_timeout": None if single_use else self._config.keepalive_timeout,
+            # aiohttp creates its own on import, and SSL_CERT_FILE may be set later.
+            "ssl": ssl.create_default_context() if self.base_url.scheme == "https" else True,
+        }
+        if self._proxy is None or not self._proxy.is_socks:
+            return aiohttp.TCPConnector(**options)
+        connector, failures = socks_connector(self._proxy, options)
+        self._failures = (*self._failures, *failures)
+        return connector
 
 
 def _new_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """A socket of the standard library: gevent's belong to the hub of one thread."""
     created: socket.socket = original("socket", "socket")(*address[:3])
     return created
-
-
-class _Secret(str):
-    """The value of a header, hidden in tracebacks with local variables, aiohttp's included."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
-def _proxy(url: URL) -> str | None:
-    """The proxy for `url` in the environment or the system's settings."""
-    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
 
 
 def _credentials(config: ClientConfig) -> dict[str, str]:
@@ -253,7 +240,7 @@ def _credentials(config: ClientConfig) -> dict[str, str]:
     if config.modal_key is not None and config.modal_secret is not None:
         headers["Modal-Key"] = config.modal_key.get_secret_value()
         headers["Modal-Secret"] = config.modal_secret.get_secret_value()
-    return {name: _Secret(value) for name, value in headers.items()}
+    return {name: Hidden(value) for name, value in headers.items()}
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:

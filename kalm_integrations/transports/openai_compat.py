@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kalm_integrations.errors import (
     AuthenticationError,
     ConfigurationError,
-    IdentityMismatchError,
     InvalidInputError,
     InvalidResponseError,
     InvalidText,
@@ -31,7 +33,8 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.protocol import EmbedResponse, ErrorBody, VectorDtype
 from kalm_integrations.result import Usage
-from kalm_integrations.transports.http_pool import HttpResponse, redact, shorten
+from kalm_integrations.transports.http_pool import HttpResponse
+from kalm_integrations.transports.redaction import redact, shorten
 
 _BY_STATUS: Final = {
     401: AuthenticationError,
@@ -45,6 +48,12 @@ _BY_STATUS: Final = {
     429: RateLimitError,
 }
 """For responses without one of our codes."""
+_TOO_MUCH: Final = re.compile(
+    r"too (long|large|big|many)|exceed|overflow|maximum|\bmax\b|longer|larger|less than|at most"
+    r"|reduce|limit|shorten",
+    re.IGNORECASE,
+)
+_OF_TEXT: Final = re.compile(r"token|context|length|input|prompt|sequence|character", re.IGNORECASE)
 UNREADABLE: Final = (
     ValueError,
     LookupError,
@@ -57,40 +66,78 @@ UNREADABLE: Final = (
 
 
 def decode(
-    response: HttpResponse, model: str, dtype: VectorDtype, secrets: Sequence[str]
-) -> EmbedResponse:
-    """The vectors of an embeddings response, in the order of their indices.
+    response: HttpResponse, dtype: VectorDtype, secrets: Sequence[str]
+) -> tuple[str | None, EmbedResponse]:
+    """The model's name, if there is one, and the vectors, in the order of their indices.
 
     Args:
-        response: OpenAI's JSON; each embedding is base64 of float32, or a list of numbers.
-        model: The requested model.
+        response: OpenAI's JSON; each embedding is base64 of float32, or a list of numbers. Without
+            any index, the vectors are in the order of the texts.
         dtype: Type of the vectors that are returned.
         secrets: Redacted in error messages.
 
     Raises:
-        IdentityMismatchError: The vectors are of another model.
-        InvalidResponseError: Not such a response; or an index is missing, duplicated or unknown.
+        InvalidResponseError: Not such a response; an index is missing, duplicated or unknown; or,
+            with their rows in `invalid`, some embeddings are missing or of another length.
     """
     try:
         content = json.loads(response.body)
-        served, items = content["model"], content["data"]
-        rows = {item["index"]: _vector(item["embedding"]) for item in items}
-        tokens = int(content["usage"]["prompt_tokens"])
+        model, items = content.get("model"), content["data"]
+        rows = [_vector(item["embedding"]) for item in items]
+        indices = [item.get("index") for item in items]
     except UNREADABLE as error:
         raise unexpected_content(response, secrets) from error
-    if served != model:
-        raise IdentityMismatchError(
-            f"requested model {model!r}, but {shorten(redact(str(served), secrets))!r} answered."
-        )
-    if len(rows) != len(items) or set(rows) != set(range(len(rows))):
+    if all(index is None for index in indices):
+        indices = list(range(len(rows)))
+    if sorted(indices, key=str) != sorted(range(len(rows)), key=str):
         raise InvalidResponseError(
             f"the response's indices are not 0 to {len(items) - 1}, each once: "
-            f"{shorten(str([item['index'] for item in items]))}."
+            f"{shorten(str(indices))}."
         )
-    if len({row.shape for row in rows.values()}) > 1:
-        raise InvalidResponseError("the response's vectors have different dimensions.")
-    vectors = np.array([rows[index] for index in range(len(rows))], dtype=dtype)
-    return EmbedResponse(vectors=vectors, identity=None, usage=Usage(tokens=tokens, requests=1))
+    ordered = [row for _, row in sorted(zip(indices, rows, strict=True), key=lambda pair: pair[0])]
+    _check_lengths(ordered)
+    vectors = np.array(ordered, dtype=dtype)
+    usage = Usage(tokens=_tokens(content.get("usage")), requests=1)
+    name = model if isinstance(model, str) and model else None
+    return name, EmbedResponse(vectors=vectors, identity=None, usage=usage)
+
+
+def _check_lengths(rows: Sequence[NDArray[np.float32]]) -> None:
+    """Check that all vectors have the length that most of them have."""
+    if not rows:
+        return
+    (expected, _), *others = Counter(len(row) for row in rows).most_common()
+    if others or not expected:
+        raise InvalidResponseError.of(
+            [
+                InvalidText(
+                    index,
+                    f"got a vector of {len(row)} dimensions instead of {expected}"
+                    if len(row)
+                    else "got no vector",
+                )
+                for index, row in enumerate(rows)
+                if len(row) != expected or not len(row)
+            ]
+        )
+
+
+def _tokens(usage: Any) -> int | None:
+    """The number of tokens that a server reports; None if it reports none."""
+    if isinstance(usage, Mapping):
+        for name in ("prompt_tokens", "total_tokens"):
+            value = usage.get(name)
+            if isinstance(value, int | float) and 0 < value < math.inf and value == int(value):
+                return int(value)
+    return None
+
+
+def is_about_length(message: str) -> bool:
+    """Whether an error message says that a text, or the request, is too long.
+
+    Servers have no common code for it, and some use status 500.
+    """
+    return _TOO_MUCH.search(message) is not None and _OF_TEXT.search(message) is not None
 
 
 def error_from_response(response: HttpResponse, secrets: Sequence[str]) -> KalmError:
@@ -139,13 +186,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _vector(embedding: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _vector(embedding: Any) -> NDArray[np.float32]:
+    """An embedding as an array; empty if it is null, or has numbers that are null."""
+    if embedding is None or (isinstance(embedding, list) and None in embedding):
+        return np.empty(0, dtype=np.float32)
     if isinstance(embedding, str):
         try:
             return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
         except binascii.Error as error:
             raise ValueError("not base64") from error
-    return np.array(embedding, dtype=np.float32)
+    row = np.array(embedding, dtype=np.float32)
+    if row.ndim != 1:
+        raise ValueError("not a list of numbers")
+    return row
 
 
 def _error_body(text: str) -> ErrorBody:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.on_modal import state as job_state
-from kalm_integrations.bulk.on_modal.queue import Queue
-from kalm_integrations.bulk.on_modal.state import Description, FolderStore, Reader, Run
-from kalm_integrations.bulk.plan import Options, make_plan
+from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal.queue import send_run
+from kalm_integrations.bulk.on_modal.records import Description, FolderStore, Run
+from kalm_integrations.bulk.on_modal.state import Reader
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.plan import make_plan
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
 from kalm_integrations.protocol import error_fields
 from kalm_integrations.readers import Source
@@ -23,24 +25,21 @@ _COMMIT_EVERY: Final = 64  # parts
 def prepare(
     request: Mapping[str, Any], *, volume: Path, mounted: Path, commit: Callable[[], None]
 ) -> dict[str, Any]:
-    """Split the input, unless that is done, and send what is not finished.
+    """Split the mounted input, unless that is done, and send what is not finished.
 
-    Args:
-        request: From `RemoteInput.prepare` in `kalm_integrations.bulk.on_modal.cloud`.
-        volume: Where the jobs' Volume is mounted.
-        mounted: Where the input is.
-        commit: Of the jobs' Volume.
+    `request` comes from `RemoteInput.prepare` in `kalm_integrations.bulk.on_modal.remote`; `volume`
+    and `commit` are the jobs' own.
 
     Returns:
         Nothing, or {"error": fields}: an exception would be logged and tried again.
     """
     try:
-        store = _CommittingStore(volume / job_state.JOBS / request["job"], commit)
+        store = _CommittingStore(volume / records.JOBS / request["job"], commit)
         _split(request, store, mounted)
         state = Reader(store).read()
         if state is not None and state.missing:
-            queue = Queue(request["app"], request["environment"], Run(**request["limits"]))
-            queue.send(store, request["job"], state.missing)
+            run = Run(**{**request["limits"], "shards": state.missing})
+            send_run(request["app"], request["environment"], store, request["job"], run)
         return {}
     except KalmError as error:
         return {"error": error_fields(error)}
@@ -64,17 +63,17 @@ def _split(request: Mapping[str, Any], store: _CommittingStore, mounted: Path) -
     source = Source(str(mounted / request["path"]), options.text_column, options.encoding)
     plan = make_plan(source, request["truncate"], options, lambda _: None)
     try:
-        before = Description.from_bytes(store.read(job_state.JOB), job_state.JOB)
+        before = Description.from_bytes(store.read(records.JOB), records.JOB)
     except FileNotFoundError:
         pass
     else:
         if before.job.files != plan.files:
             raise ConfigurationError(
                 f"{before.source} changed since {request['job']} was begun: put the input under "
-                f"another path, or remove {job_state.JOBS}/{request['job']} from the Volume."
+                f"another path, or remove {records.JOBS}/{request['job']} from the Volume."
             )
         return
-    folder = store.folder / job_state.INPUT
+    folder = store.folder / records.INPUT
     folder.mkdir(parents=True, exist_ok=True)
     tokens, digests = [], []
     for part in plan.parts():
@@ -85,4 +84,4 @@ def _split(request: Mapping[str, Any], store: _CommittingStore, mounted: Path) -
             store.commit()
     job = plan.job(request["identity"], request["vector_dtype"])
     description = Description(job=job, tokens=tokens, digests=digests, source=request["source"])
-    store.write({job_state.JOB: description.to_bytes()})
+    store.write({records.JOB: description.to_bytes()})

@@ -12,31 +12,25 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.embedding import Send, Sender, embed_texts
-from kalm_integrations.bulk.manifest import Job
-from kalm_integrations.bulk.on_modal import state as job_state
-from kalm_integrations.bulk.on_modal import worker_pool
-from kalm_integrations.bulk.on_modal.state import (
+from kalm_integrations.bulk.on_modal import records, worker_pool
+from kalm_integrations.bulk.on_modal.records import (
     Attempt,
-    Attempts,
     Description,
-    Failure,
     FolderStore,
-    Reader,
     Run,
     ShardRecord,
     Stop,
-    file_of,
+    run_path,
 )
-from kalm_integrations.bulk.shards import Part, ShardBuilder
-from kalm_integrations.config import ClientConfig
+from kalm_integrations.bulk.on_modal.state import Reader
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.shards import ShardBuilder
 from kalm_integrations.errors import InvalidInputError, KalmError, TransportError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.session import CallSettings, Session
-from kalm_integrations.transports.in_process import InProcessTransport
+from modal_backend.bulk.embedding import embed_part
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -44,28 +38,16 @@ T = TypeVar("T")
 
 
 class Volume(Protocol):
-    """The part of Modal's that is needed."""
+    """The part of Modal's that is needed: to see what others have committed, and the reverse."""
 
-    async def reload(self) -> None:
-        """See what others have committed."""
-        ...
-
-    async def commit(self) -> None:
-        """Have others see what was written here."""
-        ...
+    async def reload(self) -> None: ...
+    async def commit(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
-    """Who works.
-
-    Attributes:
-        id: Modal's.
-        started: When it was ready, seconds since 1970.
-        gpu: What it was asked to have.
-        dollars_per_second: Of it.
-        failure: What its engine was not trusted for when it started.
-    """
+    """Who works: Modal's id, when it was ready, what it costs; and what its engine was not trusted
+    for when it started."""
 
     id: str
     started: float
@@ -74,22 +56,13 @@ class Container:
     failure: KalmError | None = None
 
 
-_FOREVER: Final = 86_400.0
-"""Seconds for a request: how long a shard may take is for Modal's own limit."""
 VOLUME_SECONDS = 600.0
 """How long one reading or writing of files may take before another container is asked."""
 
 
 class Worker:
-    """Takes shards, several at a time.
-
-    Args:
-        volume: Of the jobs.
-        root: Where it is mounted.
-        service: With the engine.
-        container: This one.
-        give_way: Has another container take the inputs from now on.
-    """
+    """Takes shards of the jobs in a Volume, several at a time; `give_way` has another container
+    take the inputs from now on."""
 
     def __init__(
         self,
@@ -100,7 +73,7 @@ class Worker:
         give_way: Callable[[], Awaitable[None]],
     ) -> None:
         self._volume = volume
-        self._root = root / job_state.JOBS
+        self._root = root / records.JOBS
         self._service = service
         self._container = container
         self._give_way = give_way
@@ -110,18 +83,15 @@ class Worker:
         """Runs that are known to be over, and why: their inputs need no look at the Volume."""
 
     async def embed_shard(self, job: str, run: str, number: int) -> str:
-        """Embed one shard, unless that is done, or not wanted any more.
-
-        Returns:
-            What became of it, for the log.
+        """Embed one shard, unless that is done, or not wanted any more; returns what became of it.
 
         Raises:
             RuntimeError: It failed or took too long, and is to be tried again.
         """
         if run in self._over:
             return self._over[run]
-        folder = self._root / job
-        claimed = await self._with_files(lambda: self._claim(folder, run, number), reload=True)
+        store = FolderStore(self._root / job)
+        claimed = await self._with_files(lambda: self._claim(store, run, number), reload=True)
         if isinstance(claimed, str):
             return claimed
         if claimed is None:
@@ -130,31 +100,29 @@ class Worker:
         limit = asyncio.timeout(worker_pool.seconds_for(claimed.tokens[number]))
         try:
             async with limit:
-                await self._embed_claimed(folder, run, claimed, number)
+                await self._embed_claimed(store, run, claimed, number)
         except Exception as error:
             failure = error if isinstance(error, KalmError) else _unexpected(error)
             if limit.expired():
                 failure = TransportError("the shard took longer than its time limit.")
                 await self._give_way()  # an engine that hangs would keep the next one too
             log.exception("shard %d of %s failed", number, job)
-            if await self._with_files(lambda: self._failed(folder, run, number, failure)):
+            if await self._with_files(lambda: self._failed(store, run, number, failure)):
                 return "given up"
             raise _for_modal(failure) from None
         # The commit has brought what others wrote: of the last two shards one sees both.
-        if await self._with_files(lambda: _all_there(folder), commit=False):
-            await self._with_files(lambda: _write_manifest(folder))
+        if await self._with_files(lambda: _all_there(store.folder), commit=False):
+            await self._with_files(lambda: _write_manifest(store))
         return "finished"
 
     async def _embed_claimed(
-        self, folder: Path, run: str, description: Description, number: int
+        self, store: FolderStore, run: str, description: Description, number: int
     ) -> None:
-        job = description.job
-        path = folder / job_state.INPUT / shards.name_of(number)
-        part = await self._with_files(
-            lambda: Part.read(path, number, job, description.digests[number]), commit=False
-        )
+        job, digest = description.job, description.digests[number]
+        path = store.folder / records.INPUT / shards.name_of(number)
+        part = await self._with_files(lambda: Part.read(path, number, job, digest), commit=False)
         builder = await embed_part(self._service, job, part)
-        await self._with_files(lambda: self._finish(folder, run, builder))
+        await self._with_files(lambda: self._finish(store, run, builder))
 
     async def _with_files(
         self, work: Callable[[], T], *, reload: bool = False, commit: bool = True
@@ -178,49 +146,72 @@ class Worker:
 
     # --- on a thread, with the files
 
-    def _claim(self, folder: Path, run: str, number: int) -> Description | str | None:
+    def _claim(self, store: FolderStore, run: str, number: int) -> Description | str | None:
         """What the job is, an attempt at the shard being noted; or why it is not wanted; None
         where this container cannot."""
-        store, here = FolderStore(folder), f"{job_state.RUNS}/{run}"
-        if unwanted := self._unwanted(store, run, number):
+        record = self._record(store, run, number)
+        if unwanted := self._unwanted(store, run, record):
             return unwanted
         if self._container.failure is not None:
-            stopped = self._note_canary(store, here, self._container.failure)
+            stopped = self._note_canary(store, run, self._container.failure)
             # It is this container that sees the run's other inputs off: another would be paid.
             return self._ended(run, "the run was stopped") if stopped else None
-        description = Description.from_bytes(store.read(job_state.JOB), job_state.JOB)
-        if self._service.failure is None and (differs := self._differs(description.job.identity)):
-            self._stop(store, here, "identity", differs)
-            return self._ended(run, differs)
-        if limit := self._limit_reached(folder, run):
-            self._stop(store, here, "limit", limit)
-            return self._ended(run, limit)
-        attempts = self._attempts(folder, run, number)
-        if len(attempts) >= job_state.MOST_ATTEMPTS:
-            lost = TransportError(
-                f"{len(attempts)} containers died, or were taken away, while they embedded it."
+        description = Description.from_bytes(store.read(records.JOB), records.JOB)
+        for reason, message in (
+            ("identity", self._differs(description.job.identity)),
+            ("limit", self._limit_reached(store, run)),
+        ):
+            if message:
+                self._stop(store, run, reason, message)
+                return self._ended(run, message)
+        if len(record.attempts) >= records.MOST_ATTEMPTS:
+            record.code = TransportError.code
+            record.message = (
+                f"{len(record.attempts)} containers died, or were taken away, while they embedded "
+                "it."
             )
-            self._give_up(store, here, number, lost, attempts)
+            self._write(store, number, record)
             return "given up"
-        attempts.append(
-            Attempt(
-                container=self._container.id,
-                started=self._container.started,
-                at=time.time(),
-                dollars_per_second=self._container.dollars_per_second,
-            )
+        attempt = Attempt(
+            container=self._container.id,
+            started=self._container.started,
+            at=time.time(),
+            dollars_per_second=self._container.dollars_per_second,
         )
-        self._note_attempts(store, here, number, attempts)
-        (folder / shards.FOLDER).mkdir(exist_ok=True)
+        record.attempts.append(attempt)
+        self._write(store, number, record)
+        (store.folder / shards.FOLDER).mkdir(exist_ok=True)
         return description
 
-    def _limit_reached(self, folder: Path, run: str) -> str:
+    def _unwanted(self, store: FolderStore, run: str, record: ShardRecord) -> str:
+        """Why nothing is to be done; empty if something is."""
+        runs = sorted(store.names(records.RUNS))
+        if not runs or runs[-1] != run:
+            return self._ended(run, "a newer run has taken over")
+        if (store.folder / run_path(run, records.STOPPED)).exists():
+            return self._ended(run, "the run was stopped")
+        if record.shard is not None:
+            return "finished before"
+        return "given up" if record.code else ""
+
+    def _record(self, store: FolderStore, run: str, number: int) -> ShardRecord:
+        """A shard's record; an earlier run's failures do not count."""
+        path = records.record_path(number)
+        try:
+            record = ShardRecord.from_bytes(store.read(path), path)
+        except FileNotFoundError:
+            return ShardRecord(run=run)
+        return record if record.run == run or record.shard is not None else ShardRecord(run=run)
+
+    def _write(self, store: FolderStore, number: int, record: ShardRecord) -> None:
+        store.write({records.record_path(number): record.to_bytes()})
+
+    def _limit_reached(self, store: FolderStore, run: str) -> str:
         """Which limit the job has reached; empty if none."""
-        path = folder / job_state.RUNS / run / job_state.RUN
-        limits = Run.from_bytes(path.read_bytes(), job_state.RUN)
+        limits = Run.from_bytes(store.read(run_path(run, records.RUN)), records.RUN)
         if limits.max_dollars is None and limits.max_hours is None:
             return ""
-        state = self._readers.setdefault(folder, Reader(FolderStore(folder))).read()
+        state = self._readers.setdefault(store.folder, Reader(store)).read()
         if state is None:
             return ""
         if limits.max_dollars is not None and state.dollars >= limits.max_dollars:
@@ -229,134 +220,64 @@ class Worker:
             return f"containers took {state.seconds / 3600:,.2f} h, and --max-hours is reached."
         return ""
 
-    def _stop(self, store: FolderStore, here: str, reason: str, message: str) -> None:
+    def _stop(self, store: FolderStore, run: str, reason: str, message: str) -> None:
         stop = Stop(reason=reason, message=message)
-        store.write({f"{here}/{job_state.STOPPED}": stop.to_bytes()})
+        store.write({run_path(run, records.STOPPED): stop.to_bytes()})
 
-    def _note_attempts(
-        self, store: FolderStore, here: str, number: int, attempts: list[Attempt]
-    ) -> None:
-        content = Attempts(attempts=attempts).to_bytes()
-        store.write({f"{here}/{file_of(number, 'attempts')}": content})
+    def _finish(self, store: FolderStore, run: str, builder: ShardBuilder) -> None:
+        record = self._record(store, run, builder.part.number)
+        record.shard = builder.write(store.folder)
+        record.finished, record.gpu = time.time(), self._container.gpu
+        self._write(store, builder.part.number, record)
 
-    def _unwanted(self, store: FolderStore, run: str, number: int) -> str:
-        """Why nothing is to be done; empty if something is."""
-        here = f"{job_state.RUNS}/{run}"
-        runs = sorted(store.names(job_state.RUNS))
-        if not runs or runs[-1] != run:
-            return self._ended(run, "a newer run has taken over")
-        if (store.folder / here / job_state.STOPPED).exists():
-            return self._ended(run, "the run was stopped")
-        if (store.folder / job_state.RECORDS / file_of(number)).exists():
-            return "finished before"
-        given_up = (store.folder / here / file_of(number, "failed")).exists()
-        return "given up" if given_up else ""
-
-    def _finish(self, folder: Path, run: str, builder: ShardBuilder) -> None:
-        record = ShardRecord(
-            shard=builder.write(folder),
-            attempts=self._attempts(folder, run, builder.part.number),
-            finished=time.time(),
-            gpu=self._container.gpu,
-        )
-        name = f"{job_state.RECORDS}/{file_of(builder.part.number)}"
-        FolderStore(folder).write({name: record.to_bytes()})
-
-    def _failed(self, folder: Path, run: str, number: int, failure: KalmError) -> bool:
-        """Record it; whether the shard is given up."""
-        store, here = FolderStore(folder), f"{job_state.RUNS}/{run}"
-        attempts = self._attempts(folder, run, number)
-        attempts[-1] = attempts[-1].model_copy(update={"error": str(failure)})
-        hopeless = isinstance(failure, InvalidInputError)
-        if hopeless or len(attempts) >= job_state.MOST_ATTEMPTS:
-            self._give_up(store, here, number, failure, attempts)
+    def _failed(self, store: FolderStore, run: str, number: int, failure: KalmError) -> bool:
+        """Record it; whether the shard is given up, or done by somebody else."""
+        record = self._record(store, run, number)
+        if record.shard is not None:
             return True
-        self._note_attempts(store, here, number, attempts)
-        return False
+        if record.attempts:
+            record.attempts[-1].error = str(failure)
+        hopeless = isinstance(failure, InvalidInputError)
+        if hopeless or len(record.attempts) >= records.MOST_ATTEMPTS:
+            record.code, record.message = failure.code, failure.message
+        self._write(store, number, record)
+        return bool(record.code)
 
-    def _attempts(self, folder: Path, run: str, number: int) -> list[Attempt]:
-        path = folder / job_state.RUNS / run / file_of(number, "attempts")
-        return Attempts.from_bytes(path.read_bytes(), path.name).attempts if path.exists() else []
-
-    def _give_up(
-        self, store: FolderStore, here: str, number: int, why: KalmError, attempts: list[Attempt]
-    ) -> None:
-        failure = Failure(code=why.code, message=why.message, attempts=attempts)
-        store.write({f"{here}/{file_of(number, 'failed')}": failure.to_bytes()})
-
-    def _note_canary(self, store: FolderStore, here: str, failure: KalmError) -> bool:
+    def _note_canary(self, store: FolderStore, run: str, failure: KalmError) -> bool:
         """Record it; whether it was one too many."""
         note = Stop(reason="canary", message=failure.message).to_bytes()
-        store.write({f"{here}/canary-{self._container.id}.json": note})
-        found = [name for name in store.names(here) if name.startswith("canary-")]
-        if len(found) < job_state.MOST_CANARIES:
+        store.write({run_path(run, f"canary-{self._container.id}.json"): note})
+        names = store.names(f"{records.RUNS}/{run}")
+        found = [name for name in names if name.startswith("canary-")]
+        if len(found) < records.MOST_CANARIES:
             return False
         message = f"{len(found)} containers could not be trusted, the last one: {failure.message}"
-        self._stop(store, here, "canary", message)
+        self._stop(store, run, "canary", message)
         return True
 
     def _differs(self, identity: dict[str, object]) -> str:
         expected = SpaceIdentity.from_dict(identity["space"])  # type: ignore[arg-type]
         served = self._service.identity
-        return "" if expected == served else f"the containers have {expected.differences(served)}"
+        if expected == served or self._service.failure is not None:
+            return ""
+        return f"the containers have {expected.differences(served)}"
 
     def _ended(self, run: str, why: str) -> str:
         self._over[run] = why
         return why
 
 
-async def embed_part(service: EmbeddingService, job: Job, part: Part) -> ShardBuilder:
-    """Embed a part with the service in this process, as a local job does with any service.
-
-    Raises:
-        InvalidInputError: With on_error="fail", texts that cannot be embedded, by their places.
-        KalmError: The engine failed, or gave what is no vector of the job's.
-    """
-    identity = job.vector_identity
-    builder = ShardBuilder(part, job, identity.dimensions or service.dimensions[0])
-    transport, cut = InProcessTransport(service), job.truncate == "end"
-
-    def sending(truncate: str) -> tuple[ClientConfig, Send]:
-        fixed: dict[str, Any] = {
-            "model": identity.space.model,
-            "expected_identity": identity.space,
-            "dimensions": identity.dimensions or None,
-            "vector_dtype": job.vector_dtype,
-            "truncate": truncate,
-        }
-        config = ClientConfig(backend="modal", timeout=_FOREVER, max_retries=2, **fixed)
-        session = Session(config, transport)
-        call = CallSettings(role="document", timeout=_FOREVER, skip_invalid=True)
-        return config, lambda batch: session.send(batch, call)
-
-    config, send = sending(job.truncate)
-    sender = Sender(
-        sending("error")[1] if cut else send,
-        send_cut=send if cut else None,
-        wait=send,
-        template=identity.document_template,
-        limits=config.request_limits,
-        concurrency=config.max_concurrency,
-    )
-    await embed_texts(sender, builder.own_texts(), builder.add)
-    builder.check()
-    return builder
-
-
 def _all_there(folder: Path) -> bool:
-    finished = [
-        n for n in FolderStore(folder).names(job_state.RECORDS) if job_state.number_in(n) >= 0
-    ]
-    return len(finished) == len(list((folder / job_state.INPUT).glob("part-*")))
+    shard_files, parts = (folder / name for name in (shards.FOLDER, records.INPUT))
+    return len(list(shard_files.glob("part-*"))) == len(list(parts.glob("part-*")))
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(store: FolderStore) -> None:
     """Twice it would be the same."""
-    state = Reader(FolderStore(folder)).read()
+    state = Reader(store).read()
     if state is not None and state.complete:
-        manifest = state.manifest()
-        shards.gather_rejected(folder, manifest.shards, keep=True)
-        manifest.write(folder)
+        shards.gather_rejected(store.folder, state.manifest.shards, keep=True)
+        state.manifest.write(store.folder)
 
 
 def _unexpected(error: Exception) -> KalmError:

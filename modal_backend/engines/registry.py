@@ -66,7 +66,8 @@ async def _load_vllm(options: Options) -> Engine:
     set_environment()  # before huggingface_hub is imported
     rest = dict(options)
     model, revision = rest.pop("model", KALM.space.model), rest.pop("revision", None)
-    weights = await asyncio.to_thread(locate, model, revision)
+    kind = rest.get("quantization", "none")
+    weights = await asyncio.to_thread(locate, model, revision, kind)
     return await VLLMEngine.load(weights, VLLMOptions(**rest))
 
 

@@ -174,7 +174,7 @@ class _Handlers:
         result = await _unless_disconnected(request, work)
 
         self.metrics.texts.labels(role).inc(count)
-        self.metrics.tokens.labels(role).inc(result.usage.tokens)
+        self.metrics.tokens.labels(role).inc(result.usage.tokens or 0)
         self.metrics.seconds.labels(role).observe(time.monotonic() - received)
         whole = request.scope["http_version"] == "1.0"  # which has no chunked responses
         if packed:

@@ -173,7 +173,7 @@ def embeddings_json(response: EmbedResponse, encoding_format: str) -> Iterator[b
             for index, row in enumerate(rows[start : start + _ROWS_PER_PART], start)
         )
         yield (b"," if start else b"") + b",".join(items)
-    tokens = response.usage.tokens
+    tokens = response.usage.tokens or 0
     model = orjson.dumps(response.identity.model if response.identity else "")
     usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
     yield b'],"model":%b,"usage":%b}' % (model, usage)

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bulk_corpora import SMALL, lines, table_of, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import DIMENSIONS, ScriptedTransport, vector_of, vectors_of
 
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import Options, embed_corpus, estimate, read
+from kalm_integrations.bulk.local import Progress
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.errors import (
     BadRowsError,
@@ -34,27 +36,10 @@ from kalm_integrations.errors import (
 from kalm_integrations.protocol import EmbedRequest
 
 Over = Callable[..., KalmClient]
-SMALL = Options(shard_rows=4)
-
-
-def lines(path: Path, *rows: Any) -> Path:
-    """JSON Lines; bytes are written as they are."""
-    raw = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"".join(row + b"\n" for row in raw))
-    return path
-
-
-def texts(path: Path, *given: Any) -> Path:
-    return lines(path, *({"id": f"n{number}", "text": text} for number, text in enumerate(given)))
-
-
-def table(folder: Path) -> pa.Table:
-    """All shards, as any reader of Parquet reads them."""
-    return pq.read_table(folder / "shards")
 
 
 def vectors(folder: Path) -> list[Any]:
-    column = table(folder)["vector"].to_pylist()
+    column = table_of(folder)["vector"].to_pylist()
     return [None if row is None else np.array(row, dtype=np.float32) for row in column]
 
 
@@ -115,7 +100,7 @@ def test_every_row_has_its_own_vector_or_a_reason(
     manifest = embed_corpus(source, tmp_path / "out", client, options)
     kept = [n for n, fine in enumerate(good) if fine or on_error == "null"]
     assert manifest.complete
-    made = table(tmp_path / "out")
+    made = table_of(tmp_path / "out")
     assert made["id"].to_pylist() == [f"n{n}" for n in kept]
     assert are_of(vectors(tmp_path / "out"), [rows[n] if good[n] else None for n in kept])
     bad = [n for n, fine in enumerate(good) if not fine]
@@ -156,7 +141,7 @@ def test_instructions_are_set_in_and_kept_in_the_identity(tmp_path: Path, over: 
 def test_vectors_are_lists_of_a_fixed_size(tmp_path: Path, over: Over, dtype: str) -> None:
     client = over(ScriptedTransport(), vector_dtype=dtype)
     embed_corpus(texts(tmp_path / "in.jsonl", "a"), tmp_path / "out", client)
-    kind = table(tmp_path / "out").schema.field("vector").type
+    kind = table_of(tmp_path / "out").schema.field("vector").type
     arrow = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     assert (kind.list_size, kind.value_type) == (DIMENSIONS, arrow)
 
@@ -169,10 +154,7 @@ def test_few_shards_are_open_while_one_waits_for_its_last_vector(
     client = over(transport, batch_size=2)
     seen: list[int] = []
 
-    class Screen:
-        def scanned(self, rows: int) -> None: ...
-        def begun(self, *_: Any) -> None: ...
-        def written(self, _: Any) -> None: ...
+    class Screen(Progress):
         def embedded(self, rows: int, tokens: int, rejected: int) -> None:
             if transport.in_flight and not (tmp_path / "out/shards/part-000000.parquet").exists():
                 seen.append(len(transport.sent))
@@ -192,7 +174,7 @@ def test_columns_of_json_keep_their_values(tmp_path: Path, over: Over) -> None:
         {"text": "c", "late": "é", "big": 2**70},
     ]
     embed_corpus(lines(tmp_path / "in.jsonl", *rows), tmp_path / "out", over(ScriptedTransport()))
-    made = table(tmp_path / "out").drop_columns(["vector"])
+    made = table_of(tmp_path / "out").drop_columns(["vector"])
     assert made.column_names == [
         "text", "n", "x", "flag", "list", "none", "mixed", "late", "big"
     ]  # fmt: skip
@@ -213,7 +195,7 @@ def test_a_csv_is_text_and_nothing_else(tmp_path: Path, over: Over) -> None:
     )
     options = Options(text_column="body", id_column="id", on_error="null")
     embed_corpus(source, tmp_path / "out", over(ScriptedTransport()), options)
-    made = table(tmp_path / "out")
+    made = table_of(tmp_path / "out")
     assert made["id"].to_pylist()[:2] == ["007", "1e5"]
     wanted = ['one,\ntwo "three"', "é", None, None]
     assert are_of(vectors(tmp_path / "out"), wanted)
@@ -235,7 +217,7 @@ def test_parquet_keeps_its_types(tmp_path: Path, over: Over) -> None:
     pq.write_table(given, tmp_path / "in.parquet")
     options = Options(text_column="body")
     embed_corpus(tmp_path / "in.parquet", tmp_path / "out", over(ScriptedTransport()), options)
-    made = table(tmp_path / "out")
+    made = table_of(tmp_path / "out")
     assert made.drop_columns(["vector", "body"]).equals(given.drop_columns(["body"]))
     assert made["body"].to_pylist() == ["a", "b"]
 
@@ -262,7 +244,7 @@ def test_text_files_have_a_text_a_line_and_documents_are_one(tmp_path: Path, ove
     (folder / "deep" / "a.md").write_text("# A\n\nwhole\n")
     options = Options(on_error="skip", id_column="place")
     embed_corpus(folder, tmp_path / "out", over(ScriptedTransport()), options)
-    made = table(tmp_path / "out")
+    made = table_of(tmp_path / "out")
     assert made["text"].to_pylist() == ["one", " two ", "# A\n\nwhole\n"]
     assert made["place"].to_pylist() == ["b.txt line 1", "b.txt line 3", "a.md"]
 
@@ -273,7 +255,7 @@ def test_several_files_are_one_corpus_in_the_order_of_their_names(
     for name in ("b", "a", "c"):
         lines(tmp_path / f"{name}.jsonl", *({"text": f"{name}{n}"} for n in range(3)))
     embed_corpus(str(tmp_path / "*.jsonl"), tmp_path / "out", over(ScriptedTransport()), SMALL)
-    assert table(tmp_path / "out")["text"].to_pylist() == [
+    assert table_of(tmp_path / "out")["text"].to_pylist() == [
         f"{x}{n}" for x in "abc" for n in (0, 1, 2)
     ]
 
@@ -495,18 +477,6 @@ def test_vectors_of_another_space_are_refused(tmp_path: Path, over: Over) -> Non
     other = over(ScriptedTransport(), document_instruction="Other: {text}")
     with pytest.raises(IdentityMismatchError, match="document_template"):
         embed_corpus(source, out, other, SMALL)
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_shard_that_was_damaged_is_seen(tmp_path: Path, over: Over, damage: str) -> None:
-    source, out = halted(tmp_path, over)
-    shard = out / "shards" / "part-000000.parquet"
-    if damage == "cut":
-        shard.write_bytes(shard.read_bytes()[:-10])
-    else:
-        shard.unlink()
-    with pytest.raises(ConfigurationError, match="is missing or was changed"):
-        embed_corpus(source, out, over(ScriptedTransport()), SMALL)
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped bits", "other rows"])

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import fsspec
@@ -14,19 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bulk_corpora import table_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedTransport, vectors_of
 
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import Options, embed_corpus, estimate, read
+from kalm_integrations.bulk.local import Progress
 from kalm_integrations.errors import BadRowsError, ConfigurationError, KalmError
 
 Over = Callable[..., KalmClient]
-
-
-def table_of(folder: Path) -> pa.Table:
-    return pq.read_table(folder / "shards")
 
 
 # --- Arrow types
@@ -145,6 +144,11 @@ def test_columns_of_any_type_come_out_as_they_went_in(
         assert decoded(after[name]).equals(decoded(before[name])), name
 
 
+def broken_dictionary() -> pa.Array:
+    values = broken_text(b"a", b"\xff", b"c")
+    return pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), values)
+
+
 BROKEN: dict[str, Any] = {
     "text": lambda: {"text": broken_text(b"caf\xe9", b"good", b"good too")},
     "another column": lambda: {"x": broken_text(b"a", b"\xff\xfe", b"c")},
@@ -157,6 +161,15 @@ BROKEN: dict[str, Any] = {
     "a list": lambda: {
         "x": pa.ListArray.from_arrays(
             pa.array([0, 0, 2, 3], pa.int32()), broken_text(b"a", b"\xff", b"c")
+        )
+    },
+    "a dictionary": lambda: {"x": broken_dictionary()},
+    "a dictionary in a struct": lambda: {
+        "x": pa.StructArray.from_arrays([broken_dictionary()], ["f"])
+    },
+    "a column without nulls": lambda: {
+        "x": pa.StructArray.from_arrays(
+            [broken_text(b"a", b"\xff", b"c")], fields=[pa.field("f", pa.string(), nullable=False)]
         )
     },
     "keys of a map": lambda: {
@@ -175,7 +188,11 @@ def test_text_that_is_not_utf8_is_a_bad_row_whatever_column_it_is_in(
 ) -> None:
     texts = pa.array(["one", "two", "three"])
     source = tmp_path / "in.parquet"
-    pq.write_table(pa.table({"text": texts} | BROKEN[where]()), source)
+    table = pa.table({"text": texts} | BROKEN[where]())
+    if where == "a column without nulls":
+        schema = [field.with_nullable(False) for field in table.schema]
+        table = table.cast(pa.schema(schema))
+    pq.write_table(table, source)
     bad = 0 if where == "text" else 1
     transport = ScriptedTransport()
     with pytest.raises(BadRowsError, match=rf"in\.parquet row {bad} .*is not UTF-8"):
@@ -189,6 +206,21 @@ def test_text_that_is_not_utf8_is_a_bad_row_whatever_column_it_is_in(
     broken = "text" if where == "text" else "x"
     assert made[broken].is_null().to_pylist()[bad]
     made.validate(full=True)
+
+
+def test_int96_dates_that_do_not_fit_nanoseconds_are_bad_rows(tmp_path: Path, over: Over) -> None:
+    days = [0, 253402300799, -62135596800, None]  # year 9999, year 1
+    dates = pa.array([d if d is None else d * 10**6 for d in days], pa.timestamp("us"))
+    table = pa.table({"text": list("abcd"), "x": dates, "y": pa.array([[d] for d in dates])})
+    source = tmp_path / "in.parquet"
+    pq.write_table(table, source, use_deprecated_int96_timestamps=True)
+    embed_corpus(source, tmp_path / "out", over(ScriptedTransport()), Options(on_error="null"))
+    rejected = pq.read_table(tmp_path / "out/rejected.parquet")
+    assert rejected["row"].to_pylist() == [1, 2]
+    made = table_of(tmp_path / "out")
+    assert made["x"].type == pa.timestamp("ns")
+    assert made["x"].cast(pa.int64()).to_pylist() == [0, None, None, None]
+    assert made["y"].is_null().to_pylist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +243,8 @@ def test_broken_files_are_named_before_anything_is_sent(
 
 
 def test_a_damaged_page_is_found_before_anything_is_sent(tmp_path: Path, over: Over) -> None:
-    texts = [f"{n} {os.urandom(30).hex()}" for n in range(3000)]
+    random = Random(0)  # other damage may give other text, which nobody can see
+    texts = [f"{n} {random.randbytes(30).hex()}" for n in range(3000)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet", compression="zstd")
     content = bytearray((tmp_path / "in.parquet").read_bytes())
     content[len(content) // 2 : len(content) // 2 + 50] = bytes(50)
@@ -427,6 +460,23 @@ def test_hive_partitions_are_columns(tmp_path: Path, over: Over) -> None:
     assert found == {(2023, "de"), (2024, "a b"), (2024, None)}
 
 
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [([b"k=%FF/a.txt"], "k=%FF"), ([b"a\xff.txt", b"a\\xff.txt"], "names are the same")],
+)
+def test_names_that_cannot_be_told_as_text_are_refused(
+    tmp_path: Path, over: Over, paths: list[bytes], message: str
+) -> None:
+    for path in paths:
+        whole = tmp_path / "in" / os.fsdecode(path)
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text("a text\n")
+    transport = ScriptedTransport()
+    with pytest.raises(ConfigurationError, match=message):
+        embed_corpus(tmp_path / "in", tmp_path / "out", over(transport))
+    assert transport.requests == []
+
+
 def test_an_address_that_fsspec_reads(tmp_path: Path, over: Over) -> None:
     memory = fsspec.filesystem("memory")
     for name in ("b", "a"):
@@ -488,10 +538,7 @@ def test_an_input_that_changes_while_it_is_embedded_is_an_error(
     write("first")
     changed = False
 
-    class Changing:
-        def scanned(self, rows: int) -> None: ...
-        def written(self, shard: Any) -> None: ...
-        def embedded(self, rows: int, tokens: int, rejected: int) -> None: ...
+    class Changing(Progress):
         def begun(self, *_: Any) -> None:
             nonlocal changed
             if not changed:

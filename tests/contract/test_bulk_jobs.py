@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from bulk_corpora import SMALL
+from bulk_corpora import texts as corpus
 from scripted import ScriptedTransport, vectors_of
 
 from kalm_integrations import KalmClient, cli
@@ -30,13 +32,6 @@ from kalm_integrations.errors import (
 from kalm_integrations.protocol import EmbedRequest
 
 Over = Callable[..., KalmClient]
-SMALL = Options(shard_rows=4)
-
-
-def corpus(path: Path, *texts: Any) -> Path:
-    rows = [{"id": f"n{number}", "text": text} for number, text in enumerate(texts)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def has_right_vectors(folder: Path, texts: list[str]) -> bool:
@@ -54,21 +49,50 @@ def finished(tmp_path: Path, over: Over) -> tuple[Path, Path]:
     return source, tmp_path / "out"
 
 
-def test_a_flipped_bit_in_a_shard_is_detected(tmp_path: Path, over: Over) -> None:
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {"flipped": flipped, "cut": lambda c: c[:-10]}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED, "missing"])
+def test_damage_in_a_shard_is_detected(tmp_path: Path, over: Over, damage: str) -> None:
     source, out = finished(tmp_path, over)
     path = out / "shards/part-000001.parquet"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=r"part-000001\.parquet is damaged"):
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(DAMAGED[damage](path.read_bytes()))
+    with pytest.raises(ConfigurationError, match=r"part-000001\.parquet"):
         list(read(out))
     with pytest.raises(ConfigurationError, match=r"part-000001\.parquet is missing or was changed"):
         embed_corpus(source, out, over(ScriptedTransport()), SMALL)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vector_column": ""},
+        {"vector_column": "a\udc00"},
+        {"text_column": "a\udc00"},
+        {"shard_rows": 0},
+        {"on_error": "ignore"},
+    ],
+)
+def test_options_that_no_job_can_have_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        Options(**options)
+
+
 JUNK: dict[str, Callable[[Path], object]] = {
     "NaN": lambda out: edit(out, seconds=math.nan),
     "a negative count": lambda out: edit(out, runs=-1),
+    "rows without end": lambda out: edit(out, job=manifest_of(out)["job"] | {"rows": 10**30}),
+    "a shard without a digest": lambda out: edit(
+        out, shards=[shard | {"digest": ""} for shard in manifest_of(out)["shards"]]
+    ),
     "no list": lambda out: edit(out, shards=7),
     "an unknown field": lambda out: edit(out, colour="red"),
     "shards of another job": lambda out: edit(out, shards=[]),

@@ -107,18 +107,18 @@ def killed_midway(source: Path, out: Path, rng: random.Random, **variables: str)
     return finished(out)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_anywhere_and_run_again_it_ends_as_if_undisturbed(
     source: Path, undisturbed: Any, tmp_path: Path, seed: int
 ) -> None:
     rng, out = random.Random(seed), tmp_path / "out"
-    for _ in range(3):
+    for _ in range(2):
         done = killed_midway(source, out, rng)
         assert 0 < done * SHARD < ROWS
     _, said = go_on(source, out)
     assert f"{done * SHARD:,} rows done before" in said
     assert is_undisturbed(out, undisturbed)
-    assert json.loads((out / "manifest.json").read_bytes())["runs"] == 4
+    assert json.loads((out / "manifest.json").read_bytes())["runs"] == 3
 
 
 def test_ctrl_c_is_quiet_and_loses_nothing(source: Path, undisturbed: Any, tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.on_modal import command as modal_command
-from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import records as job_state
 from kalm_integrations.bulk.on_modal import worker_pool
-from kalm_integrations.bulk.on_modal.cloud import RemoteInput
-from kalm_integrations.bulk.plan import Options, Plan, make_plan
+from kalm_integrations.bulk.on_modal.remote import RemoteInput
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.plan import Plan, make_plan
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import Source
 from modal_backend import gpus
@@ -38,6 +40,7 @@ IDENTITY = KalmClient(backend="local").vector_identity.to_dict()
         ("in.jsonl --output o --on modal --backend local", "does not go with --backend local"),
         ("in.jsonl --output o --on modal --gpu H100", "--gpu goes with --dry-run"),
         ("in.jsonl --on modal", "--output is missing"),
+        ("in.jsonl --output=", "--output is missing"),
         ("in.jsonl --on modal --output o --bucket-secret s", "--bucket-secret is for s3://"),
         ("modal://v/x --on modal --dry-run", "--dry-run does not go with modal://v/x"),
         ("in.jsonl --on modal --dry-run --detach", "--dry-run does not go with --detach"),
@@ -116,7 +119,7 @@ def test_parts_have_every_row_once_with_its_text_or_its_reason(
     for part in plan.parts():
         path = folder / shards.name_of(part.number)
         _, digest = part.write(path)
-        read = shards.Part.read(path, part.number, job, digest)
+        read = Part.read(path, part.number, job, digest)
         assert read.places == part.places
         assert read.reasons == part.reasons
         assert read.columns.equals(part.columns)

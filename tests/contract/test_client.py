@@ -148,6 +148,7 @@ class TestPlanning:
         assert way(over(transport), []).shape == (0, DIMENSIONS)
         assert transport.requests == []
 
+    @pytest.mark.slow
     def test_a_hundred_thousand_texts(self, over: Over) -> None:
         transport = ScriptedTransport()
         texts = [f"text {i}" for i in range(100_000)]

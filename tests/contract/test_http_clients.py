@@ -270,14 +270,6 @@ class TestPlainServers:
         ):
             client.embed(TEXTS)
 
-    def test_truncation_is_rejected(self) -> None:
-        with (
-            FaultyServer(ours=False) as server,
-            KalmClient(base_url=server.url, model=MODEL, truncate="end") as client,
-            pytest.raises(ConfigurationError, match="truncate='end' needs our server"),
-        ):
-            client.embed(TEXTS)
-
     def test_no_texts_of_an_unknown_model_have_no_dimensions(self) -> None:
         with KalmClient(base_url="http://127.0.0.1:9", model="some/model") as client:
             assert client.embed([]).vectors.shape == (0, 0)

@@ -272,7 +272,7 @@ def test_a_refused_connection_is_reported_as_such() -> None:
     error = call(client, "sync")
     client.close()
     assert isinstance(error, errors.ConnectionFailedError)
-    assert "Connect call failed" in str(error)
+    assert f"connection refused: is the service running at {server.url}?" in str(error)
 
 
 def test_a_vector_store_gets_no_row_of_a_failed_call() -> None:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from pydantic import SecretStr
-from scripted import vectors_of
 from serving import FaultyServer, Received, Step, packed, plain, reply, serving, stall
 from test_http_server import SlowEngine, ask
 
@@ -53,11 +51,6 @@ UNUSUAL: dict[str, tuple[Step, type[errors.KalmError], bool]] = {
     "a reason that is none": (bad(0, None), errors.InvalidInputError, True),
     "deep JSON in an error": (reply(500, DEEP), Transient, True),
     "deep JSON in an answer": (reply(200, DEEP), errors.InvalidResponseError, False),
-    "infinite usage": (
-        plain(lambda c: c | {"usage": {"prompt_tokens": float("inf")}}),
-        errors.InvalidResponseError,
-        False,
-    ),
     "huge numbers": (
         plain(lambda c: c["data"][0].update(embedding=[10**400])),
         errors.InvalidResponseError,
@@ -150,7 +143,7 @@ class TestServerProbe:
     def test_concurrent_callers_share_one_probe(self) -> None:
         async def slow_refusal(request: Received, writer: asyncio.StreamWriter) -> None:
             await asyncio.sleep(0.3)
-            await reply(401)(request, writer)
+            await reply(401, **{IDENTITY_HEADER.replace("-", "_"): "abc"})(request, writer)
 
         with self.models(*[slow_refusal] * 9) as server, client_of(server) as client:
 
@@ -176,19 +169,6 @@ class TestServerProbe:
             KalmClient(base_url=server.url + path, model=MODEL) as client,
         ):
             assert len(client.embed(["a"])) == 1
-
-    def test_a_server_without_the_models_route_is_openai_compatible(self) -> None:
-        with self.models(*[reply(404)] * 9, ours=False) as server, client_of(server) as client:
-            assert np.array_equal(client.embed(["a"]).vectors, vectors_of(["a"]))
-
-    @pytest.mark.parametrize(
-        "answer", [reply(200, "{}"), reply(200, "<p>hi", "text/html"), reply(200, '{"data": []}')]
-    )
-    def test_an_invalid_list_of_models_is_refused_and_asked_for_again(self, answer: Step) -> None:
-        with self.models(answer) as server, client_of(server) as client:
-            with pytest.raises(errors.InvalidResponseError, match="not embeddings but"):
-                client.embed(["a"])
-            assert len(client.embed(["a"])) == 1  # probed again
 
     def test_the_probe_uses_time_of_the_deadline(self) -> None:
         async def slow(request: Received, writer: asyncio.StreamWriter) -> None:

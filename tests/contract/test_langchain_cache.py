@@ -93,7 +93,6 @@ def memory(embeddings: Embeddings, **options: Any) -> CacheBackedEmbeddings:
 
 RIGHT: dict[str, tuple[Cache, Callable[[Path], ByteStore]]] = {
     "a folder a role": (folder_a_role, LocalFileStore),
-    "one store of files": (one_store, LocalFileStore),
     "one store in memory": (one_store, lambda _: InMemoryByteStore()),
 }
 
@@ -137,39 +136,6 @@ class TestRoles:
         assert cached.embed_query(TEXT) == AS_QUERY
         assert cached.embed_documents([TEXT]) == [AS_DOCUMENT]
         assert transport.sent == [RETRIEVAL.format(text=TEXT), "b", TEXT]
-
-    @pytest.mark.parametrize("query_cache", [lambda _: True, lambda store: store])
-    def test_pitfall_without_a_query_cache_a_query_gets_the_documents_vector(
-        self, reach: Reach, query_cache: Callable[[ByteStore], Any]
-    ) -> None:
-        embeddings, store = reach(scripted()), InMemoryByteStore()
-        cached = CacheBackedEmbeddings.from_bytes_store(
-            embeddings,
-            store,
-            namespace=embeddings.cache_namespace,
-            query_embedding_cache=query_cache(store),
-            key_encoder="sha256",
-        )
-        cached.embed_documents([TEXT])
-        assert cached.embed_query(TEXT) == AS_DOCUMENT != AS_QUERY
-
-    def test_pitfall_a_fixed_namespace_returns_vectors_of_the_old_instruction(
-        self, reach: Reach
-    ) -> None:
-        documents, queries = InMemoryByteStore(), InMemoryByteStore()
-
-        def cached(**settings: Any) -> CacheBackedEmbeddings:
-            embeddings = reach(scripted(), **settings)
-            return CacheBackedEmbeddings.from_bytes_store(
-                embeddings,
-                documents,
-                namespace=embeddings.cache_namespace,  # the store of queries gets it too
-                query_embedding_cache=queries,
-                key_encoder="sha256",
-            )
-
-        assert cached().embed_query(TEXT) == AS_QUERY
-        assert cached(query_instruction="web_search").embed_query(TEXT) == AS_QUERY
 
 
 def widened(answer: EmbedResponse) -> EmbedResponse:
@@ -274,16 +240,6 @@ class TestStoring:
         assert np.array_equal(embed(), vectors_of(texts))
         assert transport.sent == list("abcdef") + list("efgh")
 
-    def test_without_a_batch_size_no_batch_survives(self, reach: Reach) -> None:
-        transport = scripted(faults=[None, AuthenticationError("no")])
-        cached = memory(reach(transport, batch_size=2, max_concurrency=1))
-        with pytest.raises(AuthenticationError) as caught:
-            cached.embed_documents(list("abcd"))
-        assert caught.value.partial is not None
-        assert caught.value.partial.indices.tolist() == [0, 1]  # known, and not in the cache
-        cached.embed_documents(list("abcd"))
-        assert transport.sent == list("abcd") * 2
-
     def test_a_batch_is_sent_as_concurrent_requests(self, reach: Reach) -> None:
         transport = scripted(delay=lambda _: 0.02)
         cached = memory(reach(transport, batch_size=2, max_concurrency=3), batch_size=6)
@@ -291,32 +247,6 @@ class TestStoring:
         assert np.array_equal(cached.embed_documents(texts), vectors_of(texts))
         assert [len(request.texts) for request in transport.requests] == [2] * 9
         assert transport.most_in_flight == 3
-
-    def test_size_on_disk(self, reach: Reach, tmp_path: Path) -> None:
-        folder_a_role(reach(scripted()), LocalFileStore(tmp_path)).embed_documents([TEXT])
-        (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
-        assert file.stat().st_size / 512 * 3840 == pytest.approx(80_000, rel=0.1)
-
-    def test_without_a_key_encoder_there_is_a_warning(
-        self, reach: Reach, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("langchain_classic.embeddings.cache._warned_about_sha1", False)
-        with pytest.warns(UserWarning, match="SHA-1"):
-            CacheBackedEmbeddings.from_bytes_store(reach(scripted()), InMemoryByteStore())
-
-    def test_a_truncated_file_is_an_error(self, reach: Reach, tmp_path: Path) -> None:
-        # LocalFileStore writes in place: this is what another thread reads meanwhile, and what
-        # a process that dies leaves behind.
-        cached = folder_a_role(reach(scripted()), LocalFileStore(tmp_path))
-        cached.embed_documents([TEXT])
-        (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
-        whole = file.read_bytes()
-        for size in (0, 1, len(whole) // 2, len(whole) - 1):
-            file.write_bytes(whole[:size])
-            with pytest.raises(json.JSONDecodeError):
-                cached.embed_documents([TEXT])
-        file.unlink()
-        assert cached.embed_documents([TEXT]) == [AS_DOCUMENT]
 
 
 SECOND_PROCESS = """

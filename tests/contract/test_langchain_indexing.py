@@ -10,28 +10,23 @@ from typing import Any
 
 import pytest
 from langchain_classic.indexes import SQLRecordManager
-from langchain_core.indexing import InMemoryRecordManager, RecordManager, aindex, index
+from langchain_core.indexing import InMemoryRecordManager, RecordManager, aindex
 from langchain_stores import (
     FACTS,
-    SCRIPT,
     documents_of,
     documents_sent,
     every_kind,  # noqa: F401 - a fixture
     index_all,
-    index_in_chroma,
     key_of,
     name_of,
     opened,
     quiet_chroma,
-    second_process,
     sql_records,
 )
 from scripted import ScriptedTransport
-from serving import FaultyServer
 
 from kalm_integrations import KalmModalEmbeddings
 from kalm_integrations.errors import AuthenticationError
-from kalm_integrations.models import EMBEDDED
 
 pytestmark = quiet_chroma
 
@@ -104,16 +99,6 @@ class TestIndexing:
             stored = {document.page_content for document in store.similarity_search("a", k=9)}
             assert stored == set(texts)
 
-    def test_another_process_embeds_only_what_is_new_to_it(self, tmp_path: Path) -> None:
-        with FaultyServer() as server:
-            settings = {"base_url": server.url, "model": EMBEDDED.space.model}
-            environment = {f"KALM_{name.upper()}": value for name, value in settings.items()}
-            with KalmModalEmbeddings(**settings) as embeddings:
-                assert index_in_chroma(tmp_path, embeddings, ["a", "b"]) == {"num_added": 2}
-            changed = second_process(SCRIPT, tmp_path, "a", "c", **environment)
-            assert changed == {"num_added": 1, "num_skipped": 1, "num_deleted": 1}
-            assert [request.texts for request in server.posted] == [["a", "b"], ["c"]]
-
     def test_pitfall_records_of_old_vectors_leave_the_new_store_empty(
         self, over: Any, tmp_path: Path
     ) -> None:
@@ -127,30 +112,3 @@ class TestIndexing:
             assert store.similarity_search("K2") == []
             own = InMemoryRecordManager(name_of(new))
             assert index_all(documents, own, store) == {"num_added": 5}
-
-    def test_100_documents_at_a_time_by_default(self, over: Any, tmp_path: Path) -> None:
-        for options, sizes in (({}, [100, 50]), ({"batch_size": 2048}, [128, 22])):
-            transport = ScriptedTransport()
-            with opened("in memory", tmp_path, over(transport, KalmModalEmbeddings)) as store:
-                documents = documents_of(f"text {i}" for i in range(150))
-                index_all(documents, InMemoryRecordManager("facts"), store, **options)
-            assert [len(request.texts) for request in transport.requests] == sizes
-
-    def test_pitfall_a_duplicate_id_breaks_faiss(self, over: Any, tmp_path: Path) -> None:
-        records = InMemoryRecordManager("facts")
-        with opened("faiss", tmp_path, over(ScriptedTransport(), KalmModalEmbeddings)) as store:
-            index_all(documents_of(["a", "b"]), records, store)
-            with pytest.raises(ValueError, match="already exist"):
-                index_all(documents_of(["a", "b"]), records, store, force_update=True)
-            with pytest.raises(KeyError):  # the vectors are in, the documents are not
-                store.similarity_search("a", k=4)
-
-    def test_pitfall_qdrant_refuses_a_hash_as_id(self, over: Any, tmp_path: Path) -> None:
-        with opened("qdrant", tmp_path, over(ScriptedTransport(), KalmModalEmbeddings)) as store:
-            with pytest.raises(ValueError, match="is not a valid UUID"):
-                index(
-                    documents_of(["a"]),
-                    InMemoryRecordManager("facts"),
-                    store,
-                    key_encoder="sha256",
-                )

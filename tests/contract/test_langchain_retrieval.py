@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import multiprocessing
 import pickle
 import random
 import threading
@@ -23,10 +22,8 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_stores import (
     ANSWERS,
     FACTS,
-    FAISS,
     QUESTIONS,
     SECRETS,
-    DistanceStrategy,
     every_kind,  # noqa: F401 - a fixture
     hits,
     opened,
@@ -35,10 +32,8 @@ from langchain_stores import (
     secrets_in,
 )
 from scripted import ScriptedTransport, vectors_of
-from serving import serving
 
 from kalm_integrations import KalmModalEmbeddings
-from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 
 pytestmark = quiet_chroma
@@ -91,25 +86,6 @@ class TestRetrieval:
                 await retriever.ainvoke(QUESTIONS[0]),
             ):
                 assert [document.page_content for document in documents] == ANSWERS[:1]
-
-    def test_pitfall_faiss_reverses_relevance_scores_of_inner_products(
-        self, tmp_path: Path
-    ) -> None:
-        embeddings = KalmModalEmbeddings(backend="local")
-        strategy = {"distance_strategy": DistanceStrategy.MAX_INNER_PRODUCT}
-        store = FAISS.from_texts(FACTS[:3], embeddings, **strategy)
-        results = store.similarity_search_with_relevance_scores(QUESTIONS[0], k=3)
-        assert results[0][0].page_content == ANSWERS[0]
-        assert results[0][1] < results[1][1] < results[2][1]
-        retriever = store.as_retriever(
-            search_type="similarity_score_threshold",
-            search_kwargs={"k": 3, "score_threshold": 0.8},
-        )
-        kept = [document.page_content for document in retriever.invoke(QUESTIONS[0])]
-        assert kept == [document.page_content for document, _ in results[1:]]
-        store.save_local(str(tmp_path))
-        again = FAISS.load_local(str(tmp_path), embeddings, allow_dangerous_deserialization=True)
-        assert again.distance_strategy == DistanceStrategy.EUCLIDEAN_DISTANCE  # of an inner product
 
 
 QUERIES = [f"question {i}" for i in range(50)]
@@ -190,30 +166,6 @@ class TestParallel:
         turning.cancel()
         assert transport.most_held == 40
 
-    def test_50_queries_in_threads(self, over: Any, tmp_path: Path) -> None:
-        transport = ScriptedTransport(delay=lambda _: random.uniform(0, 0.01))
-        embeddings = over(transport, KalmModalEmbeddings, max_concurrency=8)
-        with opened("in memory", tmp_path, embeddings) as store:
-            store.add_texts(QUERIES)
-            answers = fan_out(store).invoke(QUERIES, {"max_concurrency": 16})
-        assert each_its_own(answers)
-        assert transport.most_in_flight <= 8
-
-    @pytest.mark.parametrize("kind", ["in memory", "qdrant"])
-    def test_50_queries_over_http_to_the_real_engine(self, kind: str, tmp_path: Path) -> None:
-        from modal_backend.engines.embedded import EmbeddedEngine
-        from modal_backend.http.app import create_app
-        from modal_backend.http.auth import BearerKeys
-        from modal_backend.service import EmbeddingService
-
-        app = create_app(EmbeddingService(EmbeddedEngine.load()), keys=BearerKeys(None))
-        with serving(app) as url:
-            with KalmModalEmbeddings(base_url=url, model=EMBEDDED.space.model) as embeddings:
-                with opened(kind, tmp_path, embeddings) as store:
-                    store.add_texts(QUERIES)
-                    for _ in range(2):  # a new loop, the same connections
-                        assert each_its_own(asyncio.run(fan_out(store).ainvoke(QUERIES)))
-
 
 class TestThreads:
     def test_16_threads_share_one_object(self, over: Any) -> None:
@@ -249,13 +201,6 @@ class TestThreads:
         assert transport.most_in_flight <= 8  # documents' slots and queries'
         assert transport.closed == 0
 
-    def test_16_threads_share_one_store(self, kind: str, tmp_path: Path) -> None:
-        with opened(kind, tmp_path, KalmModalEmbeddings(backend="local")) as store:
-            store.add_texts(FACTS)
-            retriever = store.as_retriever(search_kwargs={"k": 1})
-            results = retriever.batch(QUESTIONS * 16, {"max_concurrency": 16})
-        assert [documents[0].page_content for documents in results] == ANSWERS * 16
-
 
 class TestCopies:
     def test_a_pickled_retriever_works_in_another_process(self, tmp_path: Path) -> None:
@@ -273,12 +218,6 @@ class TestCopies:
             "print(json.dumps(results))"
         )
         assert second_process("-c", code, tmp_path / "retriever", *QUESTIONS) == ANSWERS
-
-    def test_a_spawned_worker_embeds_with_pickled_embeddings(self) -> None:
-        embeddings = KalmModalEmbeddings(backend="local", query_instruction="question")
-        here = [embeddings.embed_query(question) for question in QUESTIONS]
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert pool.map(embeddings.embed_query, QUESTIONS) == here
 
     @pytest.mark.parametrize("used", [False, True])
     def test_a_deep_copy_of_a_store_is_independent(

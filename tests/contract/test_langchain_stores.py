@@ -13,7 +13,6 @@ import chromadb
 import numpy as np
 import pytest
 from langchain_chroma import Chroma
-from langchain_qdrant import QdrantVectorStore
 from langchain_stores import (
     FACTS,
     QUESTIONS,
@@ -22,13 +21,11 @@ from langchain_stores import (
     every_kind,  # noqa: F401 - a fixture
     hits,
     name_of,
-    open_chroma,
     opened,
     quiet_chroma,
     second_process,
 )
 from qdrant_client import QdrantClient
-from scripted import ScriptedTransport
 
 from kalm_integrations import KalmModalEmbeddings
 
@@ -86,33 +83,3 @@ class TestPersistence:
             assert qdrant.get_collection(name).config.metadata == {"kalm": identity}
         with pytest.raises((TypeError, ValueError)):
             Chroma("nested", client=chroma, collection_metadata={"kalm": identity})
-
-    def test_chroma_checks_its_batch_limit_after_embedding(self, over: Any, tmp_path: Path) -> None:
-        transport = ScriptedTransport()
-        embeddings = over(transport, KalmModalEmbeddings)
-        store = open_chroma(tmp_path, embeddings)
-        limit = chromadb.PersistentClient(str(tmp_path)).get_max_batch_size()
-        texts = [f"text {i}" for i in range(limit + 1)]
-        with pytest.raises(Exception, match=f"greater than max batch size of {limit}"):
-            store.add_texts(texts)
-        assert len(transport.sent) == len(texts)
-        assert store.get()["ids"] == []
-
-    def test_opening_a_qdrant_collection_embeds_a_dummy_by_default(
-        self, over: Any, tmp_path: Path
-    ) -> None:
-        transport = ScriptedTransport()
-        embeddings = over(transport, KalmModalEmbeddings)
-        with opened("qdrant", tmp_path, embeddings) as store:
-            assert isinstance(store, QdrantVectorStore)
-            assert transport.sent == []
-            QdrantVectorStore(store.client, name_of(embeddings), embeddings)
-            assert transport.sent == ["dummy_text"]
-
-    def test_qdrant_embeds_64_texts_at_a_time_by_default(self, over: Any, tmp_path: Path) -> None:
-        for options, sizes in (({}, [64, 36]), ({"batch_size": 2048}, [100])):
-            transport = ScriptedTransport()
-            embeddings = over(transport, KalmModalEmbeddings)
-            with opened("qdrant", tmp_path, embeddings) as store:
-                store.add_texts([f"text {i}" for i in range(100)], **options)
-            assert [len(request.texts) for request in transport.requests] == sizes

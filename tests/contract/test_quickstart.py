@@ -148,7 +148,7 @@ class TestDocs:
         assert main(["quickstart", "--corpus", str(tmp_path)]) == 2
         shown, errors = capsys.readouterr()
         assert shown.strip() == ""
-        assert f"{tmp_path} has no text in files named *.md, *.markdown, *.txt, *.rst" in errors
+        assert f"{tmp_path} has no text in files named *.md, *.markdown, *.rst, *.txt" in errors
         assert ("file.md (not UTF-8)" in errors) == (content == b"caf\xe9")
 
     def test_a_file_is_no_folder(self, documents: Path, capsys: pytest.CaptureFixture[str]) -> None:

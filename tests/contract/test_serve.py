@@ -39,11 +39,10 @@ def refused(
         ("--quantization", "none"), ("--enforce-eager",),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("engine", [(), ("--engine", "embedded")])
 def test_vllm_options_are_refused_for_the_embedded_engine(
-    capsys: pytest.CaptureFixture[str], option: tuple[str, ...], engine: tuple[str, ...]
+    capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
 ) -> None:
-    message = refused(capsys, *engine, *option)
+    message = refused(capsys, *option)
     assert message.startswith(f"kalm serve: {option[0]} is for --engine vllm, not for embedded.")
 
 
@@ -97,6 +96,7 @@ def test_a_port_in_use_is_reported_before_loading(
     assert message.startswith(f"kalm serve: cannot listen on 127.0.0.1:{port}: ")
 
 
+@pytest.mark.slow
 def test_without_vllm_the_message_names_what_to_install() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_VLLM, "serve", "--engine", "vllm"],
@@ -141,6 +141,7 @@ def stopped_when_ready(*arguments: str) -> tuple[int, list[str]]:
         return process.wait(10), lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("canary", [[], ["--canary", "warn"]], ids=["refuse", "warn"])
 def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: list[str]) -> None:
     status, lines = stopped_when_ready("-c", WRONG_VECTORS, "serve", "--port", "0", *canary)
@@ -151,6 +152,7 @@ def test_an_engine_that_fails_the_canary_is_served_only_in_warn_mode(canary: lis
     assert "texts in one batch do not have the vectors that they have alone" in printed
 
 
+@pytest.mark.slow
 def test_it_prints_its_address_and_stops_on_a_signal() -> None:
     status, lines = stopped_when_ready(
         "-W", "error", "-m", "kalm_integrations.cli", "serve", "--port", "0"

@@ -9,9 +9,9 @@ import pytest
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.forecast import forecast
-from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import records as job_state
 from kalm_integrations.bulk.on_modal import worker_pool
-from kalm_integrations.bulk.plan import SHARD_ROWS
+from kalm_integrations.bulk.options import SHARD_ROWS
 from modal_backend.costs import choices
 from modal_backend.settings import DeploySettings
 

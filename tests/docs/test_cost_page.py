@@ -17,7 +17,7 @@ from modal_backend.settings import DeploySettings
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "costs.md").read_text()
 COMMANDS, OUTPUT = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
-ROW = re.compile(r"^\S+ +(?:bf16|fp8) .*$", re.MULTILINE)
+ROW = re.compile(r"^\S+ +(?:bf16|fp8|int8) .*$", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -10,12 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from serving import serving
 
-from kalm_integrations import prompts
-from kalm_integrations.models import EMBEDDED, KALM
+from kalm_integrations.models import EMBEDDED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIMENSIONS = EMBEDDED.dimensions[0]
@@ -139,26 +136,6 @@ def test_llama_index_reads_a_folder_of_yours(run: Callable[..., str], tmp_path: 
     assert re.search(r"Wann kommt der Müll\?\n    0\.\d{3}  bins\.md: # Bins The bins", shown)
 
 
-def test_the_cache_serves_the_next_process(run: Callable[..., str], tmp_path: Path) -> None:
-    first, second = run("caching.py", tmp_path / "cache"), run("caching.py", tmp_path / "cache")
-    assert "with 0 vectors on disk\n    4 requests" in first
-    # 4 documents, and 3 questions under each of two instructions.
-    assert "with 10 vectors on disk\n    0 requests" in second
-
-
-def test_numpy_keeps_its_file_and_refuses_another(run: Callable[..., str], tmp_path: Path) -> None:
-    path = tmp_path / "rights.npz"
-    assert "Wrote 9 vectors" in run("numpy_search.py", path)
-    with np.load(path) as file:
-        vectors, identity = file["vectors"], json.loads(str(file["identity"]))
-    identity["space"]["revision"] = "another"
-    np.savez(path, vectors=vectors, identity=json.dumps(identity))
-    shown = run("numpy_search.py", path, status=1)
-    assert "Wrote" not in shown
-    assert "IdentityMismatchError: " in shown
-    assert "!= 'another'" in shown
-
-
 def test_the_openai_client_goes_to_a_service_of_yours(run: Callable[..., str]) -> None:
     from pydantic import SecretStr
 
@@ -172,26 +149,3 @@ def test_the_openai_client_goes_to_a_service_of_yours(run: Callable[..., str]) -
         shown = run("openai_client.py", KALM_BASE_URL=f"{url}/v1/", KALM_API_KEY="correct-horse")
     assert "starting" not in shown
     assert re.search(r"tallest\?\n    0\.\d{3}  Die Zugspitze", shown)
-
-
-def test_the_prompts_are_those_of_kalm(run: Callable[..., str]) -> None:
-    def line(text: str) -> str:
-        return text.replace("\n", "⏎")
-
-    table = run("task_prompts.py").split("\n\n")[1]
-    rows = re.findall(r"^(\S.{15}) (\d) {6}(.*)\n {24}(.*)$", table, re.MULTILINE)
-    seen = {task.strip(): (index, query, document) for task, index, query, document in rows}
-    asymmetric = {"the model's own": KALM.query_template} | {
-        task: prompts.resolve(instruction)
-        for task, instruction in {
-            "web search": "web_search",
-            "facts": "fact_check",
-            "code": "code",
-            "your own task": "Given a customer's ticket, find the article that solves it",
-            "your own words": "Ticket: {text}",
-        }.items()
-    }
-    duplicates = line(prompts.resolve("duplicates"))
-    assert seen == {task: ("1", line(query), "{text}") for task, query in asymmetric.items()} | {
-        "same question": ("2", duplicates, duplicates)
-    }

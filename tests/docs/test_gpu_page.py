@@ -16,14 +16,14 @@ HOPPER = ("H100", "H200")
 
 def row(gpu: str, quantization: gpus.Quantization) -> str:
     """The row that the page should have."""
-    kind = {"none": "bf16", "fp8": "fp8"}[quantization]
+    kind = "bf16" if quantization == "none" else quantization
     memory = f"{GPUS[gpu].gib}, {gpus.needed_gib(quantization):.0f}"
     if gpus.lacks_fp8(gpu, quantization):
         return f"| {gpu} | {kind} | – | {memory} | – | – | refused: does not compute in fp8 |"
     if gpus.too_small(gpu, quantization):
         return f"| {gpu} | {kind} | – | {memory} | – | – | refused: too little memory |"
     default = DeploySettings()
-    options = f"`--gpu {gpu}`" if quantization == "none" else f"`--gpu {gpu} --quantization fp8`"
+    options = f"`--gpu {gpu}{'' if quantization == 'none' else f' --quantization {quantization}'}`"
     if ((gpu,), quantization) == (default.gpu, default.quantization):
         options += " (default)"
     attention = (
@@ -36,5 +36,5 @@ def row(gpu: str, quantization: gpus.Quantization) -> str:
 
 
 def test_the_table_is_what_the_code_says() -> None:
-    shown = re.findall(r"^\| .* \| (?:bf16|fp8) \| .*$", SECTION, re.MULTILINE)
+    shown = re.findall(r"^\| .* \| (?:bf16|fp8|int8) \| .*$", SECTION, re.MULTILINE)
     assert shown == [row(gpu, quantization) for gpu in GPUS for quantization in QUANTIZATIONS]

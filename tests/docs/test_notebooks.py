@@ -132,13 +132,6 @@ def test_the_backend_is_switched_in_one_cell(path: Path, backend: str) -> None:
     assert config.expected_space == (EMBEDDED if backend == "local" else KALM).space
 
 
-def test_langchain_answers_with_a_chat_model(chat_model: Mapping[str, str]) -> None:
-    ran = executed(read(EXAMPLES / "langchain_rag.ipynb"), chat_model)
-    answers = printed(ran, "answer")
-    assert len(re.findall(r"^    an answer to '", answers, re.MULTILINE)) == 4
-    assert "¿Arreglan microondas?\n    an answer to '¿Arreglan microondas?'\n" in answers
-
-
 class KalmShaped(ScriptedEngine):
     """An engine of KaLM's identity and dimensions. What it finds means nothing."""
 

@@ -18,7 +18,6 @@ PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 QUOTED = re.findall(r"^> `(.+)`$", PAGE, re.MULTILINE)
 GAP: Final = "…"
 THEIRS: Final = {
-    "Cannot connect to host …": "aiohttp/client_exceptions.py",
     "Token missing. Could not authenticate client.": "modal/client.py",
 }
 """Messages that a library of ours says."""

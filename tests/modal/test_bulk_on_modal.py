@@ -25,7 +25,7 @@ from modal_emulator import Emulator
 from kalm_integrations import KalmClient, cli
 from kalm_integrations.bulk import Options, embed_corpus, read
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import command
+from kalm_integrations.bulk.on_modal import transfer
 from kalm_integrations.bulk.on_modal.cloud import VolumeStore
 from kalm_integrations.models import EMBEDDED
 
@@ -133,7 +133,8 @@ def folder(emulator: Emulator, job: str) -> Path:
 
 
 def finished(emulator: Emulator, job: str) -> int:
-    return len(list((folder(emulator, job) / "records").glob("*.json")))
+    found = (folder(emulator, job) / "records").glob("*.json")
+    return sum(json.loads(path.read_bytes())["shard"] is not None for path in found)
 
 
 def sent(kalm: Any, *command: Any) -> str:
@@ -367,7 +368,7 @@ def test_bad_rows_are_refused_before_anything_is_uploaded(
 def test_an_upload_goes_on_where_it_was_interrupted(
     emulator: Emulator, kalm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_PARTS_AT_ONCE", 2)
+    monkeypatch.setattr(transfer, "_PARTS_AT_ONCE", 2)
     source, out = corpus(tmp_path / "in.jsonl", seed=9), tmp_path / "out"
     uploads: list[list[str]] = []
     write = VolumeStore.write
@@ -387,6 +388,21 @@ def test_an_upload_goes_on_where_it_was_interrupted(
     assert [len(found) for found in parts if found] == [2, 2, 2, 2, 2]
     assert parts[3] == parts[2]
     assert same(out, local(source, tmp_path / "local"))
+
+
+def test_vectors_of_an_earlier_output_are_uploaded_and_not_embedded(
+    emulator: Emulator, kalm: Any, tmp_path: Path
+) -> None:
+    known = local(corpus(tmp_path / "old.jsonl", rows=200, seed=14), tmp_path / "old")
+    source = corpus(tmp_path / "in.jsonl", rows=200, seed=14, r20="a new text")
+    kalm(*on_modal(source, tmp_path / "out", "--reuse", known))
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.complete
+    assert (manifest.rows, manifest.reused, manifest.requests) == (200, 199, 1)
+    made, before = (pq.read_table(f / "shards")["vector"] for f in (tmp_path / "out", known))
+    changed = [row for row in range(200) if made[row] != before[row]]
+    assert changed == [20]
 
 
 # -- an input that lies elsewhere --------------------------------------------------------------

@@ -61,17 +61,6 @@ class TestKalmDeploy:
         assert "All good" in run(*KALM, "doctor", "--wake", **variables).stdout
         assert not emulator.unimplemented
 
-    @pytest.mark.parametrize("columns", ["40", "80"])
-    def test_the_snippet_is_whole_on_a_narrow_terminal(self, run: Any, columns: str) -> None:
-        name = "a-rather-long-application-name-of-the-search-team"
-        command = [*KALM, "deploy", "--engine", "embedded", "--app-name", name]
-        shown = run(*command, COLUMNS=columns).stdout
-        snippet = "\n".join(re.findall(r"^    (.*)$", shown.partition("over RPC:")[2], re.M))
-        compile(snippet, "snippet", "exec")
-        assert f"app_name='{name}'" in snippet
-        assert f"KALM_APP_NAME={name} kalm doctor" not in shown  # the model's name stands between
-        assert f"KALM_APP_NAME={name} KALM_MODEL=" in shown
-
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
@@ -155,43 +144,6 @@ class TestDeployRequest:
             return emulator.function(f"{settings.get('app_name', APP)}/{CLASS}")
 
         return deployed
-
-    def test_the_defaults(self, deployed: Any, emulator: Emulator) -> None:
-        function = deployed(app_name="defaults")
-        made = function.definition
-        assert gpu_choices(function.request) == ["A100-40GB"]
-        assert made.resources.memory_mb == 40 * 1024
-        assert made.resources.milli_cpu == 4000
-        assert (made.timeout_secs, made.startup_timeout_secs) == (600, 1800)
-        assert (made.autoscaler_settings.max_containers, made.task_idle_timeout_secs) == (1, 300)
-        assert made.autoscaler_settings.min_containers == 0
-        assert (made.max_concurrent_inputs, made.target_concurrent_inputs) == (128, 64)
-        assert made.checkpointing_enabled
-        assert dict(made.experimental_options) == {"enable_gpu_snapshot": "True"}
-        assert {mount.mount_path for mount in made.volume_mounts} == {
-            "/root/.cache/huggingface",
-            "/root/.cache/vllm-jit",
-        }
-        web = made.method_definitions["http"].webhook_config
-        assert web.requires_proxy_auth
-        assert emulator.function(
-            "defaults/serve_http"
-        ).definition.webhook_config.requires_proxy_auth
-        download = emulator.function("defaults/download_model_weights").definition
-        assert download.timeout_secs == 7200
-        assert not download.resources.gpu_config.gpu_type
-        bulk = emulator.function("defaults/VLLMBulkEmbedding").definition
-        assert bulk.resources.memory_mb == made.resources.memory_mb
-        assert (bulk.max_concurrent_inputs, bulk.target_concurrent_inputs) == (2, 1)
-        assert (bulk.task_idle_timeout_secs, bulk.retry_policy.retries) == (60, 10)
-        assert not bulk.method_definitions["embed_shard"].webhook_config.requires_proxy_auth
-        assert {mount.mount_path for mount in bulk.volume_mounts} == {
-            "/root/.cache/huggingface",
-            "/root/.cache/vllm-jit",
-            "/root/kalm-bulk",
-        }
-        split = emulator.function("defaults/prepare_bulk").definition
-        assert not split.resources.gpu_config.gpu_type
 
     def test_every_setting(self, deployed: Any, emulator: Emulator) -> None:
         emulator.set_secret("hf", {"HF_TOKEN": "x"})

@@ -135,6 +135,14 @@ def expected(gpu: str, memory: int, snapshot: dict[str, Any]) -> dict[str, dict[
             "autoscaler_settings": {},
             "volume_mounts": [WEIGHTS, KERNELS],
         },
+        "quantize_model_weights": container("", 8 * 1024)
+        | {
+            "function_name": "quantize_model_weights",
+            "timeout_secs": 7200,
+            "startup_timeout_secs": 7200,
+            "autoscaler_settings": {"max_containers": 1},
+            "volume_mounts": [WEIGHTS, KERNELS],
+        },
         "prepare_bulk": {
             **container("", 4096, 2000),
             "function_name": "prepare_bulk",
@@ -170,7 +178,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, str], dict[str, dict[str, Any]]]] = {
         expected("L40S", 28 * 1024, SNAPSHOT),
     ),
     "embedded": ({"ENGINE": "embedded"}, embedded()),
-    "snapshot-off": ({"SNAPSHOT": "off"}, expected("A100-40GB", 40 * 1024, {})),
 }
 
 

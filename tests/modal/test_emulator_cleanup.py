@@ -1,6 +1,5 @@
 """Nothing is left behind, nothing of the user's is touched, nothing is swallowed."""
 
-import importlib
 import os
 import shutil
 import signal
@@ -55,12 +54,6 @@ def test_closing_leaves_nothing() -> None:
     assert len(sockets() - before) <= SYNCHRONIZER_SOCKETS
 
 
-def test_closing_twice_is_fine() -> None:
-    emulator = Emulator()
-    emulator.close()
-    emulator.close()
-
-
 def test_containers_end_with_the_process_of_the_emulator() -> None:
     script = """if True:
         import os, signal, sys
@@ -100,28 +93,6 @@ def test_what_fails_inside_is_raised_at_the_end(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         emulator.close()
     assert caught.group_contains(FileNotFoundError)
-
-
-def test_settings_are_checked() -> None:
-    with pytest.raises(TypeError, match="web_redirects_after"):
-        Emulator(web_redirects_after=1)
-
-
-def test_this_directory_does_not_hide_the_real_package() -> None:
-    found = importlib.import_module("modal")
-    assert found.__version__.startswith("1.6.")
-    assert found.__file__ is not None
-    assert Path(__file__).parent not in Path(found.__file__).parents
-
-
-def test_nobodys_own_settings_are_read_or_written(emulator: Emulator) -> None:
-    from modal import config
-
-    assert config.user_config_path == os.devnull
-    home = Path.home() / ".modal.toml"
-    before = home.stat().st_mtime_ns if home.exists() else None
-    emulator.deploy(failing_app.__file__)
-    assert (home.stat().st_mtime_ns if home.exists() else None) == before
 
 
 def test_the_readme_names_every_option(emulator: Emulator) -> None:

@@ -52,13 +52,6 @@ def test_secrets_rotated_since_the_snapshot_are_seen_after_the_restore(
     assert restored["dropped"] == "still here"
 
 
-def test_without_snapshots_both_hooks_run_in_one_container(emulator: Emulator, toy: Any) -> None:
-    with emulator.changed(snapshots=False):
-        (_, snapped), (_, restored) = toy.life.remote()
-    assert snapped == restored
-    assert "checkpoint" not in emulator.running("Toy")[0].events
-
-
 def test_a_gpu_that_cannot_be_restored_means_a_start_without_snapshot(
     emulator: Emulator, toy: Any
 ) -> None:

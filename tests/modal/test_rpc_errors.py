@@ -106,8 +106,8 @@ def rate_limit(emulator: Emulator, _: pytest.MonkeyPatch) -> None:
 # -- the rows ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Row:
-    """What is wrong, and what is made of it; the last of `says` is what to do, for which `doctor`
-    may have words of its own. `calls` and `starts` are what it costs."""
+    """What is wrong, and what is made of it; the last of `says` is what to do. `calls` and `starts`
+    are what it costs."""
 
     name: str
     error: type[KalmError]
@@ -116,7 +116,6 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     calls: int = 0
     starts: int = 0
-    doctor: str = ""
 
 
 ROWS = [
@@ -178,7 +177,6 @@ ROWS = [
         (f"but the service has {MODEL}", "expected_identity="),
         settings={"model": None},  # KaLM's
         calls=1,
-        doctor=f"set KALM_MODEL={MODEL}",
     ),
     Row(
         "workspace rate limit",
@@ -226,20 +224,6 @@ def test_what_the_user_reads(
     assert cost() == (calls + caused.calls, starts + caused.starts)
     told = "".join(traceback.format_exception(caught.value)) + caplog.text
     assert not any(secret in told for secret in SECRETS)
-
-
-@pytest.mark.parametrize("caused", ROWS, indirect=True, ids=lambda row: row.name)
-def test_what_the_command_line_says(
-    caused: Row, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    variables = {"backend": "modal", "model": MODEL, "max_retries": 1, **caused.settings}
-    for name, value in variables.items():
-        if value is not None:
-            monkeypatch.setenv(f"KALM_{name.upper()}", str(value))
-    assert cli.main(["doctor", "--wake"]) == 1
-    shown = " ".join(capsys.readouterr().out.split())
-    assert (caused.doctor or caused.says[-1]) in shown
-    assert not any(secret in shown for secret in SECRETS)
 
 
 @pytest.mark.parametrize("caused", TOKENS, indirect=True, ids=lambda row: row.name)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kalm_integrations.batching import Batch, RequestLimits, estimate_tokens, plan
 from kalm_integrations.errors import InvalidText
 from kalm_integrations.prompts import AS_IS
+from kalm_integrations.result import Usage
 
 TEMPLATE = "q: {text}."
 # Few enough values that copies are common; long and multi-byte enough that every limit binds.
@@ -86,17 +87,16 @@ def test_scatter_puts_each_vector_at_every_index_of_its_text(texts, limits):
     answer = np.full((len(texts), 32), np.nan, dtype=np.float32)
     for batch in plan(enumerate(texts), AS_IS, limits):
         vectors = np.array([vector(text) for text in batch.texts], dtype=np.float32)
-        indices, rows = batch.scatter(vectors)
-        assert indices.dtype == np.int64
-        assert rows.dtype == vectors.dtype
-        answer[indices] = rows
+        part = batch.scatter(vectors, Usage())
+        assert part.indices.dtype == np.int64
+        assert part.packed.dtype == vectors.dtype
+        answer[part.indices] = part.packed
     assert answer.tolist() == [vector(text) for text in texts]
 
 
 def test_scatter_of_distinct_texts_copies_nothing():
     vectors = np.eye(2, dtype=np.float16)
-    _, rows = Batch(["a", "b"], [[0], [1]]).scatter(vectors)
-    assert rows is vectors
+    assert Batch(["a", "b"], [[0], [1]]).scatter(vectors, Usage()).packed is vectors
 
 
 def test_indices_need_not_be_consecutive():

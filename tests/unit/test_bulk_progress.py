@@ -12,7 +12,7 @@ import pytest
 from kalm_integrations import KalmClient
 from kalm_integrations.bulk import progress as progress_module
 from kalm_integrations.bulk.job import embed_corpus
-from kalm_integrations.bulk.plan import Options
+from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.progress import ProgressView, duration
 
 log = logging.getLogger("kalm_integrations.session")

@@ -16,11 +16,13 @@ from scripted_engine import ScriptedEngine
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.on_modal import state as job_state
+from kalm_integrations.bulk.on_modal import records as job_state
 from kalm_integrations.bulk.on_modal import worker_pool
-from kalm_integrations.bulk.on_modal.command import upload
-from kalm_integrations.bulk.on_modal.state import FolderStore, Reader, Run, State, Stop
-from kalm_integrations.bulk.plan import Options, make_plan
+from kalm_integrations.bulk.on_modal.records import FolderStore, Run, Stop
+from kalm_integrations.bulk.on_modal.state import Reader, State
+from kalm_integrations.bulk.on_modal.transfer import upload
+from kalm_integrations.bulk.options import Options
+from kalm_integrations.bulk.plan import make_plan
 from kalm_integrations.bulk.progress import ProgressView
 from kalm_integrations.errors import CanaryFailedError, KalmError
 from kalm_integrations.identity import VectorIdentity
@@ -181,7 +183,7 @@ def test_a_shard_that_always_fails_is_given_up_after_four_attempts(
 def test_a_shard_that_kills_its_containers_is_given_up_too(job: FolderStore, new: Any) -> None:
     for number in range(job_state.MOST_ATTEMPTS):
         made = new(name=f"ta-{number}")
-        claimed = made.worker._claim(job.folder, RUN, 0)  # and then it dies
+        claimed = made.worker._claim(job, RUN, 0)  # and then it dies
         assert claimed.job.shard_rows == 4
     assert new().embed(0) == ["given up"]
     assert "4 containers died" in state(job).failed[0].message
@@ -319,4 +321,4 @@ def test_costs_are_those_of_containers_and_not_of_shards(job: FolderStore, new: 
     assert found.waiting == [2]
     assert found.dollars_to_come is not None
     assert found.dollars_to_come >= 0.5 * 60
-    assert found.manifest().complete is False
+    assert found.manifest.complete is False

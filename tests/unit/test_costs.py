@@ -116,7 +116,7 @@ def test_a_corpus_costs_a_start_its_tokens_and_the_idle_window(
 
 
 def test_choices_are_all_gpus_or_the_named_ones() -> None:
-    assert len(choices()) == 2 * len(gpus.GPUS)
+    assert len(choices()) == len(gpus.QUANTIZATIONS) * len(gpus.GPUS)
     assert {choice.quantization for choice in choices(quantization="fp8")} == {"fp8"}
     assert [choice.gpu for choice in choices(["H100!", "L4"], "none")] == ["L4", "H100"]
     for choice in choices():

@@ -128,7 +128,9 @@ def _run(
     class Event:
         """Set at once: by the time that anybody waits, something is due."""
 
-        def set(self) -> None: ...
+        def set(self, _: None = None) -> None: ...
+
+        put = set
 
         def clear(self) -> None: ...
 
@@ -138,7 +140,7 @@ def _run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "background_loop", lambda: service)
-        patch.setattr(dispatch.threading, "Event", Event)
+        patch.setattr(dispatch, "new_event", Event)
         patch.setattr(dispatch.asyncio, "Event", Event)
         try:
             collect(dispatcher, batches, results)

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("huggingface_hub")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

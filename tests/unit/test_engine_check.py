@@ -254,3 +254,13 @@ def test_the_kv_cache_holds_two_steps_or_the_longest_text() -> None:
     assert kv_bytes(32_768, 8192) > 32_768 * token
     assert kv_bytes(32_768, 8192) < 1.3 * 32_768 * token
     assert kv_bytes(1024, 8192) == kv_bytes(8192, 8192)
+
+
+@pytest.mark.usefixtures("known")
+def test_int8_weights_pass_as_their_own_space_and_only_if_requested() -> None:
+    int8 = replace(SPACE, quantization="int8 weights, groups of 128")
+    check(resolved(), int8, VLLMOptions(quantization="int8"), ARGUMENTS)
+    assert "quantization" in refusal(int8)
+    assert "quantization" in refusal(options=VLLMOptions(quantization="int8"))
+    other = replace(SPACE, quantization="int8 weights, groups of 64")
+    assert "groups of 64" in refusal(other, VLLMOptions(quantization="int8"))

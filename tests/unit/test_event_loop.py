@@ -17,6 +17,8 @@ import pytest
 
 from kalm_integrations.event_loop import BackgroundLoop, background_loop
 
+pytestmark = pytest.mark.slow
+
 request_id = ContextVar("request_id", default="none")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 

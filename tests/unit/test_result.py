@@ -139,6 +139,7 @@ def test_usage_adds_up():
     assert sum([Usage(10, 1), Usage(5, 2)], Usage()) == Usage(tokens=15, requests=3)
 
 
+@pytest.mark.slow
 def test_a_fork_while_vectors_are_converted_blocks_nothing():
     """A lock that they share would stay taken for ever in a process that is forked meanwhile."""
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_integrations.errors import InvalidResponseError, KalmError, ServiceUnavailableError
+from kalm_integrations.errors import InvalidResponseError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
 from kalm_integrations.protocol import VectorDtype
@@ -23,10 +23,10 @@ def part(*indices: int, dtype: str = "float16") -> EmbeddedBatch:
 
 
 def filled(total: int, *parts: EmbeddedBatch, dtype: VectorDtype = "float16") -> ArrayBuilder:
-    assembly = ArrayBuilder(total, 4, dtype, IDENTITY)
+    builder = ArrayBuilder(total, 4, dtype, IDENTITY)
     for each in parts:
-        assembly.add(each)
-    return assembly
+        builder.add(each)
+    return builder
 
 
 @given(
@@ -47,12 +47,12 @@ def test_batches_in_any_order_give_each_text_its_vector(dtype, order, cuts):
 def test_a_text_without_a_vector_is_an_error(case):
     total, indices = case
     missing = sorted(set(range(total)) - indices)
-    assembly = filled(total, part(*indices))
+    builder = filled(total, part(*indices))
     if missing:
         with pytest.raises(InvalidResponseError, match=rf"texts\[{missing[0]}\] got no vector"):
-            assembly.result()
+            builder.result()
     else:
-        assert len(assembly.result()) == total
+        assert len(builder.result()) == total
 
 
 def test_an_empty_call_has_a_result_of_the_right_width():
@@ -65,11 +65,9 @@ def test_a_batch_of_another_call_is_an_error():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_an_error_carries_the_finished_vectors(dtype):
-    assembly = filled(6, part(4, 1, dtype=dtype), part(3, dtype=dtype))
-    with pytest.raises(ServiceUnavailableError) as caught, assembly.partial_on_error():
-        raise ServiceUnavailableError("The service is busy.")
-    partial = caught.value.partial
+def test_partial_has_the_finished_vectors(dtype):
+    builder = filled(6, part(4, 1, dtype=dtype), part(3, dtype=dtype))
+    partial = builder.partial()
     assert partial.indices.tolist() == [1, 3, 4]
     assert partial.vectors.tolist() == [[1] * 4, [3] * 4, [4] * 4]
     assert partial.vectors.dtype == np.float32
@@ -77,42 +75,25 @@ def test_an_error_carries_the_finished_vectors(dtype):
 
 
 def test_partial_is_empty_if_nothing_was_finished():
-    with pytest.raises(KalmError) as caught, filled(2).partial_on_error():
-        raise KalmError("It happened.")
-    assert caught.value.partial.vectors.shape == (0, 4)
-    assert caught.value.partial.missing.tolist() == [0, 1]
-
-
-def test_the_error_of_a_missing_vector_carries_the_others():
-    assembly = filled(3, part(0, 2))
-    with pytest.raises(InvalidResponseError) as caught, assembly.partial_on_error():
-        assembly.result()
-    assert caught.value.partial.missing.tolist() == [1]
+    assert filled(2).partial().vectors.shape == (0, 4)
+    assert filled(2).partial().missing.tolist() == [0, 1]
 
 
 def test_partial_does_not_change_afterwards():
-    assembly = filled(2, part(0, dtype="float32"))
-    with pytest.raises(KalmError) as caught, assembly.partial_on_error():
-        raise KalmError("It happened.")
-    assembly._vectors[:] = 9
-    assert caught.value.partial.vectors.tolist() == [[0] * 4]
-
-
-@pytest.mark.parametrize("error", [ValueError("theirs"), KeyboardInterrupt()])
-def test_other_errors_are_unchanged(error):
-    with pytest.raises(type(error)) as caught, filled(1).partial_on_error():
-        raise error
-    assert not hasattr(caught.value, "partial")
+    builder = filled(2, part(0, dtype="float32"))
+    partial = builder.partial()
+    builder._vectors[:] = 9
+    assert partial.vectors.tolist() == [[0] * 4]
 
 
 # --- into lists
 
 
 def listed(total: int, *parts: EmbeddedBatch) -> ListBuilder:
-    assembly = ListBuilder(total, 4)
+    builder = ListBuilder(total, 4)
     for each in parts:
-        assembly.add(each)
-    return assembly
+        builder.add(each)
+    return builder
 
 
 @given(
@@ -133,29 +114,26 @@ def test_copies_of_a_text_have_separate_lists():
     assert result[1] == [1] * 4
 
 
-def test_a_text_without_a_list_is_an_error_that_carries_the_others():
-    assembly = listed(3, part(0, 2))
-    with pytest.raises(InvalidResponseError, match=r"texts\[1\] got no") as caught:
-        with assembly.partial_on_error():
-            assembly.result()
-    assert caught.value.partial.vectors.tolist() == [[0] * 4, [2] * 4]
-    assert caught.value.partial.vectors.dtype == np.float32
-    assert caught.value.partial.missing.tolist() == [1]
+def test_a_text_without_a_list_is_an_error():
+    builder = listed(3, part(0, 2))
+    with pytest.raises(InvalidResponseError, match=r"texts\[1\] got no"):
+        builder.result()
+    assert builder.partial().vectors.tolist() == [[0] * 4, [2] * 4]
+    assert builder.partial().vectors.dtype == np.float32
+    assert builder.partial().missing.tolist() == [1]
 
 
 def test_partial_of_lists_is_empty_if_nothing_was_finished():
-    with pytest.raises(KalmError) as caught, listed(2).partial_on_error():
-        raise KalmError("It happened.")
-    assert caught.value.partial.vectors.shape == (0, 4)
+    assert listed(2).partial().vectors.shape == (0, 4)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 1), (1, 1), (3, 4), (2, 8), (4,)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_of_another_shape_are_an_error(shape, dtype):
     wrong = EmbeddedBatch(np.array([0, 1]), np.ones(shape, dtype=dtype), Usage())
-    assembly = filled(2)
+    builder = filled(2)
     with pytest.raises(InvalidResponseError):
-        assembly.add(wrong)
+        builder.add(wrong)
     shard = np.full((2, 4), np.nan, dtype=dtype)
     with pytest.raises(InvalidResponseError):
         wrong.write_into(shard)

@@ -9,20 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from kalm_integrations.bulk.on_modal import state as job_state
-from kalm_integrations.bulk.on_modal import worker_pool
-from kalm_integrations.bulk.on_modal.queue import Queue, call_of
-from kalm_integrations.bulk.on_modal.state import Call, Run, State, Store
+from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal.records import Stop, Store, run_path
+from kalm_integrations.bulk.on_modal.state import State
 from kalm_integrations.config import ClientConfig
-from kalm_integrations.errors import (
-    ConfigurationError,
-    ContainerFailedError,
-    IdentityMismatchError,
-    JobFailedError,
-    KalmError,
-    NotDeployedError,
-)
-from kalm_integrations.protocol import error_from_fields
+from kalm_integrations.errors import IdentityMismatchError, KalmError, NotDeployedError
 from kalm_integrations.transports.modal import deployed, error_of
 
 _PROBED: Final = 8
@@ -31,13 +22,7 @@ _PROBED: Final = 8
 
 @dataclass(frozen=True)
 class Deployment:
-    """An app on Modal that runs bulk jobs.
-
-    Attributes:
-        config: With its name, its environment, and the vectors that are expected.
-        volume: Modal's handle of the Volume with the jobs.
-        volume_name: Its name.
-    """
+    """An app on Modal that runs bulk jobs, and the Volume that has them."""
 
     config: ClientConfig
     volume: Any
@@ -46,10 +31,6 @@ class Deployment:
     def store(self, job: str) -> VolumeStore:
         """A job's folder."""
         return VolumeStore(self.volume, job, self.config)
-
-    def queue(self, run: Run) -> Queue:
-        """Where this deployment takes shards, with the limits of `run`."""
-        return Queue(self.config.app_name, self.config.environment_name, run)
 
 
 def find(config: ClientConfig) -> Deployment:
@@ -90,7 +71,7 @@ class VolumeStore:
 
     def __init__(self, volume: Any, job: str, config: ClientConfig) -> None:
         self._volume, self._config = volume, config
-        self._folder = f"/{job_state.JOBS}/{job}"
+        self._folder = f"/{records.JOBS}/{job}"
 
     def names(self, folder: str) -> dict[str, tuple[int, int]]:
         import modal
@@ -132,12 +113,12 @@ def translated(config: ClientConfig) -> Iterator[None]:
         raise error_of(error, config) from error
 
 
-def is_alive(deployment: Deployment, store: Store, state: State) -> bool:
+def is_alive(deployment: Deployment, state: State) -> bool:
     """Whether Modal still has shards of the newest run, waiting or running."""
     import modal
     from grpclib import GRPCError
 
-    if state.run is None or state.over:
+    if state.run is None or state.over or not state.run.call:
         return False
     unreachable = (
         GRPCError,
@@ -146,8 +127,8 @@ def is_alive(deployment: Deployment, store: Store, state: State) -> bool:
         modal.exception.ClientClosed,
     )
     with translated(deployment.config):
-        call = call_of(store, f"{job_state.RUNS}/{state.run.id}/{job_state.CALL}")
-        for number in state.waiting[:_PROBED] if call is not None else ():
+        call = modal.FunctionCall.from_id(state.run.call)
+        for number in state.waiting[:_PROBED]:
             try:
                 call.get(timeout=0, index=state.run.shards.index(number))
             except TimeoutError:
@@ -163,148 +144,12 @@ def is_alive(deployment: Deployment, store: Store, state: State) -> bool:
 
 def cancel_run(deployment: Deployment, store: Store, state: State) -> None:
     """End the newest run; finished shards stay."""
-    if state.over or state.run is None:
-        return
-    stop = job_state.Stop(reason="cancelled", message="It was cancelled.")
-    folder = f"{job_state.RUNS}/{state.run.id}"
-    store.write({f"{folder}/{job_state.STOPPED}": stop.to_bytes()})
-    with translated(deployment.config):
-        call = call_of(store, f"{folder}/{job_state.CALL}")
-        if call is not None:
-            call.cancel()
-
-
-# --- an input on Modal or in a bucket
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemoteInput:
-    """`modal://VOLUME/path` or `s3://BUCKET/path`: split there, by a function of the app.
-
-    Attributes:
-        typed: As it was typed.
-        scheme: "modal" or "s3".
-        name: Of the Volume or the bucket.
-        path: Within it.
-        secret: The Modal Secret with the bucket's credentials.
-    """
-
-    typed: str
-    scheme: str
-    name: str
-    path: str
-    secret: str | None = None
-
-    @classmethod
-    def parse(cls, source: str, secret: str | None) -> RemoteInput | None:
-        """What `source` names; None if it is a local input.
-
-        Raises:
-            ConfigurationError: It names no Volume, no bucket or no path.
-        """
-        scheme, _, rest = source.partition("://")
-        if scheme not in ("modal", "s3") or not rest:
-            return None
-        name, _, path = rest.partition("/")
-        if not name or not path.strip("/") or ".." in path.split("/"):
-            raise ConfigurationError(
-                f"{source} is not like modal://VOLUME/path or s3://BUCKET/path."
-            )
-        return cls(typed=source, scheme=scheme, name=name, path=path.strip("/"), secret=secret)
-
-    @property
-    def address(self) -> str:
-        """It stands for the files, whose content is not known here."""
-        return f"{self.scheme}://{self.name}/{self.path}"
-
-    def prepare(
-        self, deployment: Deployment, job: str, limits: Run, request: dict[str, Any]
-    ) -> None:
-        """Have the input split and sent. Returns at once; `is_prepared` tells how it goes.
-
-        Raises:
-            ConfigurationError: There is no such Volume, or it is the jobs' own.
-            KalmError: Modal failed.
-        """
-        import modal
-
-        if self.scheme == "modal" and self.name == deployment.volume_name:
-            raise ConfigurationError(
-                f"{self.typed}: the jobs' own Volume; put the input into another one."
-            )
-        environment = deployment.config.environment_name
-        request |= {
-            "job": job,
-            "path": self.path,
-            "volume": self.name if self.scheme == "modal" else None,
-            "environment": environment,
-            "app": deployment.config.app_name,
-            "source": self.typed,
-            "limits": limits.model_dump(),
-        }
-        with translated(deployment.config):
-            found = modal.Function.from_name(
-                deployment.config.app_name, worker_pool.PREPARE, environment_name=environment
-            )
-            mounts: Any = {
-                worker_pool.VOLUME: deployment.volume,
-                worker_pool.INPUT: self._mount(environment),
-            }
-            call = found.with_options(volumes=mounts).spawn(request)
-        noted = Call(call=call.object_id, source=self.typed)
-        deployment.store(job).write({job_state.PREPARING: noted.to_bytes()})
-
-    def _mount(self, environment_name: str | None) -> Any:
-        import modal
-
-        if self.scheme == "modal":
-            volume = modal.Volume.from_name(self.name, environment_name=environment_name)
-            return volume.with_mount_options(read_only=True)
-        secret = None
-        if self.secret is not None:
-            secret = modal.Secret.from_name(self.secret, environment_name=environment_name)
-        return modal.CloudBucketMount(self.name, secret=secret, read_only=True)
-
-
-def is_prepared(deployment: Deployment, store: Store) -> bool:
-    """Whether the newest preparation is done.
-
-    Raises:
-        KalmError: What it failed with.
-        JobFailedError: It was ended, or nobody began one.
-    """
     import modal
 
-    try:
-        noted = Call.from_bytes(store.read(job_state.PREPARING), job_state.PREPARING)
-    except FileNotFoundError:
-        raise JobFailedError(
-            f"in the Volume {deployment.volume_name!r} is no such job, or its upload was "
-            "interrupted: run the same command again to resume it. Otherwise check the job's name, "
-            "KALM_APP_NAME and KALM_ENVIRONMENT_NAME."
-        ) from None
-    try:
+    if state.over or state.run is None:
+        return
+    stop = Stop(reason="cancelled", message="It was cancelled.")
+    store.write({run_path(state.run.id, records.STOPPED): stop.to_bytes()})
+    if state.run.call:
         with translated(deployment.config):
-            try:
-                answer = modal.FunctionCall.from_id(noted.call).get(timeout=0)
-            except modal.exception.OutputExpiredError:
-                return True  # of long ago: what it wrote is there
-            except TimeoutError:
-                return False
-    except ContainerFailedError as error:
-        raise JobFailedError(f"{noted.source} could not be prepared: {error}") from error
-    if "error" in answer:
-        raise error_from_fields(answer["error"])
-    return True
-
-
-def cancel_preparation(deployment: Deployment, store: Store) -> bool:
-    """End the preparation, if one is under way; whether one was."""
-    try:
-        if is_prepared(deployment, store):
-            return False
-    except KalmError:
-        return False  # it has ended, or there was none
-    with translated(deployment.config):
-        call_of(store, job_state.PREPARING).cancel()
-    return True
+            modal.FunctionCall.from_id(state.run.call).cancel()

@@ -35,7 +35,7 @@ def shown(name: str, state: State | None, alive: bool, as_json: bool) -> str:
         if state.stop is not None:
             lines.append(f"stopped ({state.stop.reason}): {state.stop.message}")
         return "\n".join(lines)
-    manifest, speed, stop = state.manifest(), state.speed, state.stop
+    manifest, speed, stop = state.manifest, state.speed, state.stop
     data = {
         "job": name,
         "state": phase(state, alive=alive),
@@ -62,7 +62,7 @@ def shown(name: str, state: State | None, alive: bool, as_json: bool) -> str:
 
 def line(state: State) -> str:
     """How far a job is."""
-    manifest = state.manifest()
+    manifest = state.manifest
     parts = [f"{len(state.finished):,} of {counted(state.total, 'shard')}"]
     if state.failed:
         parts.append(f"{len(state.failed):,} failed")

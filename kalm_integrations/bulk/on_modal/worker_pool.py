@@ -26,9 +26,5 @@ _SHORTEST: Final = 900
 
 
 def seconds_for(tokens: int) -> int:
-    """Seconds that a shard of so many tokens may take in its container.
-
-    Args:
-        tokens: Of the shard.
-    """
+    """Seconds that a shard of so many tokens may take in its container."""
     return min(TIMEOUT, max(_SHORTEST, tokens // _SLOWEST))

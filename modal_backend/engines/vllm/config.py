@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.models import FP8, profile_of
+from kalm_integrations.models import QUANTIZATIONS, profile_of
 from modal_backend.weights import Weights, memory_bytes
 
 PROFILE: Final = 1
@@ -38,6 +38,7 @@ KERNELS: Final = {"enable_flashinfer_autotune": False}
 """Otherwise vLLM tunes FlashInfer's kernels at each load, on Hopper and newer cards."""
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Quantization = Literal["none", "fp8", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class VLLMOptions:
     """How a model is run. "auto" and None are the choice of the model's profile, or vLLM's."""
 
     dtype: Dtype = "auto"  # of weights and arithmetic
-    quantization: Literal["none", "fp8"] = "none"  # fp8 is another vector space
+    quantization: Quantization = "none"  # any other is another vector space
     max_model_len: int | None = None  # tokens of the longest text
     max_num_batched_tokens: int = 1024  # in one step, which a query may have to wait for
     max_num_seqs: int = 512  # most texts in one step
@@ -164,10 +165,9 @@ def _differences(
 ) -> Iterator[str]:
     profile = profile_of(identity.model)
     if profile.space.declared:
-        # Any revision may be chosen: clients notice. fp8 is another space of the same model.
-        expected = replace(profile.space, revision=identity.revision)
-        if options.quantization == "fp8":
-            expected = replace(expected, quantization=FP8)
+        # Any revision may be chosen: clients notice. The quantization is part of the space too.
+        scheme = QUANTIZATIONS.get(options.quantization, profile.space.quantization)
+        expected = replace(profile.space, revision=identity.revision, quantization=scheme)
         if identity != expected:
             yield expected.differences(identity)
     if not identity.normalized:
@@ -177,8 +177,9 @@ def _differences(
         dtype = _DTYPES.get(str(resolved.model_config.dtype), dtype)
     if options.dtype not in ("auto", dtype):
         yield f"dtype: {options.dtype!r} != {dtype!r}"
-    if options.quantization == "fp8" and not identity.quantization.startswith("fp8 "):
-        yield f"quantization: 'fp8' != {identity.quantization!r}"
+    wanted = options.quantization
+    if wanted != "none" and not identity.quantization.startswith(f"{wanted} "):
+        yield f"quantization: {wanted!r} != {identity.quantization!r}"
     model, scheduler = resolved.model_config, resolved.scheduler_config
     text = model.hf_text_config
     if getattr(text, "use_bidirectional_attention", None) and identity.attention == "causal":

@@ -43,7 +43,7 @@ class WorkerExtension:
             ),
             "windows": sorted({getattr(m, "sliding_window", None) or 0 for m in attention} - {0}),
             "dtypes": sorted({str(weight.dtype) for weight in _weights(modules)}),
-            "linear": sorted({_scheme(m) for m in modules if hasattr(m, "quant_method")} - {""}),
+            "linear": sorted({_scheme(m) for m in modules if _is_linear(m)} - {""}),
             "cuda_graphs": _graph_mode(self.model_runner),  # type: ignore[attr-defined]
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
@@ -70,11 +70,21 @@ def _weights(modules: Iterable[Any]) -> Iterator[Any]:
                 yield parameter
 
 
+def _is_linear(module: Any) -> bool:
+    """Whether it multiplies by weights. Attention has a method too, for the type of its cache."""
+    return hasattr(module, "quant_method") and not hasattr(module, "attn_type")
+
+
 def _scheme(layer: Any) -> str:
     """The types in which a linear layer multiplies its weights and inputs."""
     method = layer.quant_method
     if hasattr(layer, "num_embeddings"):
         return ""  # an embedding table, which is only looked up
+    packed = getattr(layer, "scheme", None)  # of compressed-tensors
+    if packed is not None and hasattr(packed, "num_bits"):
+        groups = f"groups of {packed.group_size}" if packed.group_size > 0 else "per channel"
+        zero_points = "" if packed.symmetric else ", zero points"
+        return f"int{packed.num_bits} weights, {groups}{zero_points}"
     if not hasattr(method, "fp8_linear"):
         return str(type(method).__name__)
     if getattr(method, "use_marlin", False):  # the card does not compute in fp8

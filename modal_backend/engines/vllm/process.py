@@ -140,8 +140,11 @@ def start(weights: Weights, options: VLLMOptions) -> tuple[Any, dict[str, Any]]:
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    if options.quantization == "fp8" and not current_platform.is_cuda():
-        raise EngineLoadError('quantization="fp8" needs an NVIDIA GPU that computes in it.')
+    if options.quantization != "none" and not current_platform.is_cuda():
+        raise EngineLoadError(
+            f'quantization="{options.quantization}" needs an NVIDIA GPU: vLLM has no kernel for it '
+            "on this machine."
+        )
     can_sleep = current_platform.is_sleep_mode_available()
     arguments = engine_arguments(weights, options, can_sleep=can_sleep)
     model = AsyncEngineArgs(**arguments).create_model_config()

@@ -189,8 +189,7 @@ class Cloud:
 
     def metadata(self, function: Function) -> api_pb2.FunctionHandleMetadata:
         base = self.functions[function.base_id] if function.base_id else function
-        plane = self.server_url if self.options.input_plane else ""
-        return definitions.handle_metadata(function, base.web_urls, plane)
+        return definitions.handle_metadata(function, base.web_urls)
 
     def layout(self, app_id: str) -> api_pb2.AppLayout:
         app = self.apps[app_id]

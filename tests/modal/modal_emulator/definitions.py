@@ -70,11 +70,10 @@ def with_options(
 
 
 def handle_metadata(
-    function: Function, web_urls: Mapping[str, str], input_plane_url: str
+    function: Function, web_urls: Mapping[str, str]
 ) -> api_pb2.FunctionHandleMetadata:
     source = function.definition if function.created else function.precreate
     assert source is not None
-    region = "local" if input_plane_url else ""
     result = api_pb2.FunctionHandleMetadata(
         function_name=source.function_name,
         function_type=source.function_type,
@@ -85,14 +84,10 @@ def handle_metadata(
         supported_output_formats=source.supported_output_formats,
         app_id=function.app_id,
         base_function_id=function.base_id,
-        input_plane_url=input_plane_url,
-        input_plane_region=region,
     )
     if function.created:
         result.class_parameter_info.CopyFrom(function.definition.class_parameter_info)
         result.is_method = function.definition.is_method
-        if function.definition.is_server:
-            result._experimental_flash_urls.append(web_urls[""])
     for name, method in source.method_definitions.items():
         result.method_handle_metadata[name].CopyFrom(
             api_pb2.FunctionHandleMetadata(
@@ -106,8 +101,6 @@ def handle_metadata(
                 supported_output_formats=method.supported_output_formats,
                 web_url=web_urls.get(name, ""),
                 app_id=function.app_id,
-                input_plane_url=input_plane_url,
-                input_plane_region=region,
             )
         )
     return result

@@ -256,9 +256,6 @@ class Emulator:
         """Lets the next requests of an RPC, from clients and containers alike, meet a fault."""
         self.cloud.recorder.faults[rpc].extend([fault] * times)
 
-    def pending_faults(self, rpc: str) -> int:
-        return len(self.cloud.recorder.faults[rpc])
-
     def refuse_web(
         self, status: int, times: int = 1, headers: Mapping[str, str] | None = None
     ) -> None:

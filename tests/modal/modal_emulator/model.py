@@ -95,8 +95,6 @@ class Call:
         self.data_out: list[api_pb2.DataChunk] = []
         self.changed = asyncio.Condition()
         self.closed = self.cancelled = False
-        self.client_retries = False
-        """Over the input plane it is the client that retries what was lost with a container."""
 
     async def notify(self) -> None:
         async with self.changed:

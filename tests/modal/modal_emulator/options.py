@@ -31,8 +31,6 @@ class Options:
     """Scaledown window of functions that name none."""
     stop_grace: float = 10.0
     """Seconds from the interrupt that a stopped app's containers get to the kill (Modal: 30)."""
-    input_plane: bool = False
-    """Offer calls over the newer input plane protocol, where the client retries lost inputs."""
     max_inputs_outstanding: int = 1000
 
     # Failures.
@@ -57,7 +55,3 @@ class Options:
 
     # The web door.
     web_redirect_after: float = 150.0
-    web_rate_limit: int | None = None
-    """Requests in any one second, then 429 (Modal: 200 a workspace)."""
-    web_cold_503: bool = False
-    """Answer 503, and start a container, instead of letting a request wait for one."""

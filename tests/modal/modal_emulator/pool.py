@@ -61,12 +61,12 @@ class Pool:
         d = self.definition
         return d.target_concurrent_inputs or d.max_concurrent_inputs or d.batch_max_size or 1
 
-    async def scale(self, at_least: int = 0) -> None:
+    async def scale(self) -> None:
         """Starts the containers that are missing, unless the last starts failed a moment ago."""
         settings = self.definition.autoscaler_settings
         waiting = sum(not entry.done for entry in self.queue)
         wanted = math.ceil((waiting + len(self.running)) / self.concurrency)
-        wanted = max(wanted, settings.min_containers, at_least)
+        wanted = max(wanted, settings.min_containers)
         limit = settings.max_containers or wanted
         missing = min(wanted, limit, self.cloud.options.max_local_containers) - len(self.live)
         if self.stopped or missing <= 0:
@@ -262,7 +262,7 @@ class Pool:
         entry.lost_containers += 1
         enough = entry.lost_containers >= self.cloud.options.max_internal_failures
         # What has streamed out cannot be taken back, and so not be done again.
-        if not (enough or entry.call.client_retries or entry.call.data_out):
+        if not (enough or entry.call.data_out):
             self.queue.appendleft(entry)
             return
         message = f"Container exited with status {container.exit_status} while running the input"

@@ -4,7 +4,6 @@ import asyncio
 import collections
 import functools
 import pickle
-import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from aiohttp import web
 from modal_proto import api_pb2
 
 from .model import Call, Function, Input
-from .server_proxy import forward
 from .streams import follow
 from .tokens import new_id
 
@@ -35,13 +33,12 @@ class WebDoor:
     def __init__(self, cloud: "Cloud") -> None:
         self.cloud = cloud
         self.refusals: collections.deque[web.Response] = collections.deque()
-        self._recent: collections.deque[float] = collections.deque()
 
     async def open(self, function: Function) -> None:
         """Gives addresses to the web endpoints of a function; a redeployment keeps them."""
         definition = function.definition
         names = [n for n, m in definition.method_definitions.items() if m.webhook_config.type]
-        if definition.webhook_config.type or definition.is_server:
+        if definition.webhook_config.type:
             names.append("")
         for name in names:
             if name not in function.web_urls:
@@ -58,23 +55,11 @@ class WebDoor:
     async def _handle(
         self, function: Function, method: str, request: web.Request
     ) -> web.StreamResponse:
-        definition = function.definition
-        if definition.is_server:
-            protected = not definition.http_config.unauthenticated
-        else:
-            protected = _config(function, method).requires_proxy_auth
+        protected = _config(function, method).requires_proxy_auth
         if (refusal := self._refuse(request, protected=protected)) is not None:
             return refusal
         if self.cloud.apps[function.app_id].state == api_pb2.APP_STATE_STOPPED:
             return web.Response(status=404, text="modal-http: the app is stopped")
-        pool = self.cloud.pool(function.function_id)
-        cold = not any(c.ready.is_set() for c in pool.live)
-        if definition.is_server or (self.cloud.options.web_cold_503 and cold):
-            await pool.scale(at_least=1)
-        if self.cloud.options.web_cold_503 and cold:
-            return web.Response(status=503, text="modal-http: no container is ready")
-        if definition.is_server:
-            return await forward(request, pool, _passed_headers(request))
         return await self._endpoint(function, method, request)
 
     def _refuse(self, request: web.Request, *, protected: bool) -> web.Response | None:
@@ -82,15 +67,7 @@ class WebDoor:
         if protected and given not in self.cloud.options.proxy_tokens:
             text = "modal-http: missing credentials for proxy authorization"
             return web.Response(status=401, text=text)
-        if self.refusals:
-            return self.refusals.popleft()
-        now, limit = time.monotonic(), self.cloud.options.web_rate_limit
-        while self._recent and self._recent[0] < now - 1:
-            self._recent.popleft()
-        if limit is not None and len(self._recent) >= limit:
-            return web.Response(status=429, text="modal-http: rate limit exceeded")
-        self._recent.append(now)
-        return None
+        return self.refusals.popleft() if self.refusals else None
 
     # -- a request as a function call ----------------------------------------------------------
     async def _endpoint(

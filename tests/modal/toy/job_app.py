@@ -1,6 +1,5 @@
 """Work that nobody waits for: spawned, retried, cancelled, left to go on."""
 
-import asyncio
 import collections
 import os
 import time
@@ -51,44 +50,6 @@ class Worker:
         return self.attempts[number]
 
     @modal.method()
-    async def stumbles(self, number: int) -> None:
-        """Fails when it is cancelled."""
-        print(f"begun {number}", flush=True)
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            raise ValueError("while ending") from None
-
-    @modal.method()
     async def leave(self, number: int) -> Done:
         await modal.experimental.stop_fetching_inputs.aio()
         return done(number)
-
-    @modal.method()
-    def secret(self) -> str | None:
-        return os.environ.get("JOB_SECRET")
-
-
-@app.function(image=image, timeout=1, startup_timeout=30, retries=1, max_containers=1)
-def slow_once(marker: str) -> str:
-    """Too slow the first time that anybody sees the marker."""
-    try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return "in time"
-    time.sleep(30)
-    return "never"
-
-
-@app.function(image=image, max_containers=1)
-def start(numbers: list[int]) -> tuple[str, str]:
-    """Spawns, as a laptop would, from inside a container: by class and by function."""
-    worker = modal.Cls.from_name("jobs", "Worker")()
-    spawned = worker.work.experimental_spawn_map(numbers)
-    alone = modal.Function.from_name("jobs", "alone").spawn(len(numbers))
-    return spawned.object_id, alone.object_id
-
-
-@app.function(image=image, max_containers=1)
-def alone(number: int) -> int:
-    return number * 2

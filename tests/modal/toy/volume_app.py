@@ -1,7 +1,6 @@
 """Functions that read and write volumes and buckets, and commit and reload only when told to."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,6 @@ def run(steps: list[tuple[str, ...]]) -> list[Any]:
             answer = path.read_text() if path.exists() else None
         elif what == "list":
             answer = sorted(str(p.relative_to(path)) for p in path.rglob("*"))
-        elif what == "remove":
-            path.unlink()
-        elif what == "link":
-            path.symlink_to(rest[0])
         elif what == "open":
             opened.append(path.open())
         elif what == "enter":
@@ -56,15 +51,6 @@ def other(steps: list[tuple[str, ...]]) -> list[Any]:
     return run(steps)
 
 
-@app.function(
-    image=image,
-    volumes={"/root/part": first.with_mount_options(sub_path="/part", read_only=True)},
-    max_containers=1,
-)
-def reader(steps: list[tuple[str, ...]]) -> list[Any]:
-    return run(steps)
-
-
 @app.cls(image=image, volumes={"/root/first": first}, max_containers=1)
 class Leaves:
     """Does not commit: that is left to its end."""
@@ -76,19 +62,3 @@ class Leaves:
     @modal.exit()
     def bye(self) -> None:
         (Path.home() / "first" / "written-at-exit").write_text("bye")
-
-
-@app.function(image=image)
-def bare(name: str) -> list[str]:
-    """Has nothing mounted but what `with_options` gives it."""
-    return sorted(str(p.relative_to(Path.home() / name)) for p in (Path.home() / name).rglob("*"))
-
-
-@app.function(image=image)
-def unmounted() -> None:
-    first.commit()
-
-
-@app.function(image=image)
-def nothing() -> float:
-    return time.time()

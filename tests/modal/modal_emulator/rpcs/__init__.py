@@ -4,10 +4,9 @@ from .apps import AppRpcs
 from .calls import CallRpcs
 from .container import ContainerRpcs
 from .functions import FunctionRpcs
-from .input_plane import InputPlaneRpcs
 from .objects import ObjectRpcs
 from .volumes import VolumeRpcs
 
-CLIENT_RPCS = (AppRpcs, ObjectRpcs, VolumeRpcs, FunctionRpcs, CallRpcs, InputPlaneRpcs)
+CLIENT_RPCS = (AppRpcs, ObjectRpcs, VolumeRpcs, FunctionRpcs, CallRpcs)
 
 __all__ = ["CLIENT_RPCS", "ContainerRpcs"]

@@ -118,11 +118,6 @@ class ContainerRpcs:
         self.cloud.spawn(self.container.pool.scale())
         return api_pb2.ContainerStopResponse()
 
-    @unary("ContainerServerLifecycleReady")
-    async def server_ready(self, _: api_pb2.ContainerServerLifecycleReadyRequest) -> Empty:
-        self.container.on_ready()
-        return Empty()
-
     @unary("TaskResult")
     async def task_result(self, request: api_pb2.TaskResultRequest) -> Empty:
         """A lifecycle hook or an import raised; the process ends by itself."""

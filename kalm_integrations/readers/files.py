@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-import pyarrow as pa
-
 from kalm_integrations.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LINES: Final = (".txt",)
 DOCUMENTS: Final = (".md", ".markdown", ".rst")
@@ -86,6 +87,8 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
     Raises:
         ConfigurationError: There are none, or of several formats, or of an unknown one.
     """
+    if not pattern:
+        raise ConfigurationError("INPUT is empty: name the corpus to embed.")
     remote = re.match(r"\w[\w+.-]+://", pattern)
     filesystem, root, paths = _remote(pattern) if remote else (None, *_local(pattern, exclude))
     if not paths:
@@ -113,6 +116,10 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
         InputFile(path, _shown(name), part.replace(os.sep, "/"), filesystem)
         for path, name, part in zip(paths, names, below, strict=True)
     ]
+    if len({file.name for file in files}) < len(files):
+        raise ConfigurationError(
+            f"{_shown(pattern)} has files whose names are the same as text: rename one."
+        )
     return files, str(kinds[suffix_of(paths[0])])
 
 
@@ -124,13 +131,15 @@ def manifest_names(files: list[InputFile]) -> list[str]:
 
 def partitions(files: list[InputFile]) -> dict[str, tuple[pa.DataType, dict[str, Any]]]:
     """Hive partitions (`year=2024/`): type, and values by file name; whole numbers stay numbers."""
+    import pyarrow as pa
+
     found: dict[str, dict[str, str | None]] = {}
     for file in files:
         for part in PurePosixPath(file.relative).parts[:-1]:
             name, equals, value = part.partition("=")
             if equals and name:
-                text = None if value == _NULL_PARTITION else _shown(unquote(value))
-                found.setdefault(_shown(unquote(name)), {})[file.name] = text
+                name, value = (_unquoted(each, file) for each in (name, value))
+                found.setdefault(name, {})[file.name] = None if value == _NULL_PARTITION else value
     typed: dict[str, tuple[pa.DataType, dict[str, Any]]] = {}
     for name, values in found.items():
         known = [value for value in values.values() if value is not None]
@@ -139,6 +148,13 @@ def partitions(files: list[InputFile]) -> dict[str, tuple[pa.DataType, dict[str,
         kind = pa.int64() if whole else pa.string()
         typed[name] = kind, {f: None if v is None else convert(v) for f, v in values.items()}
     return typed
+
+
+def _unquoted(text: str, file: InputFile) -> str:
+    try:
+        return unquote(os.fsencode(text).decode(), errors="strict")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{file}: {_shown(text)!r} is not UTF-8: rename it.") from None
 
 
 def _local(pattern: str, exclude: Path | None) -> tuple[str | None, list[str]]:

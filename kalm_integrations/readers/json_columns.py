@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -34,7 +34,8 @@ class ColumnTypes:
                 bits = _BITS.get(type(value), _OTHER)
                 if bits == _INT and not -_EXACT <= value <= _EXACT:
                     bits = _BIG if -_INT64 <= value < _INT64 else _HUGE
-                seen[name] = seen.get(name, 0) | bits
+                if name not in seen or bits & ~seen[name]:
+                    seen[name] = seen.get(name, 0) | bits
 
     def schema(self) -> tuple[pa.Schema, frozenset[str]]:
         """Types in the order in which columns were first seen, and the columns kept as JSON."""
@@ -119,9 +120,7 @@ class LineParser:
         """The object, as far as it is good, and what is wrong with it."""
         try:
             text = line.decode().strip(_WHITE_SPACE)
-            value, end = _scan_fast(text, 0)
-            if not _is_surely_exact(text, value):
-                value, end = self._scan(text, 0)
+            value, end = self._scan(text, 0)
             if end < len(text):
                 raise ValueError(f"extra data at character {end}")
         except UnicodeDecodeError as error:
@@ -159,25 +158,6 @@ class LineParser:
         return value, problem
 
 
-_scan_fast: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-
-
-def _is_surely_exact(text: str, value: Any) -> bool:
-    """Whether an object has no key twice and no number that became infinite. Strict parsing takes
-    twice as long, and most lines can be seen not to need it.
-
-    A key ends with a quote, perhaps white space, and a colon. So if no colon follows white space,
-    and there are as many quotes with a colon as keys in a flat object, no key was lost.
-    """
-    if type(value) is not dict or text.count('":') != len(value):
-        return False
-    for item in value.values():
-        kind = type(item)
-        if kind is dict or kind is list or (kind is float and item - item != 0.0):
-            return False
-    return " :" not in text and "\t:" not in text and "\r:" not in text
-
-
 class _BadObjectError(ValueError):
     pass
 
@@ -193,7 +173,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):
+    if value - value != 0.0:
         raise _BadObjectError(f"has the number {text[:40]}, which no column can hold")
     return value
 
@@ -208,20 +188,17 @@ def items(content: bytes, name: str) -> Iterator[Any]:
     try:
         text = content.decode("utf-8-sig").strip()
         decode = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite).raw_decode
-        at = 1
-        while True:
-            while text[at : at + 1] in " \t\r\n" and at < len(text):
-                at += 1
-            if text[at:] == "]":
-                return
+        blank = re.compile(r"[ \t\r\n]*").match
+        at = blank(text, 1).end()  # type: ignore[union-attr]
+        while text[at : at + 2] != "]":  # with nothing behind it
             if number:
-                if text[at] != ",":
-                    raise ValueError(f"a comma is missing at character {at}")
-                at += 1
-                while text[at] in " \t\r\n":
-                    at += 1
+                if text[at : at + 1] != ",":
+                    raise ValueError(f"a comma or a closing bracket is missing at character {at}")
+                at = blank(text, at + 1).end()  # type: ignore[union-attr]
             number += 1
             value, at = decode(text, at)
+            at = blank(text, at).end()  # type: ignore[union-attr]
             yield value
-    except (ValueError, IndexError, RecursionError) as error:
-        raise ConfigurationError(f"{name} item {number}: is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        where = f"{name} item {number}" if number else name
+        raise ConfigurationError(f"{where}: is not JSON: {error}.") from error

@@ -1,0 +1,123 @@
+"""Parts on their way to the Volume, and shards on their way back."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from kalm_integrations.bulk import shards
+from kalm_integrations.bulk.local import reuse
+from kalm_integrations.bulk.manifest import Job, file_digest, rename
+from kalm_integrations.bulk.on_modal import records
+from kalm_integrations.bulk.on_modal.cloud import VolumeStore
+from kalm_integrations.bulk.on_modal.records import Description, Store
+from kalm_integrations.bulk.on_modal.state import State
+from kalm_integrations.bulk.plan import Plan
+from kalm_integrations.bulk.progress import ProgressView, counted
+from kalm_integrations.bulk.vectors import EarlierVectors
+from kalm_integrations.errors import InvalidResponseError
+
+_PARTS_AT_ONCE: Final = 16
+_BYTES_AT_ONCE: Final = 64 * 2**20
+"""Parts that are uploaded together, and so the most that lie on this disk at a time."""
+_DOWNLOADS: Final = 4
+
+
+def upload(store: Store, plan: Plan, job: Job, source: str, view: ProgressView) -> Description:
+    """Upload the parts that are not there yet, and `job.json` last.
+
+    Raises:
+        ConfigurationError: The input changed since it was planned.
+        KalmError: Modal failed; what is uploaded stays.
+    """
+    there = store.names(records.INPUT)
+    earlier = EarlierVectors(plan.options.reuse, job) if plan.options.reuse else None
+    tokens: list[int] = []
+    digests: list[str] = []
+    waiting: dict[str, Path] = {}
+
+    def send() -> None:
+        if waiting:
+            store.write(waiting)
+        for path in waiting.values():
+            path.unlink()
+        waiting.clear()
+
+    with tempfile.TemporaryDirectory(prefix="kalm-embed-") as folder:
+        waiting_bytes = 0
+        for part in plan.parts():
+            if earlier is not None:
+                reuse(earlier, part)
+            path = Path(folder, shards.name_of(part.number))
+            size, digest = part.write(path)
+            tokens.append(part.tokens)
+            digests.append(digest)
+            if there.get(path.name, (-1, 0))[0] == size:
+                path.unlink()
+                continue
+            waiting[f"{records.INPUT}/{path.name}"] = path
+            waiting_bytes += size
+            if len(waiting) == _PARTS_AT_ONCE or waiting_bytes >= _BYTES_AT_ONCE:
+                send()
+                waiting_bytes = 0
+                view.now_and_then(f"uploading: {len(tokens):,} of {counted(job.shards, 'part')}")
+        send()
+    description = Description(job=job, tokens=tokens, digests=digests, source=source)
+    store.write({records.JOB: description.to_bytes()})
+    return description
+
+
+def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) -> None:
+    """Download the finished shards that are not in `folder` yet; of a complete job the manifest
+    too, which makes it a finished local job.
+
+    Raises:
+        InvalidResponseError: A shard is not what its record says.
+        KalmError: Modal failed; what was downloaded stays.
+        OSError: It could not be written; what was downloaded stays, too.
+    """
+    (folder / shards.FOLDER).mkdir(parents=True, exist_ok=True)
+    wanted: list[tuple[str, str]] = []
+    for shard in state.manifest.shards:
+        path = f"{shards.FOLDER}/{shard.name}"
+        if not _is_there(folder / path, shard.digest):
+            wanted.append((path, shard.digest))
+        if shard.rejected and state.complete:
+            wanted.append((shards.rejected_name(shards.number_of(shard)), ""))
+    stopped = threading.Event()
+
+    def one(path: str, digest: str) -> None:
+        target = folder / path
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                for block in store.blocks(path):
+                    if stopped.is_set():
+                        return
+                    file.write(block)
+            if digest and not _is_there(temporary, digest):
+                raise InvalidResponseError(f"{path} did not come as its record says.")
+            rename(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="kalm-fetch") as threads:
+        downloads = [threads.submit(one, *each) for each in wanted]
+        try:
+            for number, download in enumerate(downloads, 1):
+                download.result()
+                view.now_and_then(f"fetching: {number:,} of {counted(len(wanted), 'file')}")
+        except BaseException:
+            stopped.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    if state.complete:
+        shards.gather_rejected(folder, state.manifest.shards)
+        state.manifest.write(folder)
+
+
+def _is_there(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
