@@ -146,7 +146,7 @@ def count_tokens(path: Path, text_column: str | None) -> int:
         ImportError: The extra "bulk" is not installed.
     """
     from kalm_integrations.batching import estimate_tokens
-    from kalm_integrations.readers import rows
+    from kalm_integrations.readers.source import rows
     from kalm_integrations.validation import why_invalid
 
     seen, tokens = set[bytes](), 0

@@ -14,7 +14,7 @@ from kalm_integrations.bulk.plan import Plan, make_plan
 from kalm_integrations.bulk.vectors import EarlierVectors, check_shard
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.readers import Source
+from kalm_integrations.readers.source import Source
 
 _LOCK = ".lock"
 

@@ -36,7 +36,7 @@ def _checked(text: Any, place: str) -> str:
 
 def read_distinct(path: Path, text_column: str | None, maximum: int) -> Texts:
     """Different texts of a file or folder; of more than `maximum` always the same sample."""
-    from kalm_integrations.readers import rows
+    from kalm_integrations.readers.source import rows
 
     places: dict[str, str] = {}
     for row in rows(str(path), text_column):
@@ -80,7 +80,7 @@ def read_judged(folder: Path, split: str) -> Judged:
 
 
 def _with_ids(path: Path) -> Texts:
-    from kalm_integrations.readers import rows
+    from kalm_integrations.readers.source import rows
 
     texts: dict[str, str] = {}
     for row in rows(str(path)):

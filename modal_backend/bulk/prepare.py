@@ -16,7 +16,7 @@ from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.plan import make_plan
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
 from kalm_integrations.protocol import error_fields
-from kalm_integrations.readers import Source
+from kalm_integrations.readers.source import Source
 
 log = logging.getLogger(__name__)
 _COMMIT_EVERY: Final = 64  # parts

@@ -23,7 +23,7 @@ from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.plan import Plan, make_plan
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.readers import Source
+from kalm_integrations.readers.source import Source
 from modal_backend import gpus
 from modal_backend.costs import choices
 

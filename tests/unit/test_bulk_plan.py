@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kalm_integrations.bulk.plan import Options, make_plan
-from kalm_integrations.readers import Source
+from kalm_integrations.readers.source import Source
 
 
 @pytest.mark.parametrize("begin", range(6))

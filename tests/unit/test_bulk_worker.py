@@ -27,7 +27,7 @@ from kalm_integrations.bulk.progress import ProgressView
 from kalm_integrations.errors import CanaryFailedError, KalmError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
-from kalm_integrations.readers import Source
+from kalm_integrations.readers.source import Source
 from modal_backend.bulk.worker import Container, Worker
 from modal_backend.service import EmbeddingService
 
