@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kalm_integrations.errors import ConfigurationError
-from kalm_integrations.readers.source import Block
+from kalm_integrations.readers.blocks import Block
 
 if TYPE_CHECKING:
     from kalm_integrations.bulk.plan import Plan

@@ -26,8 +26,9 @@ from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import TRUNCATED
 from kalm_integrations.errors import BadRowsError, ConfigurationError
 from kalm_integrations.protocol import Truncate
+from kalm_integrations.readers.blocks import Block, Schema
 from kalm_integrations.readers.files import manifest_names, partitions
-from kalm_integrations.readers.source import Block, Schema, Source
+from kalm_integrations.readers.source import Source
 from kalm_integrations.validation import why_invalid
 
 _OURS: Final = "kalm:"

@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import files, lines, parquet
-from kalm_integrations.readers.blocks import Block as Block
-from kalm_integrations.readers.blocks import Schema as Schema
+from kalm_integrations.readers.blocks import Block, Schema
 from kalm_integrations.readers.files import InputFile
 from kalm_integrations.readers.json_columns import ColumnTypes
 
