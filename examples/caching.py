@@ -49,7 +49,7 @@ def app(folder: Path, instruction: str | None = None) -> None:
     store = InMemoryVectorStore(cached(embeddings, folder))
     store.add_texts(RECIPES)
     best = [store.similarity_search(question, k=1)[0].page_content for question in QUESTIONS]
-    requests, tokens = sum(u.requests for u in used), sum(u.tokens for u in used)
+    requests, tokens = sum(u.requests for u in used), sum(u.tokens or 0 for u in used)
     print(f"    {requests} requests, {tokens} tokens")
     for question, text in zip(QUESTIONS, best, strict=True):
         print(f"    {question:<21} {text[:60]} ...")

@@ -80,7 +80,7 @@ def main() -> None:
         for gone in set(index.ref_doc_info) - {document.id_ for document in documents}:
             index.delete_ref_doc(gone, delete_from_docstore=True)
         index.storage_context.persist(str(storage))
-        tokens = sum(usage.tokens for usage in used)
+        tokens = sum(usage.tokens or 0 for usage in used)
         print(f"{run}: {sum(changed)} of {len(changed)} files embedded, {tokens:,} tokens")
 
     retriever = index.as_retriever(similarity_top_k=3)

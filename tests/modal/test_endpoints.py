@@ -168,7 +168,7 @@ class TestHttp:
     ) -> None:
         service.refuse_web(status, times=2, headers={"Retry-After": "0"})
         assert len(client("http").embed(["x"])) == 1
-        service.refuse_web(status, times=1, headers={"Retry-After": "60"})
+        service.refuse_web(status, times=2, headers={"Retry-After": "60"})  # also of models
         with pytest.raises(KalmError, match=str(status)):
             client("http", timeout=2).embed(["x"])
 

@@ -261,6 +261,7 @@ def test_a_service_that_does_not_say_who_it_is() -> None:
 # -- what is tried again -----------------------------------------------------------------------
 def test_rate_limits_pass(emulator: Emulator, caplog: pytest.LogCaptureFixture) -> None:
     """Modal's client does not retry them."""
+    caplog.set_level("DEBUG", logger="kalm_integrations.session")
     emulator.inject("FunctionMap", GRPCError(Status.RESOURCE_EXHAUSTED, "too fast"), times=3)
     assert len(client().embed(["a"])) == 1
     assert caplog.text.count("retry ") == 3
@@ -269,6 +270,7 @@ def test_rate_limits_pass(emulator: Emulator, caplog: pytest.LogCaptureFixture) 
 def test_a_broken_connection_is_left_to_modals_client(
     emulator: Emulator, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("DEBUG", logger="kalm_integrations.session")
     emulator.inject("FunctionMap", GRPCError(Status.UNAVAILABLE, "blip"), times=3)
     assert len(client().embed(["a"])) == 1
     assert "retry " not in caplog.text
@@ -277,6 +279,7 @@ def test_a_broken_connection_is_left_to_modals_client(
 def test_what_it_gives_up_is_tried_again(
     emulator: Emulator, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("DEBUG", logger="kalm_integrations.session")
     emulator.inject("FunctionMap", GRPCError(Status.UNAVAILABLE, "down"), times=4)
     assert len(client().embed(["a"])) == 1
     assert caplog.text.count("retry ") == 1
