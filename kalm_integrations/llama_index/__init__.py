@@ -56,6 +56,7 @@ _DUMPED: Final = frozenset(
         "class_name",
         "environment_name",
         "model",
+        "profile",
         "dimensions",
         "query_instruction",
         "document_instruction",

@@ -222,8 +222,8 @@ class TestThePage:
 
 
 WRONG = [
-    ([], "deploy, doctor"),
-    (["--json"], "deploy, doctor"),
+    ([], "deploy, quantize, doctor"),
+    (["--json"], "deploy, quantize, doctor"),
     (["serv"], '"serve"'),
     (["eval"], "retrieval"),
     (["eval", "retreival"], '"retrieval"'),

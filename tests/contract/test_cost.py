@@ -41,7 +41,7 @@ def row(document: dict[str, Any], gpu: str, quantization: str = "none") -> dict[
 
 def test_each_gpu_has_its_price_and_whether_its_throughput_was_measured(report: Report) -> None:
     document = report("--utilization", "0.25")
-    assert len(document["choices"]) == 2 * len(gpus.GPUS)
+    assert len(document["choices"]) == 3 * len(gpus.GPUS)
     for choice in choices():
         found = row(document, choice.gpu, choice.quantization)
         assert found["problem"] == (choice.problem or None)
@@ -124,7 +124,7 @@ def test_traffic_follows_the_formulas(report: Report, start: int | None) -> None
     [
         ["--gpu", "H100,h20"],
         ["--gpu", ","],
-        ["--quantization", "int8"],
+        ["--quantization", "int4"],
         ["--tokens", "0"],
         ["--tokens", "1.5"],
         ["--tokens", "many"],

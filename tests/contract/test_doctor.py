@@ -94,11 +94,14 @@ class Server(FaultyServer):
 
     health: Step = field(default_factory=lambda: reply(200))
     models: Step | None = None
+    short_text: Step | None = None
 
     async def _respond(self, request: Received, writer: object) -> None:
         step = self.health if request.path == "/health" else None
-        if request.path.endswith("/models") or request.is_short_text:
+        if request.path.endswith("/models"):
             step = self.models
+        if request.is_short_text:  # with which the client gets to know servers that are not ours
+            step = self.short_text or self.models
         await (step or super()._respond)(request, writer)  # type: ignore[arg-type]
 
 
@@ -591,7 +594,8 @@ class TestReference:
     ) -> None:
         """Such as a stock `vllm serve`."""
         models = reply(200, json.dumps({"data": [{"id": BF16.model}]}))
-        with Server(repeat(openai_answer(spoil)), models=models) as server:
+        answer = openai_answer(spoil)
+        with Server(repeat(answer), models=models, short_text=answer) as server:
             variables(KALM_BASE_URL=server.url)
             diagnosis = doctor("--reference")
         assert diagnosis.status("identity", "vectors", "reference") == ["warn", "ok", status]
