@@ -29,6 +29,7 @@ LOADERS = {
 
 HARMLESS = (
     ("cpu.py", {"torch"}),  # asks Linux for a processor's registers, and loads nothing
+    ("quantize.py", {"torch"}),  # reads safetensors only
     ("embedded_process.py", {"pickle"}),  # talks to a child process over a socket pair
 )
 
