@@ -32,7 +32,10 @@ def refused(**arguments: object) -> str:
         ({"gpu": "l40"}, r"gpu='l40': there is no such GPU\. Did you mean L40S\? There are L4"),
         ({"gpu": ""}, "gpu names none"),
         ({"gpu": "L4"}, r"--gpu L4 has 24 GiB; .* take \d\d\. Use --gpu L40S, A100-40GB"),
-        ({"gpu": "H100,A10"}, r"--gpu A10 has 24 GiB; .* take \d\d\. Use [^.]* or int8,"),
+        (
+            {"gpu": "H100,A10"},
+            r"--gpu A10 has 24 GiB; .* Use [^.]*, or --quantization int8,",
+        ),
         ({"gpu": "L40S,A100-40GB", "quantization": "fp8"}, "A100-40GB does not compute in fp8"),
         (
             {"quantization": "fp8"},

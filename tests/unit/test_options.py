@@ -23,6 +23,7 @@ from kalm_integrations.options import ClientOptions
 
 CLASSES = [KalmClient, KalmModalEmbeddings, llama_index.KalmModalEmbeddings]
 SPACE = EMBEDDED.space
+MINI = "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5"
 OTHER = replace(SPACE, revision="another")
 STS = "Instruct: Retrieve semantically similar text\nQuery:{text}"
 MTEB_STS = "Instruct: Retrieve semantically similar text \n Query: {text}"
@@ -34,6 +35,7 @@ FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
     "class_name": ("VLLMEmbeddingSnapshot", "Mine", "Mine", "Another"),
     "environment_name": (None, "staging", "staging", "main"),
     "model": (None, SPACE.model, SPACE.model, None),
+    "profile": (None, MINI, MINI, "tencent/KaLM-Embedding-Gemma3-12B-2511"),
     "dimensions": (None, "512", 512, None),
     "query_instruction": (None, "web_search", "web_search", "none"),
     "document_instruction": (None, "passage: {text}", "passage: {text}", "none"),
@@ -56,6 +58,7 @@ OTHER_BACKENDS = {
     "app_name": "modal",
     "class_name": "modal",
     "environment_name": "modal",
+    "profile": "modal",
 }
 """Arguments that backend="local" excludes, and a backend that uses them."""
 
@@ -411,7 +414,8 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
 class TestCacheNamespace:
     def test_every_argument_is_classified(self):
         names = {name for arguments in CHANGES_DOCUMENTS + KEEPS_DOCUMENTS for name in arguments}
-        assert names | {"backend", "transport"} == ClientConfig.model_fields.keys()
+        # "profile" stands for a model, and changes what that changes.
+        assert names | {"backend", "transport", "profile"} == ClientConfig.model_fields.keys()
 
     def test_it_changes_with_document_vectors(self):
         namespaces = {local(**arguments).cache_namespace for arguments in CHANGES_DOCUMENTS}
