@@ -73,13 +73,15 @@ class Rate:
 
 _H100: Final = "one H100 80GB, random weights, 24 November 2026, benchmarks/gpu/performance.py"
 _H200: Final = "one H200, random weights, 28 November 2026, benchmarks/gpu/performance.py"
-_H100_INT8: Final = _H100.replace("24 November", "28 November")
+_H100_INT8: Final = "one H100 80GB, random weights, 28 November 2026, a first run by hand"
+_H200_INT8: Final = _H200.replace("28 November", "29 November")
 MEASURED: Final[dict[tuple[str, Quantization], Rate]] = {
     ("H100", "none"): Rate(28_000, measured=True, source=_H100),
     ("H100", "fp8"): Rate(41_400, measured=True, source=_H100),
     ("H100", "int8"): Rate(24_400, measured=True, source=_H100_INT8),
     ("H200", "none"): Rate(28_600, measured=True, source=_H200),
     ("H200", "fp8"): Rate(42_100, measured=True, source=_H200),
+    ("H200", "int8"): Rate(24_500, measured=True, source=_H200_INT8),
 }
 """All measurements; a newer one replaces its predecessor."""
 
