@@ -73,7 +73,7 @@ class Rate:
 
 _H100: Final = "one H100 80GB, random weights, 24 November 2026, benchmarks/gpu/performance.py"
 _H200: Final = "one H200, random weights, 28 November 2026, benchmarks/gpu/performance.py"
-_H100_INT8: Final = "one H100 80GB, random weights, 28 November 2026, a first run by hand"
+_H100_INT8: Final = "one H100 80GB, random weights, 28 November 2026, benchmarks/gpu/NOTES.md"
 _H200_INT8: Final = _H200.replace("28 November", "29 November")
 MEASURED: Final[dict[tuple[str, Quantization], Rate]] = {
     ("H100", "none"): Rate(28_000, measured=True, source=_H100),
