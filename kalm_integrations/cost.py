@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.models import Quantization
 
 if TYPE_CHECKING:
     from modal_backend.costs import Choice
@@ -60,7 +61,7 @@ def show(document: dict[str, Any]) -> None:
 def report(
     gpus_named: Sequence[str],
     *,
-    quantization: Literal["none", "fp8", "int8"] | None,
+    quantization: Quantization | None,
     utilization: float,
     tokens: int | None,
     queries: int | None,

@@ -16,7 +16,9 @@ FP8: Final = "fp8 weights per tensor, inputs per token"
 """Quantization of weights that vLLM converts to fp8 while loading."""
 INT8: Final = "int8 weights, groups of 128"
 """Quantization of the weights that `kalm quantize` writes; inputs stay in bf16."""
-QUANTIZATIONS: Final = {"fp8": FP8, "int8": INT8}
+Quantization = Literal["none", "fp8", "int8"]
+"""The values of `--quantization`; "none" keeps the weights in bf16."""
+SCHEMES: Final = {"fp8": FP8, "int8": INT8}
 """By the value of `--quantization`: what the loaded engine must report."""
 
 
@@ -84,7 +86,7 @@ KALM: Final = ModelProfile(
 
 def quantized(profile: ModelProfile, quantization: str) -> ModelProfile:
     """The same model with other weights, in "fp8" or "int8": another space."""
-    scheme = QUANTIZATIONS[quantization]
+    scheme = SCHEMES[quantization]
     return replace(profile, space=replace(profile.space, quantization=scheme))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from kalm_integrations.models import Quantization
 from modal_backend import gpus
-from modal_backend.engines.vllm.config import Quantization
 from modal_backend.gpus import Rate
 
 DAY: Final = 86_400

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from kalm_integrations.environment import did_you_mean
-from kalm_integrations.models import KALM
-from modal_backend.engines.vllm.config import Quantization, VLLMOptions, kv_cache_bytes
+from kalm_integrations.models import KALM, Quantization
+from modal_backend.engines.vllm.config import VLLMOptions, kv_cache_bytes
 
 QUANTIZATIONS: Final[tuple[Quantization, ...]] = get_args(Quantization)
 

@@ -18,12 +18,12 @@ from kalm_integrations.models import (
     DEFAULT_APP,
     KALM,
     NAMED_SPACES,
-    QUANTIZATIONS,
+    SCHEMES,
+    Quantization,
     profile_of,
 )
 from modal_backend import gpus
 from modal_backend.engines.registry import ENGINES, EngineType
-from modal_backend.engines.vllm.config import Quantization
 
 Snapshot = Literal["off", "awake", "asleep"]
 Auth = Literal["proxy", "proxy+bearer", "bearer-public"]
@@ -269,7 +269,7 @@ class DeploySettings(EnvironmentSettings):
         space = profile_of(self.model).space
         if not space.declared:
             return space
-        scheme = QUANTIZATIONS.get(self.quantization, space.quantization)
+        scheme = SCHEMES.get(self.quantization, space.quantization)
         return replace(space, quantization=scheme, revision=self.revision or space.revision)
 
     @property

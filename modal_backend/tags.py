@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kalm_integrations.models import PROFILES, QUANTIZATIONS, quantized
+from kalm_integrations.models import PROFILES, SCHEMES, quantized
 from kalm_integrations.version import __version__
 from modal_backend.engines.registry import ENGINES
 from modal_backend.settings import DeploySettings
@@ -17,7 +17,7 @@ _QUANTIZED: Final = [
     quantized(profile, kind)
     for profile in PROFILES
     if profile not in _CPU_MODELS
-    for kind in QUANTIZATIONS
+    for kind in SCHEMES
 ]
 DEPLOYABLE: Final = {
     profile.space.fingerprint: profile.space for profile in (*PROFILES, *_QUANTIZED)

@@ -20,7 +20,7 @@ from kalm_integrations.terminal import write
 
 if TYPE_CHECKING:
     from kalm_integrations.cli.embed import EmbedOptions
-    from kalm_integrations.cli.parameters import Quantization
+    from kalm_integrations.models import Quantization
     from modal_backend.costs import Choice
 
 LIMIT_REACHED: Final = 3

@@ -13,13 +13,13 @@ from kalm_integrations.cli.parameters import (
     ExistingPath,
     Gpus,
     Json,
-    Quantization,
     Share,
     TextColumn,
     between,
 )
 from kalm_integrations.cost import count_tokens, report, show
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.models import Quantization
 from modal_backend.settings import WINDOWS
 
 _CORPUS: Final = Group("A corpus, embedded at once")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from kalm_integrations.doctor.base import Finding
+from kalm_integrations.models import Quantization
 
 
 class Document(BaseModel):
@@ -131,7 +132,7 @@ class GpuCost(Document):
     """One GPU and quantization. If there is a `problem`, no figures follow."""
 
     gpu: str
-    quantization: Literal["none", "fp8", "int8"]
+    quantization: Quantization
     problem: str | None
     dollars_per_hour: float
     tokens_per_second: float | None = None

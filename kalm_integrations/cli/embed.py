@@ -11,12 +11,12 @@ from cyclopts import Group, Parameter
 from kalm_integrations.cli.failures import needs
 from kalm_integrations.cli.parameters import (
     Json,
-    Quantization,
     TextColumn,
     between,
     positive,
 )
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.models import Quantization
 
 _ON_MODAL: Final = Group(
     "On Modal",

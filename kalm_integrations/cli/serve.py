@@ -9,8 +9,9 @@ from typing import Annotated, Final, Literal
 from cyclopts import Group, Parameter
 
 from kalm_integrations.cli.failures import needs
-from kalm_integrations.cli.parameters import Canary, Quantization, between
+from kalm_integrations.cli.parameters import Canary, between
 from kalm_integrations.errors import ConfigurationError
+from kalm_integrations.models import Quantization
 from modal_backend.engines.registry import ENGINES
 
 _VLLM: Final = Group("With --engine vllm")

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from kalm_integrations.errors import EngineLoadError
 from kalm_integrations.identity import SpaceIdentity
-from kalm_integrations.models import QUANTIZATIONS, profile_of
+from kalm_integrations.models import SCHEMES, Quantization, profile_of
 from modal_backend.weights import Weights, memory_bytes
 
 PROFILE: Final = 1
@@ -38,7 +38,6 @@ KERNELS: Final = {"enable_flashinfer_autotune": False}
 """Otherwise vLLM tunes FlashInfer's kernels at each load, on Hopper and newer cards."""
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-Quantization = Literal["none", "fp8", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +165,7 @@ def _differences(
     profile = profile_of(identity.model)
     if profile.space.declared:
         # Any revision may be chosen: clients notice. The quantization is part of the space too.
-        scheme = QUANTIZATIONS.get(options.quantization, profile.space.quantization)
+        scheme = SCHEMES.get(options.quantization, profile.space.quantization)
         expected = replace(profile.space, revision=identity.revision, quantization=scheme)
         if identity != expected:
             yield expected.differences(identity)
