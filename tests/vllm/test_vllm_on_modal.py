@@ -12,6 +12,7 @@ import modal
 import numpy as np
 import psutil
 import pytest
+from kalm_served import named
 from modal_emulator import Emulator
 from modal_emulator.container import Container
 from reference import cosines, reference_vectors
@@ -80,8 +81,7 @@ def client(**settings: Any) -> KalmClient:
 
 def cores(container: Container) -> list[psutil.Process]:
     """vLLM's processes of a container."""
-    children = psutil.Process(container.pid).children(recursive=True)
-    return [process for process in children if "VLLM" in process.name()]
+    return named("VLLM", psutil.Process(container.pid).children(recursive=True))
 
 
 def test_missing_weights_give_an_error_that_names_the_download(

@@ -224,7 +224,7 @@ def test_no_process_outlives_a_server_killed_while_loading(
     serving = start(tmp_path / "log", folder)
     started.append(serving)
     # The core is there, and on its way.
-    serving.wait_until(lambda: any("VLLM" in x.name() for x in serving.others()), LOADING)
+    serving.wait_until(serving.cores, LOADING)
     core = serving.core()
     end(serving)
     assert not core.is_running()
