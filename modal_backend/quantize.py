@@ -4,9 +4,9 @@ Each linear layer of the decoder becomes integers from -127 to 127 in groups of 
 scale for each group, rounded to nearest; everything else stays as it is. Nothing is calibrated, so
 the result depends on the weights alone. The format is "pack-quantized" of compressed-tensors.
 
-The work is done in files of about 1 GiB. Each is written under another name, read back and compared
-with the original, renamed, and recorded with its digest. So an interrupted run resumes, and a
-finished one can be verified by running it again.
+The work is done in files of about 1 GiB. Each is written to the folder `partial`, read back and
+compared with the original, moved, and recorded with its digest. So an interrupted run resumes, and
+a finished one can be verified by running it again.
 """
 
 from __future__ import annotations
@@ -65,9 +65,16 @@ def quantize(model: str, revision: str | None = None) -> Weights:
         EngineLoadError: The model is missing, its weights have no int8 form here, or a written file
             differs from them.
     """
+    from filelock import FileLock, Timeout
+
     source = locate(model, revision)
     folder = quantized_folder(source.name, source.revision)
-    write(source, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
+            write(source, folder)
+    except Timeout:
+        raise EngineLoadError(f"another process writes {folder}; wait until it ends.") from None
     return locate(model, revision, INT8)
 
 
@@ -77,25 +84,24 @@ def write(source: Weights, folder: Path) -> None:
     config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
     shards = _plan(source.folder, config)
     print(f"Writing {source.name} at {source.revision} in int8 to {folder}", flush=True)  # noqa: T201
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "partial"  # safetensors, too, leaves files when it is killed
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     digests = _finished(folder, source)
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = folder / name
         done = name in digests and path.is_file() and _digest(path) == digests[name]
         if not done:
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            try:
-                _write_shard(partial, tensors)
-                verify(partial, tensors)
-                digests[name] = _digest(partial)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            _write_shard(partial / name, tensors)
+            verify(partial / name, tensors)
+            digests[name] = _digest(partial / name)
+            (partial / name).replace(path)
             _save_state(folder, source, digests)
         seconds = time.monotonic() - start
         result = "verified" if done else "written and verified"
         print(f"{number} of {len(shards)} files {result}, {seconds:.0f} s", flush=True)  # noqa: T201
+    shutil.rmtree(partial)
     _copy_others(source.folder, folder)
     _save_json(folder / "model.safetensors.index.json", _index(folder, list(digests)))
     # Last: without it, the folder is not a model.
@@ -292,7 +298,7 @@ def _index(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _save_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True))
     partial.replace(path)
 

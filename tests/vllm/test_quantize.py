@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from filelock import FileLock
 from huggingface_hub import constants
 from reference import reference_vectors
 from retrieval_set import PASSAGES
@@ -162,10 +163,14 @@ def test_it_resumes_wherever_it_is_killed(
             files = json.loads((folder / "kalm-quantize.json").read_text())["files"]
             assert len(files) >= stop_after
             seen |= {name: (folder / name).stat().st_mtime_ns for name in files}
-    partial = [path for path in folder.iterdir() if path.suffix == ".partial"]
-    for path in partial:
-        path.unlink()
     assert digests(folder) == digests(whole)
+
+
+def test_two_runs_do_not_write_the_same_files(model: Path) -> None:
+    folder = quantize.quantize(str(model)).folder
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    with lock, pytest.raises(EngineLoadError, match=str(folder)):
+        quantize.quantize(str(model))
 
 
 def test_a_second_run_repairs_a_damaged_file(model: Path) -> None:
