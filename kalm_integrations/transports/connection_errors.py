@@ -82,5 +82,5 @@ def _why_unreached(error: aiohttp.ClientConnectorError, place: str, what: str) -
 
 def _unreached(message: str) -> ConnectionFailedError:
     error = ConnectionFailedError(message)
-    error.unreached = True
+    error.is_outage = True
     return error

@@ -54,6 +54,8 @@ _TOO_MUCH: Final = re.compile(
     re.IGNORECASE,
 )
 _OF_TEXT: Final = re.compile(r"token|context|length|input|prompt|sequence|character", re.IGNORECASE)
+_GATEWAY: Final = (502, 503, 504, 521, 522, 523, 530)
+"""Statuses of a gateway that does not reach the service; those above 504 are Cloudflare's."""
 UNREADABLE: Final = (
     ValueError,
     LookupError,
@@ -146,21 +148,26 @@ def error_from_response(response: HttpResponse, secrets: Sequence[str]) -> KalmE
     `secrets` are redacted in its message: some servers quote a wrong key.
     """
     body = _error_body(redact(response.body.decode(errors="replace"), secrets))
-    status = response.status
+    status, seconds = response.status, retry_after(response.headers)
     kind = by_code(body.code)
+    is_outage = status in _GATEWAY and kind is None and seconds is None
     if kind is None or kind.status != status:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
     message = shorten(body.message.strip())
-    seconds = retry_after(response.headers)
     if not issubclass(kind, InvalidInputError):
-        message = f"HTTP {status}, request {response.request_id}: {message or 'no explanation.'}"
-    return ErrorBody(
+        source = f" from {response.url}" if is_outage else ""
+        request = f"HTTP {status}{source}, request {response.request_id}"
+        message = f"{request}: {message or 'no explanation.'}"
+    error = ErrorBody(
         code=body.code,
         message=message,
         invalid=tuple(InvalidText(each.index, shorten(each.reason)) for each in body.invalid),
         retry_after=body.retry_after if seconds is None else seconds,
     ).to_error(kind)
+    if isinstance(error, ServiceUnavailableError):
+        error.is_outage = is_outage
+    return error
 
 
 def unexpected_content(response: HttpResponse, secrets: Sequence[str]) -> InvalidResponseError:
