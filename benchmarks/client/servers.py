@@ -24,7 +24,6 @@ def attempt(name: str, what: Callable[[], Any]) -> None:
 
 def main(base_url: str, model: str, key: str | None = None) -> None:
     """Try everything."""
-
     client = KalmClient(
         base_url=base_url, model=model, api_key=key, query_instruction="none"
     ).with_options
