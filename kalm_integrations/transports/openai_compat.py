@@ -87,6 +87,8 @@ def decode(
         model, items = content.get("model"), content["data"]
         rows = [_vector(item["embedding"]) for item in items]
         indices = [item.get("index") for item in items]
+        if not rows:
+            raise ValueError("no vectors")
     except UNREADABLE as error:
         raise unexpected_content(response, secrets) from error
     if all(index is None for index in indices):
@@ -98,7 +100,8 @@ def decode(
         )
     ordered = [row for _, row in sorted(zip(indices, rows, strict=True), key=lambda pair: pair[0])]
     _check_lengths(ordered)
-    vectors = np.array(ordered, dtype=dtype)
+    with np.errstate(over="ignore"):  # what is not finite is refused by index
+        vectors = np.array(ordered, dtype=dtype)
     usage = Usage(tokens=_tokens(content.get("usage")), requests=1)
     name = model if isinstance(model, str) and model else None
     return name, EmbedResponse(vectors=vectors, identity=None, usage=usage)
@@ -106,8 +109,6 @@ def decode(
 
 def _check_lengths(rows: Sequence[NDArray[np.float32]]) -> None:
     """Check that all vectors have the length that most of them have."""
-    if not rows:
-        return
     (expected, _), *others = Counter(len(row) for row in rows).most_common()
     if others or not expected:
         raise InvalidResponseError.of(
@@ -202,10 +203,11 @@ def _vector(embedding: Any) -> NDArray[np.float32]:
             return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
         except binascii.Error as error:
             raise ValueError("not base64") from error
-    row = np.array(embedding, dtype=np.float32)
-    if row.ndim != 1:
+    row = np.array(embedding)
+    if row.ndim != 1 or row.dtype.kind not in "if":
         raise ValueError("not a list of numbers")
-    return row
+    with np.errstate(over="ignore"):
+        return row.astype(np.float32)
 
 
 def _error_body(text: str) -> ErrorBody:

@@ -77,12 +77,26 @@ async def main():
 
 uvloop.run(main())
 """
+NEST_ASYNCIO = """
+import asyncio
+import nest_asyncio
+from kalm_integrations import KalmClient
+
+nest_asyncio.apply()
+client = KalmClient()
+
+async def main():
+    return asyncio.run(client.aembed(["K2"])).vectors.shape == client.embed(["K2"]).vectors.shape
+
+print([512, 0][not all(asyncio.run(main()) for _ in range(3))])
+"""
 PROGRAMS = {
     "FastAPI": FASTAPI,
     "Streamlit": STREAMLIT,
     "trio": TRIO,
     "anyio on trio": ANYIO,
     "uvloop": UVLOOP,
+    "nest_asyncio": NEST_ASYNCIO,
 }
 
 
