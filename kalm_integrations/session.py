@@ -61,11 +61,11 @@ class CallSettings:
 @dataclass(slots=True)
 class _RequestState:
     """When a request must be complete (`time.monotonic`), how often it was retried, how often of
-    these during outages, and what its last attempt failed with."""
+    these outside outages, and what its last attempt failed with."""
 
     deadline: float
     retries: int = 0
-    outage_retries: int = 0
+    counted: int = 0
     last_failure: KalmError | None = None
 
 
@@ -137,7 +137,7 @@ class Session:
 
     async def _embed(self, batch: Batch, role: Role, state: _RequestState) -> EmbeddedBatch:
         """Send one request, again as `RetryPolicy` decides, and check the response."""
-        state.retries = state.outage_retries = 0
+        state.retries = state.counted = 0
         while True:
             began = time.monotonic()
             request = EmbedRequest(
@@ -167,13 +167,13 @@ class Session:
             raise TransportError(f"{type(error).__name__}: {error}.") from error
         state.last_failure = error
         outage = self._retries.is_outage(error, began)
-        counted, time_left = state.retries - state.outage_retries, state.deadline - time.monotonic()
-        delay = self._retries.delay(counted, error, time_left, outage=outage)
+        time_left = state.deadline - time.monotonic()
+        delay = self._retries.delay(state.counted, error, time_left, outage=outage)
         if delay is None:
             error.retries = state.retries
             raise error
         state.retries += 1
-        state.outage_retries += outage
+        state.counted += not outage
         log.debug("retry %d in %.1f s: %s", state.retries, delay, error)
         await asyncio.sleep(delay)
 

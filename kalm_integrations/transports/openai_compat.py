@@ -150,6 +150,7 @@ def error_from_response(response: HttpResponse, secrets: Sequence[str]) -> KalmE
     """
     body = _error_body(redact(response.body.decode(errors="replace"), secrets))
     status, seconds = response.status, retry_after(response.headers)
+    seconds = body.retry_after if seconds is None else seconds
     kind = by_code(body.code)
     is_outage = status in _GATEWAY and kind is None and seconds is None
     if kind is None or kind.status != status:
@@ -164,7 +165,7 @@ def error_from_response(response: HttpResponse, secrets: Sequence[str]) -> KalmE
         code=body.code,
         message=message,
         invalid=tuple(InvalidText(each.index, shorten(each.reason)) for each in body.invalid),
-        retry_after=body.retry_after if seconds is None else seconds,
+        retry_after=seconds,
     ).to_error(kind)
     if isinstance(error, ServiceUnavailableError):
         error.is_outage = is_outage
