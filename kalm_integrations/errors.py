@@ -150,6 +150,8 @@ class ServiceUnavailableError(KalmError):
     code = "service_unavailable"
     retryable = True
     remedy = "Look at the service's logs, then call again."
+    is_outage: bool = False
+    """Whether nothing served the request: there was no connection, or a gateway says so."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -168,8 +170,6 @@ class RateLimitError(ServiceUnavailableError):
 class ConnectionFailedError(ServiceUnavailableError):
     """The service was not reached, or the connection broke before the response was complete."""
 
-    unreached: bool = False
-    """Whether there was no connection, so that the request was certainly not sent."""
     code = "connection_failed"
     remedy = "Check base_url, the network and whether the service runs."
 

@@ -19,7 +19,7 @@ LONGEST_DELAY = 30.0
 LONGEST_RETRY_AFTER = 60.0
 LONGEST_OUTAGE_DELAY = 2.0
 FIRST_PATIENCE = 0.5
-NEW_OUTAGE = 60.0  # seconds without a failed connection, until the next one begins another outage
+NEW_OUTAGE = 60.0  # seconds without a failure, until the next one begins another outage
 BUDGET_PER_SUCCESS = 0.2
 LOG_INTERVAL = 10.0  # seconds between two reports that the service fails
 
@@ -32,10 +32,10 @@ class RetryPolicy:
     `max_retries * max_concurrency` retries. Each retry takes one from it, and each success returns
     `BUDGET_PER_SUCCESS`. So a service that fails for hours does not get a multiple of its load.
 
-    An outage is different: while nothing accepts connections, no request reaches the service, so
-    retries take nothing from the budget and are not counted. They go on every two seconds at most,
-    for as long as `max_retries` delays could take. A service that was never reached may have
-    another address: it is waited for `FIRST_PATIENCE`.
+    An outage is different: while nothing accepts connections, or a gateway reaches nothing, no
+    request reaches the service, so retries take nothing from the budget and are not counted. They
+    go on every two seconds at most, for as long as `max_retries` delays could take. If nothing was
+    ever reached, the address may be wrong: `FIRST_PATIENCE` is the limit.
 
     Args:
         max_retries: Most retries of a request.
@@ -47,11 +47,30 @@ class RetryPolicy:
         self._full = self._budget = float(max_retries * max_concurrency)
         self._patience = sum(_backoff(retry) for retry in range(max_retries))
         self._reached = False
-        self._outage_began = self._last_unreached = float("-inf")
+        self._outage_began = self._last_outage = self._last_success = float("-inf")
         self._failing_since: float | None = None
         self._last_failure = self._last_report = float("-inf")
 
-    def delay(self, retry: int, error: KalmError, time_left: float) -> float | None:
+    def is_outage(self, error: KalmError, began: float) -> bool:
+        """Whether a failure belongs to an outage: nothing has succeeded since the attempt began.
+
+        So a service that serves some requests and refuses others is not in an outage.
+        """
+        if not isinstance(error, ServiceUnavailableError) or not error.is_outage:
+            return False
+        if began < self._last_success:
+            return False
+        now = time.monotonic()
+        if began - self._last_outage > NEW_OUTAGE:
+            self._outage_began = now
+        self._last_outage = now
+        # A gateway may need longer for each answer: then the usual retries are left.
+        unreached = isinstance(error, ConnectionFailedError)
+        return unreached or now - self._outage_began < self._patience
+
+    def delay(
+        self, retry: int, error: KalmError, time_left: float, *, outage: bool = False
+    ) -> float | None:
         """Seconds to wait before a retry, which this takes from the budget; None: do not retry.
 
         The delay is what the service requires, plus exponential backoff with full jitter, so that
@@ -61,17 +80,15 @@ class RetryPolicy:
             retry: Number of the retry, without those during outages; 0 is the first.
             error: What the last attempt failed with.
             time_left: Seconds until the deadline.
+            outage: What `is_outage` returned.
         """
         now = time.monotonic()
         if error.retryable:
             self._last_failure = now
-        if isinstance(error, ConnectionFailedError) and error.unreached:
-            delay = self._outage_delay(now)
-            cost = 0.0
-        else:
+        if not (outage and isinstance(error, ConnectionFailedError)):
             self._reached = True
-            delay = self._delay(retry, error)
-            cost = 1.0
+        delay = self._outage_delay(now) if outage else self._delay(retry, error)
+        cost = 0.0 if outage else 1.0
         if delay is None or delay >= time_left or self._budget < cost:
             return None
         self._budget -= cost
@@ -84,7 +101,8 @@ class RetryPolicy:
         Args:
             began: When the attempt began, a time of `time.monotonic`.
         """
-        self._reached, self._last_unreached = True, float("-inf")
+        self._reached, self._last_outage = True, float("-inf")
+        self._last_success = time.monotonic()
         self._budget = min(self._full, self._budget + BUDGET_PER_SUCCESS)
         if self._failing_since is not None and began > self._last_failure:
             seconds = time.monotonic() - self._failing_since
@@ -99,9 +117,6 @@ class RetryPolicy:
         return min(retry_after or 0.0, LONGEST_RETRY_AFTER) + _jitter(_backoff(retry))
 
     def _outage_delay(self, now: float) -> float | None:
-        if now - self._last_unreached > NEW_OUTAGE:
-            self._outage_began = now
-        self._last_unreached = now
         elapsed = now - self._outage_began
         patience = self._patience if self._reached else min(FIRST_PATIENCE, self._patience)
         if elapsed >= patience:

@@ -19,7 +19,6 @@ import numpy as np
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
-    ConnectionFailedError,
     DeadlineExceededError,
     InvalidInputError,
     InvalidResponseError,
@@ -62,11 +61,11 @@ class CallSettings:
 @dataclass(slots=True)
 class _RequestState:
     """When a request must be complete (`time.monotonic`), how often it was retried, how often of
-    these because the service could not be reached, and what its last attempt failed with."""
+    these outside outages, and what its last attempt failed with."""
 
     deadline: float
     retries: int = 0
-    outage_retries: int = 0
+    counted: int = 0
     last_failure: KalmError | None = None
 
 
@@ -119,11 +118,12 @@ class Session:
         """Wait until the service can embed, and check its identity; None if it reports none."""
         async with self._deadline(timeout) as state:
             while True:
+                began = time.monotonic()
                 try:
                     description = await self._transport.ensure_ready()
                     break
                 except Exception as error:  # noqa: BLE001 (raised again, or logged)
-                    await self._before_retry(error, state)
+                    await self._before_retry(error, state, began)
         if description is None:
             return None
         for warning in description.warnings:
@@ -137,7 +137,7 @@ class Session:
 
     async def _embed(self, batch: Batch, role: Role, state: _RequestState) -> EmbeddedBatch:
         """Send one request, again as `RetryPolicy` decides, and check the response."""
-        state.retries = state.outage_retries = 0
+        state.retries = state.counted = 0
         while True:
             began = time.monotonic()
             request = EmbedRequest(
@@ -155,24 +155,25 @@ class Session:
                 if isinstance(error, RequestTooLargeError) and len(batch) == 1:
                     alone = InvalidText(0, "is too large for the service even alone")
                     raise InvalidInputError.of([alone]) from error
-                await self._before_retry(error, state)
+                await self._before_retry(error, state, began)
             else:
                 self._retries.succeeded(began)
                 state.last_failure = None  # what follows is another half of the batch
                 return batch.scatter(response.vectors, response.usage)
 
-    async def _before_retry(self, error: Exception, state: _RequestState) -> None:
+    async def _before_retry(self, error: Exception, state: _RequestState, began: float) -> None:
         """Wait until the request may be sent again; raise `error` if it may not."""
         if not isinstance(error, KalmError):
             raise TransportError(f"{type(error).__name__}: {error}.") from error
         state.last_failure = error
+        outage = self._retries.is_outage(error, began)
         time_left = state.deadline - time.monotonic()
-        delay = self._retries.delay(state.retries - state.outage_retries, error, time_left)
+        delay = self._retries.delay(state.counted, error, time_left, outage=outage)
         if delay is None:
             error.retries = state.retries
             raise error
         state.retries += 1
-        state.outage_retries += isinstance(error, ConnectionFailedError) and error.unreached
+        state.counted += not outage
         log.debug("retry %d in %.1f s: %s", state.retries, delay, error)
         await asyncio.sleep(delay)
 

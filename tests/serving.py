@@ -87,6 +87,8 @@ class FaultyServer(LoopbackServer):
     ours: bool = True
     received: list[Received] = field(default_factory=list, repr=False)
     """The response to a GET after a redirect is that to the POST before it."""
+    writers: list[asyncio.StreamWriter] = field(default_factory=list, repr=False)
+    """One for each connection."""
 
     @property
     def posted(self) -> list[Received]:
@@ -101,6 +103,7 @@ class FaultyServer(LoopbackServer):
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.writers.append(writer)
         try:
             while request := await _read_request(reader):
                 self.received.append(request)

@@ -152,24 +152,27 @@ STOCK = {
             },
         ),
     ),
-    "Infinity": Stock(
+    "Infinity 0.0.78": Stock(
         models=(200, {"data": [{"id": "kalm", "owned_by": "infinity", "stats": {}}]}),
         cuts=lambda _: True,
     ),
-    "LiteLLM, a user's key": Stock(
+    "LiteLLM 1.108, a user's key": Stock(
         models=(401, {"detail": "invalid user key"}),
         too_long=(
             400,
             error(
                 "litellm.ContextWindowExceededError: litellm.BadRequestError: "
-                "ContextWindowExceededError: Hosted_vllmException - {}",
-                type=None,
+                'ContextWindowExceededError: Hosted_vllmException - {"error": {"message": "This '
+                "model's maximum context length is 2048 tokens. However, your prompt contains at "
+                'least 2049 input tokens"}}\nmodel=kalm. context_window_fallbacks=None. '
+                "fallbacks=None.\n\nLiteLLM: model group 'kalm' failed with the error above. No "
+                "fallback was attempted.",
+                type="invalid_request_error",
                 param=None,
                 code="400",
             ),
         ),
         cuts=cuts_as_vllm,
-        names="hosted_vllm/kalm",
     ),
     "LM Studio": Stock(
         ignores_base64=True, too_long=(400, error("Input length 6491 exceeds context length 1500")),

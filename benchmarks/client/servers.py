@@ -24,9 +24,13 @@ def attempt(name: str, what: Callable[[], Any]) -> None:
 
 def main(base_url: str, model: str, key: str | None = None) -> None:
     """Try everything."""
+    client = KalmClient(
+        base_url=base_url, model=model, api_key=key, query_instruction="none"
+    ).with_options
 
-    def client(**options: Any) -> KalmClient:
-        return KalmClient(base_url=base_url, model=model, api_key=key, **options)
+    def embedded() -> tuple[Any, Any]:
+        result = client().embed(TEXTS)
+        return result.vectors.shape, result.usage.tokens
 
     def skipped() -> tuple[int, list[int]]:
         parts = list(client().iter_embed(with_long, on_error="skip"))
@@ -39,7 +43,7 @@ def main(base_url: str, model: str, key: str | None = None) -> None:
 
     with_long = [LONG if i == BAD else text for i, text in enumerate(TEXTS)]
     native = client().embed(["a"]).vectors.shape[1]
-    attempt("vectors, tokens", lambda: (client().embed(TEXTS).vectors.shape, client().embed(TEXTS)))
+    attempt("vectors, tokens", embedded)
     attempt(f"a long text at {BAD}", lambda: client().embed(with_long).vectors.shape)
     attempt("others, skipped", skipped)
     attempt("cut: same beginning (1.0), same end (not 1.0)", cut)

@@ -43,7 +43,7 @@ def connection_error(
     if isinstance(error, aiohttp.ClientHttpProxyError):
         message = redact(f"{place}, answers HTTP {error.status} {error.message}.", secrets)
         refused = error.status in (401, 403, 407)
-        return ConfigurationError(message) if refused else ConnectionFailedError(message)
+        return ConfigurationError(message) if refused else _unreached(message)
     if isinstance(error, UnicodeError):
         return ConfigurationError(f"{url.host} is not a valid host name.")
     what = f"the service running at {url.origin()}" if proxy is None else f"{place}, running"
@@ -82,5 +82,5 @@ def _why_unreached(error: aiohttp.ClientConnectorError, place: str, what: str) -
 
 def _unreached(message: str) -> ConnectionFailedError:
     error = ConnectionFailedError(message)
-    error.unreached = True
+    error.is_outage = True
     return error

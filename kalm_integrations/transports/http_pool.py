@@ -43,12 +43,14 @@ class HttpResponse:
         headers: Case-insensitive.
         body: Never decompressed.
         request_id: Of the request.
+        url: Of the request.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytearray
     request_id: str
+    url: URL
 
 
 class HttpPool:
@@ -133,7 +135,7 @@ class HttpPool:
                         continue
                     content = await _read(response, limit)
                 self._check_echo(response.headers, request_id, from_kalm)
-                return HttpResponse(response.status, response.headers, content, request_id)
+                return HttpResponse(response.status, response.headers, content, request_id, url)
         except self._failures as error:
             failure = connection_error(
                 error,

@@ -31,6 +31,7 @@ from kalm_integrations.errors import (
 )
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.install_hints import install_command
+from kalm_integrations.native_threads import is_patched
 from kalm_integrations.protocol import (
     EmbedRequest,
     EmbedResponse,
@@ -140,8 +141,14 @@ def deployed(config: ClientConfig) -> Any:
     """A handle of the deployed class; sends nothing yet.
 
     Raises:
-        ConfigurationError: Modal's package is missing.
+        ConfigurationError: Modal's package is missing, or cannot work because gevent has patched
+            threads.
     """
+    if is_patched("threading"):
+        raise ConfigurationError(
+            "Modal's client needs real threads, and gevent has patched them: pass base_url=, the "
+            "URL that `kalm deploy` printed, with modal_key= and modal_secret=."
+        )
     try:
         import modal
     except ImportError as error:

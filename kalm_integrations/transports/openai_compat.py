@@ -54,6 +54,8 @@ _TOO_MUCH: Final = re.compile(
     re.IGNORECASE,
 )
 _OF_TEXT: Final = re.compile(r"token|context|length|input|prompt|sequence|character", re.IGNORECASE)
+_GATEWAY: Final = (502, 503, 504, 521, 522, 523, 530)
+"""Statuses of a gateway that does not reach the service; those above 504 are Cloudflare's."""
 UNREADABLE: Final = (
     ValueError,
     LookupError,
@@ -85,6 +87,8 @@ def decode(
         model, items = content.get("model"), content["data"]
         rows = [_vector(item["embedding"]) for item in items]
         indices = [item.get("index") for item in items]
+        if not rows:
+            raise ValueError("no vectors")
     except UNREADABLE as error:
         raise unexpected_content(response, secrets) from error
     if all(index is None for index in indices):
@@ -96,7 +100,8 @@ def decode(
         )
     ordered = [row for _, row in sorted(zip(indices, rows, strict=True), key=lambda pair: pair[0])]
     _check_lengths(ordered)
-    vectors = np.array(ordered, dtype=dtype)
+    with np.errstate(over="ignore"):  # what is not finite is refused by index
+        vectors = np.array(ordered, dtype=dtype)
     usage = Usage(tokens=_tokens(content.get("usage")), requests=1)
     name = model if isinstance(model, str) and model else None
     return name, EmbedResponse(vectors=vectors, identity=None, usage=usage)
@@ -104,8 +109,6 @@ def decode(
 
 def _check_lengths(rows: Sequence[NDArray[np.float32]]) -> None:
     """Check that all vectors have the length that most of them have."""
-    if not rows:
-        return
     (expected, _), *others = Counter(len(row) for row in rows).most_common()
     if others or not expected:
         raise InvalidResponseError.of(
@@ -146,21 +149,27 @@ def error_from_response(response: HttpResponse, secrets: Sequence[str]) -> KalmE
     `secrets` are redacted in its message: some servers quote a wrong key.
     """
     body = _error_body(redact(response.body.decode(errors="replace"), secrets))
-    status = response.status
+    status, seconds = response.status, retry_after(response.headers)
+    seconds = body.retry_after if seconds is None else seconds
     kind = by_code(body.code)
+    is_outage = status in _GATEWAY and kind is None and seconds is None
     if kind is None or kind.status != status:
         default = ServiceUnavailableError if status >= 500 else ConfigurationError
         kind = _BY_STATUS.get(status, default)
     message = shorten(body.message.strip())
-    seconds = retry_after(response.headers)
     if not issubclass(kind, InvalidInputError):
-        message = f"HTTP {status}, request {response.request_id}: {message or 'no explanation.'}"
-    return ErrorBody(
+        source = f" from {response.url}" if is_outage else ""
+        request = f"HTTP {status}{source}, request {response.request_id}"
+        message = f"{request}: {message or 'no explanation.'}"
+    error = ErrorBody(
         code=body.code,
         message=message,
         invalid=tuple(InvalidText(each.index, shorten(each.reason)) for each in body.invalid),
-        retry_after=body.retry_after if seconds is None else seconds,
+        retry_after=seconds,
     ).to_error(kind)
+    if isinstance(error, ServiceUnavailableError):
+        error.is_outage = is_outage
+    return error
 
 
 def unexpected_content(response: HttpResponse, secrets: Sequence[str]) -> InvalidResponseError:
@@ -195,10 +204,11 @@ def _vector(embedding: Any) -> NDArray[np.float32]:
             return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
         except binascii.Error as error:
             raise ValueError("not base64") from error
-    row = np.array(embedding, dtype=np.float32)
-    if row.ndim != 1:
+    row = np.array(embedding)
+    if row.ndim != 1 or row.dtype.kind not in "if":
         raise ValueError("not a list of numbers")
-    return row
+    with np.errstate(over="ignore"):
+        return row.astype(np.float32)
 
 
 def _error_body(text: str) -> ErrorBody:

@@ -21,8 +21,9 @@ def redact(text: str, secrets: Sequence[str]) -> str:
 
 
 def shorten(text: str) -> str:
-    """`text`, cut after 200 characters."""
-    return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
+    """`text`, cut after 200 characters, without control characters."""
+    cut = text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
+    return "".join(each if each.isprintable() else " " for each in cut)
 
 
 class Hidden(str):

@@ -6,14 +6,18 @@ docs/servers.md has the table. tests/vllm/test_stock_vllm.py runs a real one.
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
+import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from scripted import DIMENSIONS, vectors_of
-from stock_server import LIMIT, STOCK, Stock, StockServer
+from stock_server import LIMIT, STOCK, Stock, StockServer, error
 
 from kalm_integrations import KalmClient, errors
 from kalm_integrations.models import KALM
@@ -202,6 +206,60 @@ class TestAnswers:
             content.update(id="x", created=1, extra=[1])
 
         assert self.embed(change, TEXTS[:3]).vectors[:, 0].tolist() == [1, 1, 1]
+
+
+def embedding(change: Callable[[bytes], Any]) -> Callable[[dict[str, Any]], None]:
+    """Changes each vector, from float32 bytes."""
+
+    def changed(content: dict[str, Any]) -> None:
+        for item in content["data"]:
+            sent = item["embedding"]
+            is_text = isinstance(sent, str)
+            raw = base64.b64decode(sent) if is_text else np.array(sent, "<f4").tobytes()
+            item["embedding"] = change(raw)
+
+    return changed
+
+
+STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no vectors": lambda content: content | {"data": []},
+    "null": lambda content: content | {"data": None},
+    "an object of vectors": lambda content: content | {"data": dict(enumerate(content["data"]))},
+    "vectors without items": lambda content: (
+        content | {"data": [item["embedding"] for item in content["data"]]}
+    ),
+    "only a list": lambda content: content["data"],
+    "booleans": embedding(lambda raw: [True] + [False] * (DIMENSIONS - 1)),
+    "a list in a list": embedding(lambda raw: [np.frombuffer(raw, "<f4").tolist()]),
+    "an object": embedding(lambda raw: {"float": np.frombuffer(raw, "<f4").tolist()}),
+    "digits": embedding(lambda raw: [str(value) for value in np.frombuffer(raw, "<f4")]),
+    "base64 with line breaks": embedding(lambda raw: base64.encodebytes(raw).decode()),
+    "base64 for URLs": embedding(lambda raw: base64.urlsafe_b64encode(raw).decode()),
+    "float64": embedding(
+        lambda raw: base64.b64encode(np.frombuffer(raw, "<f4").astype("<f8")).decode()
+    ),
+    "big-endian": embedding(
+        lambda raw: base64.b64encode(np.frombuffer(raw, "<f4").astype(">f4")).decode()
+    ),
+    "a page": lambda _: "<html><title>Sign in</title></html>",
+    "an error with status 200": lambda _: error("Rate limit exceeded", code=429),
+    "nothing": lambda _: "",
+    "bytes of a compressed answer": lambda content: gzip.compress(json.dumps(content).encode()),
+    "a terminal's commands": lambda _: "\x1b[2J\x00\r\x1b]0;title\x07",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_answer_is_refused_at_first_and_later(name: str) -> None:
+    with StockServer() as server, client_of(server, query_instruction="none") as client:
+        for stock in (Stock(change=STRANGE[name]), Stock(), Stock(change=STRANGE[name])):
+            server.stock = stock
+            if stock.change is STRANGE[name]:
+                with pytest.raises(errors.InvalidResponseError) as caught:
+                    client.embed(TEXTS[:3])
+                assert str(caught.value).isprintable()
+            else:
+                assert np.array_equal(client.embed(TEXTS[:3]).vectors, vectors_of(TEXTS[:3]))
 
 
 class TestModelNames:

@@ -1,4 +1,5 @@
-"""A service that is not there, and one that goes down and comes back: real processes and ports."""
+"""A service that is not there, and one that goes down and comes back: real processes and ports;
+gateways in front of it in virtual time."""
 
 from __future__ import annotations
 
@@ -11,12 +12,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scripted import vectors_of
+import virtual_time
+from scripted import ScriptedTransport, vectors_of
+from yarl import URL
 
-from kalm_integrations import KalmClient, errors
+from kalm_integrations import KalmClient, errors, retry, session
+from kalm_integrations.batching import Batch
+from kalm_integrations.config import ClientConfig
+from kalm_integrations.protocol import EmbedRequest
+from kalm_integrations.transports.http_pool import HttpResponse
+from kalm_integrations.transports.openai_compat import error_from_response
 
 TESTS = Path(__file__).parent.parent
 CALLERS = 48
@@ -85,6 +94,79 @@ def test_no_call_is_lost_in_an_outage_of_ten_seconds(caplog: pytest.LogCaptureFi
     down, up = (r.getMessage() for r in caplog.records if r.name == "kalm_integrations.retry")
     assert "retried" in down
     assert "again" in up
+
+
+GATEWAYS = {
+    "nginx": (502, "<html><head><title>502 Bad Gateway</title></head>...</html>"),
+    "Envoy, refused": (
+        503,
+        "upstream connect error or disconnect/reset before headers. reset reason: connection "
+        "failure, transport failure reason: delayed connect error: 111",
+    ),
+    "Envoy, no host": (503, "no healthy upstream"),
+    "ALB": (503, "<html><head><title>503 Service Temporarily Unavailable</title></head></html>"),
+    "ALB, a time limit": (504, "<html><head><title>504 Gateway Time-out</title></head></html>"),
+    "Caddy": (502, ""),
+    "Kong": (503, '{"message":"name resolution failed"}'),
+    "llama.cpp, loading": (503, '{"error":{"code":503,"message":"Loading model"}}'),
+    "Cloudflare": (521, "error code: 521"),
+}
+
+
+class TestGateway:
+    """It answers for a service that it does not reach."""
+
+    URL = URL("https://kalm.example/v1/embeddings")
+
+    def error(self, name: str, **headers: str) -> errors.KalmError:
+        status, body = GATEWAYS[name]
+        response = HttpResponse(status, headers, bytearray(body.encode()), "1", self.URL)
+        return error_from_response(response, [])
+
+    @pytest.mark.parametrize("name", GATEWAYS)
+    def test_no_call_is_lost_in_ten_seconds(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = ClientConfig(base_url="http://a", model="kalm", timeout=60)
+        call = session.CallSettings(role="document", timeout=60)
+
+        async def main() -> None:
+            now = asyncio.get_running_loop().time
+            for module in (retry, session):
+                monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=now))
+
+            def refuse(_: EmbedRequest) -> None:
+                if 1 < now() < 1 + OUTAGE:
+                    raise self.error(name)
+
+            transport = ScriptedTransport(refuse=refuse, delay=lambda _: 0.05, space=None)
+            requests = session.Session(config, transport)
+
+            async def caller(number: int) -> None:
+                while now() < 2 + OUTAGE:
+                    await requests.send(Batch([f"text {number}"], [[0]]), call)
+                    await asyncio.sleep(0.1)
+
+            await asyncio.gather(*(caller(number) for number in range(CALLERS)))
+            assert len(transport.requests) - transport.answered > CALLERS
+
+        with caplog.at_level(logging.WARNING, logger="kalm_integrations.retry"):
+            virtual_time.run(main())
+        down, up = (r.getMessage() for r in caplog.records if r.name == "kalm_integrations.retry")
+        assert f"HTTP {GATEWAYS[name][0]} from {self.URL}" in down
+        assert "again" in up
+
+    def test_a_service_that_says_when_to_return_is_there(self) -> None:
+        error = self.error("ALB", **{"Retry-After": "1"})
+        assert isinstance(error, errors.ServiceUnavailableError)
+        assert not error.is_outage
+
+    def test_a_service_that_serves_some_requests_is_retried_as_often_as_ever(self) -> None:
+        error, policy = self.error("nginx"), retry.RetryPolicy(6, 1)
+        began = time.monotonic()
+        assert policy.is_outage(error, began)
+        policy.succeeded(began)
+        assert not policy.is_outage(error, began)
 
 
 class TestNeverReached:

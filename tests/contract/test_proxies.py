@@ -22,7 +22,7 @@ import pytest
 import trustme
 from loopback_server import LoopbackServer
 from scripted import vectors_of
-from serving import FaultyServer, Received, serving
+from serving import FaultyServer, Received, reply, serving
 from stock_server import StockServer
 from yarl import URL
 
@@ -154,6 +154,15 @@ class TestHTTP:
                 variables(https_proxy=tunnel.url.replace("//", f"//me:{QUOTED}@"))
                 assert embeds("https://kalm.invalid:8443")
         assert set(tunnel.asked_for) == {"kalm.invalid:8443"}
+
+    def test_a_proxy_that_does_not_reach_the_service_reports_an_outage(
+        self, variables: Variables
+    ) -> None:
+        with FaultyServer([reply(503)] * 99) as proxy:
+            variables(https_proxy=proxy.url)
+            with pytest.raises(errors.ConnectionFailedError, match=r"https_proxy.*503") as caught:
+                embeds("https://kalm.invalid", max_retries=6)
+        assert caught.value.is_outage
 
     def test_a_wrong_password_is_an_error_at_once(self, variables: Variables) -> None:
         with Tunnel(password="right") as tunnel:

@@ -27,7 +27,8 @@ LINKING = PAGES + [
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    if page.name != "bulk.md"  # its blocks go on from one another: test_bulk_page.py
+    # Their blocks run in test_bulk_page.py and tests/environments.
+    if page.name not in ("bulk.md", "environments.md")
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 

@@ -75,6 +75,25 @@ class TestRpcAndHttp:
             assert np.allclose(again.vectors, expected[3:6], atol=1e-3)
         assert not service.unimplemented
 
+    def test_gevent_may_patch_anything_but_threads(self, service: Emulator) -> None:
+        program = f"""
+from gevent import monkey; monkey.patch_all(thread=False)
+import gevent
+from kalm_integrations import KalmClient
+client = KalmClient(backend="modal", model={MODEL!r}, timeout=60)
+jobs = [gevent.spawn(client.embed, [f"text {{i}}"]) for i in range(5)]
+gevent.joinall(jobs)
+print([job.get().vectors.shape for job in jobs] == [(1, 512)] * 5)"""
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | service.client_env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.stdout == "True\n", done.stderr
+
     def test_adapters_return_the_vectors(self, service: Emulator, expected: np.ndarray) -> None:
         arguments: dict[str, Any] = {"model": MODEL, "class_name": CLASS, **PROXY}
         lang_chain = KalmModalEmbeddings(backend="modal", **arguments)

@@ -453,3 +453,20 @@ class TestCacheNamespace:
 
     def test_it_is_the_same_in_every_release(self):
         assert local().cache_namespace == "kalm-document-628a8298b84359f4"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+class TestEveryClass:
+    def test_white_space_around_a_url_is_removed(self, cls):
+        made = cls(base_url=" http://there/v1 \r\n")
+        assert getattr(made, "client", made).config.base_url == "http://there/v1"
+
+    def test_it_may_be_compared_with_anything(self, cls):
+        made = cls(base_url="http://there")
+        assert made not in [None, "default", 1, [], object()]
+        assert made in [None, made]
+
+
+def test_the_arguments_have_a_json_schema():
+    fields = ClientConfig.model_json_schema()["properties"]
+    assert fields.keys() == {field.alias or n for n, field in ClientConfig.model_fields.items()}
