@@ -1,9 +1,9 @@
 """What does a quantization do to retrieval, with real weights of Gemma 3?
 
-    python benchmarks/real_weights/run.py --out results   # a GPU: 5 minutes; a CPU: hours
+    python benchmarks/real_weights/run.py --out results   # a GPU: 5 minutes; a CPU: an hour
 
 `model.py` fetches a small real Gemma 3 and the texts. All rankings are compared with those of
-transformers in float32: 50 queries, 300 passages. It is a language model and no embedder, so its
+transformers in float32: 50 queries, 300 passages (on a CPU 150, shortened). It is a language model and no embedder, so its
 rankings are less stable than KaLM's; what counts is the order of the quantizations.
 
 The stages "bf16", "int8" and "fp8" run our engine. vLLM has kernels for int8 and fp8 on GPUs only;
@@ -42,12 +42,17 @@ MAX_TOKENS: Final = 2048
 
 
 def texts_of(out: Path, tiny: bool) -> tuple[list[str], int]:
-    """All texts, queries first, and how many queries there are."""
+    """All texts, queries first, and how many queries there are. On a CPU, fewer and shorter."""
+    import torch
+
     build(out)
     texts = json.loads((out / "texts.json").read_text())
+    queries, passages = texts["queries"], texts["passages"]
     if tiny:
-        return texts["queries"][:4] + [text[:300] for text in texts["passages"][:12]], 4
-    return texts["queries"] + texts["passages"], len(texts["queries"])
+        queries, passages = queries[:4], [text[:300] for text in passages[:12]]
+    elif not torch.cuda.is_available():
+        passages = [text[:500] for text in passages[:150]]
+    return queries + passages, len(queries)
 
 
 def compare(vectors: Any, right: Any, queries: int) -> Row:
