@@ -1,4 +1,4 @@
-"""Links of the site's pages to files outside docs/ lead to the repository."""
+"""A hook of mkdocs.yml: links of pages to files outside docs/ lead to the repository."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent
 OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 
 
-def on_page_markdown(markdown: str, /, config: Any, **_: object) -> str:
+def on_page_markdown(markdown: str, *, config: Any, **_: object) -> str:
+    """Make these links absolute; called by MkDocs for each page."""
     repository = config.extra["social"][0]["link"]
 
     def absolute(link: re.Match[str]) -> str:
