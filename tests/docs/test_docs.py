@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 LINKING = PAGES + [
     page
-    for name in ("examples/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+    for name in ("examples/README.md", *(page.name for page in ROOT.glob("*.md")))
     if (page := ROOT / name).exists()
 ]
 # Their blocks go on from one another: test_bulk_page.py, test_site.py.
