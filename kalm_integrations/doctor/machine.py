@@ -28,8 +28,8 @@ _CHOOSE: Final = (
     "the small model in this process."
 )
 _CORRECT: Final = (
-    "Correct the variables that are named there; docs/arguments.md lists what each argument takes, and "
-    "KALM_ and its name in capitals is its variable."
+    "Correct the variables that are named there; docs/arguments.md lists what each argument takes, "
+    "and KALM_ and its name in capitals is its variable."
 )
 _SHOWN: Final = 60  # characters of a variable's value
 

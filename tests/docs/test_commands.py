@@ -62,6 +62,7 @@ def test_make_quickstart(venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one run over all the docstrings of the standard library."""
     assert QUICKSTARTS[0] == "make quickstart"
     monkeypatch.setenv("XDG_CACHE_HOME", str(venv / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
     shown = run(f"make quickstart VENV={venv}")
     assert EMBEDDED.space.model.rpartition("/")[2] in shown
     assert "It is not KaLM" in shown
@@ -70,6 +71,11 @@ def test_make_quickstart(venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for question in docstrings.QUESTIONS:
         assert shown.count(question.text) == 1
     assert 'make quickstart Q="' in shown
+    # What the README shows of it, but for scores, which another Python's docstrings may change.
+    (block,) = re.findall(r"```text\n(Engine .*?)```", README, re.DOTALL)
+    lines = {line.rstrip() for line in shown.splitlines()}
+    missing = [line for line in block.splitlines() if line not in lines]
+    assert all(re.search(r"│ 0\.\d{3} │$", line) for line in missing)
 
 
 @pytest.mark.parametrize("command", QUICKSTARTS[1:])

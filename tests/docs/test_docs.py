@@ -19,11 +19,7 @@ from modal_backend.http import schema
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LINKING = PAGES + [
-    page
-    for name in ("examples/README.md", *(page.name for page in ROOT.glob("*.md")))
-    if (page := ROOT / name).exists()
-]
+LINKING = sorted({*PAGES, *ROOT.glob("*.md"), ROOT / "examples/README.md"})
 # Their blocks go on from one another: test_bulk_page.py, test_site.py.
 CONTINUED = ("bulk.md", "tutorial.md")
 BLOCKS = [

@@ -107,22 +107,6 @@ def test_the_commands_that_deploy() -> None:
     assert done.stdout.index("App deployed") < done.stdout.index("KalmClient(backend='modal')")
 
 
-def test_the_shortened_output_of_the_quickstart() -> None:
-    """But for the scores, which another Python's docstrings may change."""
-    (block,) = re.findall(r"```text\n(Engine .*?)```", README, re.DOTALL)
-    done = subprocess.run(
-        [KALM, "quickstart"],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=outside(COLUMNS="100"),
-    )
-    shown = [line.rstrip() for line in done.stdout.splitlines()]
-    missing = [line for line in block.splitlines() if line not in shown]
-    assert [line for line in missing if not re.search(r"│ 0\.\d{3} │$", line)] == []
-    assert len(README.splitlines()) <= 130
-
-
 def test_figures_are_those_of_the_pages() -> None:
     performance = (ROOT / "docs/performance.md").read_text()
     differences = (ROOT / "docs/differences.md").read_text()
