@@ -25,7 +25,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-fast coverage mutation test-vllm notebooks image-lock bench-client bench-real-weights clean
+.PHONY: help quickstart test test-fast coverage mutation test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:
@@ -37,6 +37,8 @@ help:
 	@echo 'make coverage                lines and branches that `make test` runs, and those that it does not'
 	@echo 'make mutation                whether the tests notice faults put into validation, batching, dispatch ...'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
+	@echo 'make docs                    the documentation site, in build/site; a warning is an error'
+	@echo 'make docs-test               and open each of its pages in headless Chromium'
 	@echo 'make notebooks               run the notebooks of examples/ again, in place'
 	@echo 'make image-lock              resolve the packages of the image with vLLM again, after a change of pins'
 	@echo 'make bench-client            our client beside its peers, 20 minutes (Linux)'
@@ -73,6 +75,14 @@ mutation: $(VENV)/.dev
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/pytest tests/vllm --numprocesses 2 --dist loadfile
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+# Debian's chromium, or the one in CHROMIUM=path; else Playwright downloads its own.
+docs-test: $(VENV)/.dev $(VENV)/.docs-test docs
+	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || $(VENV)/bin/playwright install chromium
+	$(VENV)/bin/pytest tests/browser
+
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python tests/notebooks.py
 
@@ -95,8 +105,8 @@ clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) .coverage* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.quickstart $(VENV)/.dev: WANTED = --editable '.[$(@F:.%=%)]'
-$(VENV)/.quickstart $(VENV)/.dev: pyproject.toml $(VENV)/.made
+$(VENV)/.quickstart $(VENV)/.dev $(VENV)/.docs $(VENV)/.docs-test: WANTED = --editable '.[$(@F:.%=%)]'
+$(VENV)/.quickstart $(VENV)/.dev $(VENV)/.docs $(VENV)/.docs-test: pyproject.toml $(VENV)/.made
 	@echo 'Installing into $(VENV), the first time.'
 	@$(INSTALL)
 	@touch $@

@@ -42,7 +42,7 @@ class KalmClient(ClientBase):
     survives fork, pickling and copying; a copy and an unpickled client have connections of their
     own. Clients are equal when their arguments are.
 
-    Example:
+    Examples:
         >>> client = KalmClient(backend="local")
         >>> client.embed(["How tall is K2?"], role="query").vectors.shape
         (1, 512)

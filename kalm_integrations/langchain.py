@@ -31,7 +31,7 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
     Takes the arguments of `KalmClient`, or `client=`, a `KalmClient` to share. The errors of the
     four methods of LangChain are LangChain's `ModelError`s too (`langchain_errors`).
 
-    Example:
+    Examples:
         >>> embeddings = KalmModalEmbeddings(backend="local")
         >>> len(embeddings.embed_query("How tall is K2?"))
         512

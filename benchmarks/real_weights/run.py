@@ -3,8 +3,9 @@
     python benchmarks/real_weights/run.py --out results   # a GPU: 5 minutes; a CPU: an hour
 
 `model.py` fetches a small real Gemma 3 and the texts. All rankings are compared with those of
-transformers in float32: 50 queries, 300 passages (on a CPU 150, shortened). It is a language model and no embedder, so its
-rankings are less stable than KaLM's; what counts is the order of the quantizations.
+transformers in float32: 50 queries, 300 passages (on a CPU 150, shortened). It is a language model
+and no embedder, so its rankings are less stable than KaLM's; what counts is the order of the
+quantizations.
 
 The stages "bf16", "int8" and "fp8" run our engine. vLLM has kernels for int8 and fp8 on GPUs only;
 on a CPU "int8" loads the same values in bf16, and "fp8" is left out. "simulated" rounds weights and

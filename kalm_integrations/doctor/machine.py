@@ -28,8 +28,8 @@ _CHOOSE: Final = (
     "the small model in this process."
 )
 _CORRECT: Final = (
-    "Correct the variables that are named there; the README lists what each argument takes, and "
-    "KALM_ and its name in capitals is its variable."
+    "Correct the variables that are named there; docs/arguments.md lists what each argument takes, "
+    "and KALM_ and its name in capitals is its variable."
 )
 _SHOWN: Final = 60  # characters of a variable's value
 
@@ -82,7 +82,7 @@ def variables(_: DoctorContext) -> Result:
         return f"{len(given)} KALM_* set, no misspelt name" if given else "none is set"
     hints = {name: did_you_mean(name.upper(), known).removesuffix("?") for name in unread}
     hint = "".join(f"{hint.strip()} for {name}? " for name, hint in hints.items() if hint)
-    return warn(f"nothing reads {', '.join(unread)}", f"{hint}The README lists all arguments.")
+    return warn(f"nothing reads {', '.join(unread)}", f"{hint}docs/arguments.md lists all.")
 
 
 def settings(context: DoctorContext) -> Result:

@@ -84,7 +84,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     secrets are not in them: pass those to `from_dict`, or leave them to the environment. Pickles
     and copies hold the tuning too.
 
-    Example:
+    Examples:
         >>> Settings.embed_model = KalmModalEmbeddings(backend="local")
     """
 

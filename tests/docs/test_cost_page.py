@@ -53,9 +53,11 @@ def test_the_readme_has_the_prices_of_the_default() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     up = uptime(72, default.scaledown_window, gpus.SNAPSHOT_START)
     day = DAY * one("A100-40GB").dollars
-    assert f"about ${up.share * day:.0f} a day ({gpus.SNAPSHOT_START:.0f} s per cold" in readme
-    assert f"; {100 * up.waiting:.0f} % of the queries wait for a cold start" in readme
-    assert f"`--min-containers 1` avoids that for ${day:.0f} a day" in readme
+    cost, waiting = f"${up.share * day:.0f}", f"{100 * up.waiting:.0f} %"
+    assert f"cost about {cost} a day (calculated), and {waiting} of them wait" in readme
+    assert f"**A cold start** takes about {gpus.SNAPSHOT_START:.0f} s" in readme
+    assert f"(`--min-containers 1`), a day costs ${day:.0f}." in readme
+    assert f"72 a day cost about {cost} |" in readme
     million = 1e6 * one("H100").dollars / one("H100").rate.tokens
     assert f"about ${million:.2f} a million tokens" in readme
 

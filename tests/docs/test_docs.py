@@ -19,16 +19,13 @@ from modal_backend.http import schema
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LINKING = PAGES + [
-    page
-    for name in ("examples/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
-    if (page := ROOT / name).exists()
-]
+LINKING = sorted({*PAGES, *ROOT.glob("*.md"), ROOT / "examples/README.md"})
+# Their blocks run in test_bulk_page.py, test_site.py and tests/environments.
+CONTINUED = ("bulk.md", "tutorial.md", "environments.md")
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    # Their blocks run in test_bulk_page.py and tests/environments.
-    if page.name not in ("bulk.md", "environments.md")
+    if page.name not in CONTINUED
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
@@ -134,9 +131,10 @@ def test_the_forms_of_an_instruction() -> None:
     assert prompts.resolve("mteb:web_search").endswith(" \n Query: {text}")
 
 
-def test_every_argument_is_in_the_readme_with_its_default() -> None:
+def test_every_argument_is_documented_with_its_default() -> None:
     fields = ClientConfig.model_fields
-    documented = {name.strip("`"): default for name, default, _ in rows("README.md", "Arguments")}
+    table = rows("docs/arguments.md", "All arguments")
+    documented = {name.strip("`"): default for name, default, _ in table}
     named = {field.alias or name: field for name, field in fields.items()}
     assert documented.keys() == named.keys()
     for name, default in documented.items():

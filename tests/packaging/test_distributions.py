@@ -210,13 +210,19 @@ class TestBuilt:
         assert about.get_all("License-File") == ["LICENSE"]
         assert about["Requires-Python"] == PROJECT["requires-python"]
         assert about["Description-Content-Type"] == "text/markdown"
-        assert about.get_payload(decode=True) == (ROOT / "README.md").read_bytes()
+        payload = about.get_payload(decode=True)
+        assert isinstance(payload, bytes)
+        links = re.findall(r"\]\(([^)]+)\)", payload.decode())
+        assert links
+        assert [link for link in links if not link.startswith(("https://", "#"))] == []
+        assert f"]({PROJECT['urls']['Repository']}/blob/main/docs/tutorial.md)" in payload.decode()
         assert set(about.get_all("Provides-Extra", [])) == EXTRAS.keys()
 
     def test_a_changelog_for_this_version(self) -> None:
         first = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
         assert first is not None
         assert first[1].split()[0] == __version__
+        assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
     def test_packages_that_decide_vectors_are_pinned_as_in_the_container(self) -> None:
         (vllm,) = EXTRAS["vllm"]
@@ -228,7 +234,9 @@ class TestBuilt:
     def test_every_extra_is_tested(self) -> None:
         # "quantize" and "vllm" bring torch: tests/vllm has an environment of its own for them. The
         # tests of proxies need "socks", which "dev" includes.
-        assert {*INSTALLED, "quantize", "vllm", "socks", "dev"} == {"", *EXTRAS}
+        # `make docs` and `make docs-test` have those for contributors.
+        others = {"quantize", "vllm", "socks", "dev", "docs", "docs-test"}
+        assert {*INSTALLED, *others} == {"", *EXTRAS}
         assert any("extra == 'dev'" in each.replace('"', "'") for each in requires(NAME) or [])
 
 
