@@ -209,7 +209,8 @@ class TestThePage:
 
     def test_the_fields_that_its_examples_take(self, capsys: Capture) -> None:
         examples = re.findall(r"^kalm (.*--json) \| jq -?\w* '(.*)'$", PAGE, re.MULTILINE)
-        assert {command.partition(" --")[0] for command, _ in examples} == set(WITH_JSON)
+        assert examples
+        assert {command.partition(" --")[0] for command, _ in examples} <= set(WITH_JSON)
         for command, query in examples:
             fields = set(re.findall(r"\.([a-z_]+)", query))
             if command.startswith("eval"):  # test_evaluate.py checks the page of its fields

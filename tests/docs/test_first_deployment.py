@@ -74,10 +74,6 @@ def test_every_command_shows_what_the_page_says(tmp_path: Path) -> None:
         assert cloud.starts(SERVICE) == 2
         assert not cloud.running(SERVICE)  # the rehearsal leaves nothing behind
         assert not cloud.starts(f"vllm-embedding-snapshot/{CLASS}")
-        log = cloud.logs(SERVICE)
-        (shown,) = re.findall(r"```text\n(INFO.*?)```", PAGE, re.DOTALL)
-        for line in shown.splitlines():
-            assert pattern(line).search(log + "\n"), line
         assert not cloud.unimplemented
 
 
