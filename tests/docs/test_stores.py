@@ -49,10 +49,11 @@ def vectors() -> NDArray[np.float32]:
 
 
 def test_the_sizes() -> None:
-    table = [[number(cell) for cell in row] for row in rows("Sizes", "dimensions")]
-    assert [row[0] for row in table] == list(KALM.dimensions)
-    for dimensions, *sizes in table:
-        assert sizes == [dimensions * 4, dimensions * 2, dimensions, dimensions / 8]
+    text = " ".join(PAGE.split())
+    sizes = "takes {:,} bytes in float32, {:,} in float16, {:,} in int8 and {:,} in binary"
+    assert sizes.format(WIDEST * 4, WIDEST * 2, WIDEST, WIDEST // 8) in text
+    *others, least = KALM.dimensions[1:]
+    assert f"{', '.join(map(str, others))} and {least} dimensions" in text
 
 
 def test_the_widest_that_fits_each_limit() -> None:
