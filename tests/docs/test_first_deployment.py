@@ -74,10 +74,6 @@ def test_every_command_shows_what_the_page_says(tmp_path: Path) -> None:
         assert cloud.starts(SERVICE) == 2
         assert not cloud.running(SERVICE)  # the rehearsal leaves nothing behind
         assert not cloud.starts(f"vllm-embedding-snapshot/{CLASS}")
-        log = cloud.logs(SERVICE)
-        (shown,) = re.findall(r"```text\n(INFO.*?)```", PAGE, re.DOTALL)
-        for line in shown.splitlines():
-            assert pattern(line).search(log + "\n"), line
         assert not cloud.unimplemented
 
 
@@ -120,8 +116,7 @@ def test_the_prices() -> None:
 def test_the_sizes_of_snapshots() -> None:
     performance = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
     assert "16.7 GiB in fp8 and 26.6 in bf16" in PAGE
-    assert "fp8's 16.7 GiB" in performance
-    assert "bf16's 26.6" in performance
+    assert "| 26.6 bf16, 16.7 fp8 |" in performance
 
 
 @pytest.mark.parametrize("measured", ["1.2 in fp8, 2.1 in bf16"])

@@ -1,4 +1,4 @@
-"""docs/gpu.md: its table of GPUs is what `modal_backend/gpus.py` calculates and measured."""
+"""docs/gpu.md: its figures of each GPU are those of `modal_backend/gpus.py`."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ from modal_backend.settings import DeploySettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
 SECTION = PAGE.split("## Each GPU\n")[1].split("\n## ")[0]
-HOPPER = ("H100", "H200")
 
 
-def row(gpu: str, quantization: gpus.Quantization) -> str:
-    """The row that the page should have."""
-    kind = "bf16" if quantization == "none" else quantization
-    memory = f"{GPUS[gpu].gib}, {gpus.needed_gib(quantization):.0f}"
+def cell(gpu: str, quantization: gpus.Quantization) -> str:
+    """What the page should show for a GPU and a type."""
     if gpus.lacks_fp8(gpu, quantization):
-        return f"| {gpu} | {kind} | – | {memory} | – | – | refused: does not compute in fp8 |"
+        return "no fp8"
     if gpus.too_small(gpu, quantization):
-        return f"| {gpu} | {kind} | – | {memory} | – | – | refused: too little memory |"
-    default = DeploySettings()
-    options = f"`--gpu {gpu}{'' if quantization == 'none' else f' --quantization {quantization}'}`"
-    if ((gpu,), quantization) == (default.gpu, default.quantization):
-        options += " (default)"
-    attention = (
-        "3, one graph" if gpu in HOPPER else "vLLM chooses" if gpu == "B200" else "2, pieces"
-    )
+        return "too small"
     rate = gpus.rate(gpu, quantization)
-    tokens = f"{rate.tokens:,.0f}" if rate.measured else f"~{round(rate.tokens, -2):,.0f}"
-    status = "**measured**" if rate.measured else "calculated; never run"
-    return f"| {gpu} | {kind} | {options} | {memory} | {attention} | {tokens} | {status} |"
+    return f"**{rate.tokens:,.0f}**" if rate.measured else f"~{round(rate.tokens, -2):,.0f}"
 
 
 def test_the_table_is_what_the_code_says() -> None:
-    shown = re.findall(r"^\| .* \| (?:bf16|fp8|int8) \| .*$", SECTION, re.MULTILINE)
-    assert shown == [row(gpu, quantization) for gpu in GPUS for quantization in QUANTIZATIONS]
+    shown = [row.strip("| ").split(" | ") for row in re.findall(r"^\| \w.* \|$", SECTION, re.M)]
+    kinds: list[gpus.Quantization] = ["none", "int8", "fp8"]
+    assert shown == [
+        [gpu, str(GPUS[gpu].gib), *(cell(gpu, kind) for kind in kinds)] for gpu in GPUS
+    ]
+
+
+def test_the_memory_that_kalm_needs_and_the_default() -> None:
+    none, fp8, int8 = (f"{gpus.needed_gib(kind):.0f}" for kind in QUANTIZATIONS)
+    assert f"needs {none} GiB in bf16, {fp8} in fp8 and {int8} in int8" in PAGE
+    assert f"`--gpu {DeploySettings().gpu[0]}`" in PAGE

@@ -36,7 +36,7 @@ HARMLESS = (
 
 def test_every_test_that_it_names_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", PAGE)
-    assert len(named) > 10
+    assert len(named) > 5
     for path, function in named:
         assert f"def {function}" in (ROOT / path).read_text(), f"{path}::{function}"
 

@@ -37,7 +37,7 @@ def rows(heading: str, head: str) -> list[list[str]]:
 
 
 def number(cell: str) -> float:
-    return float(cell.removesuffix(" GB").replace(",", ""))
+    return float(cell.replace(",", ""))
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +49,21 @@ def vectors() -> NDArray[np.float32]:
 
 
 def test_the_sizes() -> None:
-    table = [[number(cell) for cell in row] for row in rows("Sizes", "dimensions")]
-    assert [row[0] for row in table] == list(KALM.dimensions)
-    for dimensions, *sizes in table:
-        one = [dimensions * 4, dimensions * 2, dimensions, dimensions / 8]
-        assert sizes == one + [each * 1_000_000 / 1e9 for each in one]
+    text = " ".join(PAGE.split())
+    sizes = "takes {:,} bytes in float32, {:,} in float16, {:,} in int8 and {:,} in binary"
+    assert sizes.format(WIDEST * 4, WIDEST * 2, WIDEST, WIDEST // 8) in text
+    *others, least = KALM.dimensions[1:]
+    assert f"{', '.join(map(str, others))} and {least} dimensions" in text
 
 
 def test_the_widest_that_fits_each_limit() -> None:
     table = rows("Limits", "store")
-    limits = [number(limit) for _, limit, _, _ in table]
+    limits = [number(limit) for _, limit, _ in table]
     assert all(before <= after for before, after in pairwise(limits))
-    for (store, _, widest, source), limit in zip(table, limits, strict=True):
+    for (store, _, widest), limit in zip(table, limits, strict=True):
         assert number(widest) == max(d for d in KALM.dimensions if d <= limit), store
-        assert re.fullmatch(r"\[.+\]\(https://.+\).*|tried, \d.+", source), store
+        for name in store.split(", ["):
+            assert re.search(r"\]\(https://.+\)|tried, \d", name), name
 
 
 def test_an_entry_of_a_postgres_index_is_never_split() -> None:
@@ -77,7 +78,7 @@ def test_an_entry_of_a_postgres_index_is_never_split() -> None:
                 assert number(measured) == pytest.approx(8.192 * pages, abs=0.006)
                 checked += 1
             assert bool(measured) == (int(dimensions) <= {4: 2000, 2: 4000}[bytes_each])
-    assert checked == 7
+    assert checked == 4
 
 
 def test_float16_keeps_more_than_the_models_bf16(vectors: NDArray[np.float32]) -> None:

@@ -69,7 +69,7 @@ class TestMemory:
     def test_the_vllm_page_names_the_same_memory(self) -> None:
         page = (ROOT / "docs" / "vllm.md").read_text()
         match = re.search(
-            r"GPU with (\d+) GiB of free memory, or (\d+) for .*fp8` or\n`int8`", page
+            r"GPU with (\d+) GiB of free memory, or (\d+) for .*fp8`\s+or\s+`int8`", page
         )
         assert match
         none, fp8, int8 = (f"{gpus.needed_gib(quantization):.0f}" for quantization in QUANTIZATIONS)

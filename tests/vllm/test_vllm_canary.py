@@ -1,6 +1,6 @@
 """Which corruptions of a loaded model the canary catches, when it is loaded and after a restore.
 
-docs/canary.md has the same as a table, which is checked here.
+benchmarks/canary/NOTES.md has the same as a table, which is checked here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from modal_backend.weights import locate
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-PAGE = Path(__file__).parents[2] / "docs/canary.md"
+PAGE = Path(__file__).parents[2] / "benchmarks/canary/NOTES.md"
 CONTROLS = {
     "nothing: a copy of the same weights",
     "rotary base of the sliding layers, recomputed unchanged",
