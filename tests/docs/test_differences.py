@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import re
 from pathlib import Path
 
@@ -23,11 +22,6 @@ from starlette.routing import Route
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/differences.md").read_text()
 GPU_NOTES = (ROOT / "benchmarks/gpu/NOTES.md").read_text()
-CLIENT_NOTES = (ROOT / "benchmarks/client/NOTES.md").read_text()
-MEASURED = [
-    json.loads(line)
-    for line in (ROOT / "benchmarks/gpu/results/h100.jsonl").read_text().splitlines()
-]
 
 
 def rows(heading: str) -> dict[str, list[str]]:
@@ -35,51 +29,6 @@ def rows(heading: str) -> dict[str, list[str]]:
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: rest for name, *rest in cells}
-
-
-FIRST = rows("From the first version")
-
-
-def measured(run: str, stage: str, step: str, key: str, **which: str) -> float:
-    """The one figure of a session."""
-    (value,) = {
-        row[key]
-        for row in MEASURED
-        if {"run": run, "stage": stage, "step": step, **which}.items() <= row.items()
-    }
-    return float(value)
-
-
-def test_a_query_alone() -> None:
-    shown = re.findall(r"(\d+) and \*\*(\d+) ms\*\*", FIRST["running the model"][-1])
-    for (before, now), run in zip(shown, ("second", "third"), strict=True):
-        step, key = "a query alone", "p50_ms"
-        assert int(before) == round(measured(run, "first version", step, key, through="engine"))
-        assert int(now) == round(measured(run, "bf16", step, key, through="engine"))
-
-
-def test_memory_and_snapshots() -> None:
-    before, now = re.findall(r"(\d+) GiB of the GPU held, and \*\*(\d+)\*\*", PAGE)[0]
-    assert int(before) == round(measured("third", "first version", "awake", "gpu_gib"))
-    (held,) = re.findall(r"holds ([\d.]+) GiB of the GPU in bf16", GPU_NOTES)
-    assert int(now) == round(float(held))
-    back = measured("third", "first version", "back, awake", "restore_wake_canary")
-    assert f"passed: {back:.0f} s, and **2.1 s**" in FIRST["snapshot"][-1]
-    for said in ("**2.1 s in bf16**", "2.8 times as large", "1.5 to 2.1 times the naive way"):
-        assert said in " ".join(GPU_NOTES.split())
-
-
-def test_cold_starts() -> None:
-    assert "**2.1 s in bf16**, **1.2 s in fp8**" in GPU_NOTES
-    assert "canary: **2.1 s** in bf16, 1.2 s in fp8" in FIRST["cold start"][-1]
-
-
-def test_packed_answers() -> None:
-    row = r"`KalmClient`: float16, to numpy \| \S+ \| (\S+) \| \S+ \| (\S+) \|"
-    ((wall, cpu),) = re.findall(row, CLIENT_NOTES)
-    said = FIRST["answers over RPC"][-1]
-    assert f"**{float(wall):.0f} times** as fast" in said
-    assert f"a {float(cpu):.0f}th of" in said
 
 
 def test_a_query_during_a_bulk_job() -> None:
