@@ -227,8 +227,8 @@ class TestBuilt:
 
     def test_every_extra_is_tested(self) -> None:
         # "quantize" and "vllm" bring torch: tests/vllm has an environment of its own for them. The
-        # tests of proxies need "socks", which "dev" includes.
-        assert {*INSTALLED, "quantize", "vllm", "socks", "dev"} == {"", *EXTRAS}
+        # tests of proxies and traces need "socks" and "otel", which "dev" includes.
+        assert {*INSTALLED, "quantize", "vllm", "socks", "otel", "dev"} == {"", *EXTRAS}
         assert any("extra == 'dev'" in each.replace('"', "'") for each in requires(NAME) or [])
 
 
