@@ -95,7 +95,8 @@ def test_every_metric_is_one_of_the_service(use: tuple[str, Callable[[], None]])
     with urllib.request.urlopen(request) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
     samples = {sample.name for family in families for sample in family.samples}
-    named = {name for each in EXPRESSIONS for name in re.findall(r"\bkalm_\w+", each)}
+    keda = (ROOT / "deploy" / "kubernetes" / "keda.yaml").read_text()
+    named = {name for each in (*EXPRESSIONS, keda) for name in re.findall(r"\bkalm_\w+", each)}
     assert named - samples == set()
     described = set(re.findall(r"`(kalm_\w+)`", PAGE.split("## Metrics")[1]))
     ours = {name for name in samples if not re.search(r"_(bucket|sum|created)$", name)}
