@@ -15,8 +15,9 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from functools import partial
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
+from kalm_integrations import tracing
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import InvalidInputError
@@ -27,6 +28,9 @@ from kalm_integrations.prompts import Role
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.session import CallSettings, Session
 from kalm_integrations.transports.base import open_transport
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ class Dispatcher:
             completed.clear()
             return True
 
-        results = self._dispatch(batches, call, completed.set, wait)
+        results = self._traced(batches, call, completed.set, wait)
         return cast(Generator[EmbeddedBatch], results)  # `wait` does not return False
 
     async def arun(
@@ -78,7 +82,7 @@ class Dispatcher:
         """`run`, without blocking the running event loop."""
         loop, completed = asyncio.get_running_loop(), asyncio.Event()
         notify = partial(loop.call_soon_threadsafe, completed.set)
-        with closing(self._dispatch(batches, call, notify, lambda: False)) as results:
+        with closing(self._traced(batches, call, notify, lambda: False)) as results:
             for result in results:
                 if result is None:
                     await completed.wait()
@@ -98,12 +102,39 @@ class Dispatcher:
             return closed
         return background_loop().submit(self._close())
 
+    def _traced(
+        self,
+        batches: Iterator[Batch],
+        call: CallSettings,
+        notify: Callable[[], object],
+        wait: Callable[[], bool],
+    ) -> Generator[EmbeddedBatch | None]:
+        """`_dispatch`, with a span if a trace is recorded."""
+        with tracing.client_span(self._config.served_model) as span:
+            results = self._dispatch(batches, call, notify, wait, span)
+            if span is None:
+                yield from results
+                return
+            texts, usage = 0, Usage()
+            span.set_attributes(_attributes(self._config, call.role))
+            try:
+                for result in results:
+                    if result is not None:
+                        texts, usage = texts + len(result.indices), usage + result.usage
+                    yield result
+            finally:
+                results.close()
+                span.set_attributes({"kalm.texts": texts, "kalm.requests": usage.requests})
+                if usage.tokens is not None:
+                    span.set_attribute("gen_ai.usage.input_tokens", usage.tokens)
+
     def _dispatch(
         self,
         batches: Iterator[Batch],
         call: CallSettings,
         notify: Callable[[], object],
         wait: Callable[[], bool],
+        span: Span | None,
     ) -> Generator[EmbeddedBatch | None]:
         """Yield results as they arrive.
 
@@ -112,6 +143,7 @@ class Dispatcher:
             call: See `run`.
             notify: Called on another thread when a request is complete.
             wait: Waits for that and returns True; if False, yield None for the caller to wait.
+            span: The current span of the requests.
         """
         running: set[Future[EmbeddedBatch]] = set()
         completed: deque[Future[EmbeddedBatch]] = deque()
@@ -150,7 +182,8 @@ class Dispatcher:
                         failures.append(error)
                     reading = batch is not None and not failures
                     if batch is not None and reading:
-                        future = background_loop().submit(self.send(batch, call))
+                        with tracing.activated(span):
+                            future = background_loop().submit(self.send(batch, call))
                         running.add(future)
                         future.add_done_callback(complete)
                 for result in results:
@@ -197,6 +230,19 @@ class Dispatcher:
             self._finalizer.detach()  # otherwise every closed session would be kept alive
             loop.resources.discard(session)
             await session.close()
+
+
+def _attributes(config: ClientConfig, role: Role) -> dict[str, str | int]:
+    """The attributes of a call's span that are known before it is sent."""
+    attributes: dict[str, str | int] = {"kalm.backend": config.resolved_backend, "kalm.role": role}
+    if config.vector_dimensions:
+        attributes["gen_ai.embeddings.dimension.count"] = config.vector_dimensions
+    from yarl import URL
+
+    url = URL(config.base_url or "")
+    if url.host and url.port:
+        attributes |= {"server.address": url.host, "server.port": url.port}
+    return attributes
 
 
 def _cancel(futures: Iterable[Future[EmbeddedBatch]]) -> None:

@@ -72,6 +72,7 @@ class EmbedRequest:
         truncate: What to do with a text longer than the model reads.
         dtype: Type of the vectors in the response.
         timeout: Seconds that the caller still waits; work that has not started by then is dropped.
+        trace_context: Over RPC, W3C's `traceparent` and `tracestate`.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -82,6 +83,7 @@ class EmbedRequest:
     truncate: Truncate = "error"
     dtype: VectorDtype = "float16"
     timeout: StrictFloat | None = None
+    trace_context: dict[str, str] | None = None
 
     @classmethod
     def from_fields(cls, fields: object) -> Self:

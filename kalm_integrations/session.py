@@ -16,6 +16,7 @@ from functools import reduce
 
 import numpy as np
 
+from kalm_integrations import tracing
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
@@ -175,6 +176,9 @@ class Session:
         state.retries += 1
         state.counted += not outage
         log.debug("retry %d in %.1f s: %s", state.retries, delay, error)
+        if span := tracing.current_span():
+            kind = tracing.error_type(error)
+            span.add_event("retry", {"error.type": kind, "kalm.retry.delay": delay})
         await asyncio.sleep(delay)
 
     @asynccontextmanager

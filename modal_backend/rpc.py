@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from kalm_integrations import validation
+from kalm_integrations import tracing, validation
 from kalm_integrations.codec import pack
 from kalm_integrations.errors import KalmError, TransportError
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, default_role, error_fields
@@ -105,7 +105,8 @@ async def _embed(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedR
         request = EmbedRequest.from_fields(fields)
         # A single string would be embedded as the list of its letters.
         texts: list[Any] = list(validation.check_collection(request.texts))
-        return await service.embed(replace(request, texts=texts))
+        with tracing.server_span(request.trace_context):
+            return await service.embed(replace(request, texts=texts))
     except KalmError:
         raise
     except Exception as error:

@@ -6,11 +6,12 @@ import asyncio
 import time
 from copy import copy
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kalm_integrations import tracing
 from kalm_integrations.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -25,8 +26,11 @@ from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarni
 from kalm_integrations.result import Usage
 from kalm_integrations.validation import MAX_CHARACTERS, check_texts, invalid_rows
 from modal_backend.admission import Admission
-from modal_backend.engines.base import Engine, check_shape
+from modal_backend.engines.base import Engine, EngineOutput, Progress, check_shape
 from modal_backend.engines.failed import FailedEngine
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 MAX_TEXTS: Final = 2048
 """Most texts in a request, as in OpenAI's API."""
@@ -129,14 +133,7 @@ class EmbeddingService:
         else:
             texts, digest = await asyncio.to_thread(_prepare, request)
         request = replace(request, texts=texts)  # truncated parts need not stay in memory
-        with self.admission.admit(role, texts, deadline) as admitted:
-            output = await self.engine.embed(
-                texts,
-                role=role,
-                truncate=request.truncate,
-                deadline=deadline,
-                progress=admitted.progress,
-            )
+        output = await self._compute(request, role, deadline)
         check_shape(output.vectors, (len(texts), self.engine.dimensions[0]))
         dimensions = request.dimensions or self.engine.dimensions[0]
         vectors: Vectors = output.vectors
@@ -166,6 +163,36 @@ class EmbeddingService:
             digest=digest,
         )
 
+    async def _compute(
+        self, request: EmbedRequest, role: Role, deadline: float | None
+    ) -> EngineOutput:
+        """The engine's output for a request, which is recorded in the current span."""
+        span = tracing.current_span()
+        if span:
+            span.set_attributes(self._attributes(request, role))
+        with self.admission.admit(role, request.texts, deadline) as admitted:
+            output = await self.engine.embed(
+                request.texts,
+                role=role,
+                truncate=request.truncate,
+                deadline=deadline,
+                progress=_timed(admitted.progress, span) if span else admitted.progress,
+            )
+        if span:
+            span.set_attribute("gen_ai.usage.input_tokens", output.tokens)
+        return output
+
+    def _attributes(self, request: EmbedRequest, role: Role) -> dict[str, str | int]:
+        """The attributes of a request's span that are known before it is admitted."""
+        return {
+            "gen_ai.request.model": self.identity.model,
+            "gen_ai.embeddings.dimension.count": request.dimensions or self.dimensions[0],
+            "kalm.identity": self.identity.fingerprint,
+            "kalm.role": role,
+            "kalm.texts": len(request.texts),
+            "kalm.texts_in_progress": sum(self.admission.texts_in_progress.values()),
+        }
+
     async def close(self) -> None:
         """Close the engine."""
         await self.engine.close()
@@ -189,6 +216,22 @@ def _deadline(request: EmbedRequest, received: float) -> float | None:
     if deadline <= time.monotonic():
         raise DeadlineExceededError("the deadline passed before the request was complete.")
     return deadline
+
+
+def _timed(progress: Progress, span: Span) -> Progress:
+    """`progress`, which also records the time before and since its first call."""
+    queued, started = time.monotonic(), 0.0
+
+    def timed(texts: int) -> None:
+        nonlocal started
+        now = time.monotonic()
+        if not started:
+            started = now
+            span.set_attribute("kalm.queue.seconds", now - queued)
+        span.set_attribute("kalm.engine.seconds", now - started)
+        progress(texts)
+
+    return timed
 
 
 def _characters(request: EmbedRequest) -> int:

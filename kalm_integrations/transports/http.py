@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from yarl import URL
 
+from kalm_integrations import tracing
 from kalm_integrations.codec import MEDIA_TYPE, unpack
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -149,7 +150,7 @@ class HttpTransport:
             "POST",
             "embeddings",
             body=_JSON.encode(fields).encode(),
-            headers={**headers, "Content-Type": "application/json"},
+            headers={**headers, **tracing.trace_context(), "Content-Type": "application/json"},
             limit=2**20 + texts * _MAX_DIMENSIONS * _NUMBER_BYTES,
             from_kalm=self._is_kalm is True,
         )

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from kalm_integrations import tracing
 from kalm_integrations.event_loop import background_loop
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
@@ -31,7 +32,9 @@ class InProcessTransport:
         self._service = service
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        return await (self._service or await _embedded_service()).embed(request)
+        service = self._service or await _embedded_service()
+        with tracing.server_span():
+            return await service.embed(request)
 
     async def ensure_ready(self) -> ServiceDescription:
         return ServiceDescription((self._service or await _embedded_service()).identity)

@@ -12,9 +12,10 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from kalm_integrations import tracing
 from kalm_integrations.codec import unpack
 from kalm_integrations.errors import (
     ConfigurationError,
@@ -59,7 +60,10 @@ class ModalTransport:
         """Kept, because a lookup takes two calls to Modal's servers."""
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        reply = await self._call("embed_packed", asdict(request))
+        request = replace(request, trace_context=tracing.trace_context() or None)
+        # Without what is None, so that a service of an older version understands it.
+        fields = {name: value for name, value in asdict(request).items() if value is not None}
+        reply = await self._call("embed_packed", fields)
         packed = reply.get("packed")
         if not isinstance(packed, bytes):
             raise InvalidResponseError("the response of embed_packed has no packed vectors.")

@@ -32,6 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from kalm_integrations import tracing
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
 from kalm_integrations.errors import KalmError, NotFoundError
 from kalm_integrations.protocol import (
@@ -158,6 +159,10 @@ class _Handlers:
         self.metrics = Metrics(service, phases)
 
     async def embeddings(self, request: Request) -> Response:
+        with tracing.server_span(request.headers):
+            return await self._embeddings(request)
+
+    async def _embeddings(self, request: Request) -> Response:
         received = time.monotonic()  # the header, before the body
         packed = prefers_packed(request.headers)
         timeout = timeout_of(request.headers)

@@ -233,9 +233,9 @@ class TestBuilt:
 
     def test_every_extra_is_tested(self) -> None:
         # "quantize" and "vllm" bring torch: tests/vllm has an environment of its own for them. The
-        # tests of proxies need "socks", which "dev" includes.
+        # tests of proxies and traces need "socks" and "otel", which "dev" includes.
         # `make docs` and `make docs-test` have those for contributors.
-        others = {"quantize", "vllm", "socks", "dev", "docs", "docs-test"}
+        others = {"quantize", "vllm", "socks", "otel", "dev", "docs", "docs-test"}
         assert {*INSTALLED, *others} == {"", *EXTRAS}
         assert any("extra == 'dev'" in each.replace('"', "'") for each in requires(NAME) or [])
 
