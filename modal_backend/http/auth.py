@@ -29,15 +29,16 @@ class BearerKeys:
             _digest(key.encode()) for secret in keys for key in secret.get_secret_value().split()
         ]
 
-    def accept(self, authorization: str) -> bool:
-        """Whether the value of an Authorization header holds a valid key."""
+    def identify(self, authorization: str) -> str | None:
+        """A name for the valid key in the value of an Authorization header, fit for logs: the
+        beginning of its digest. None if there is no valid key."""
         if self._digests is None:
-            return True
+            return "without key"
         scheme, _, key = authorization.partition(" ")
         presented = _digest(key.strip().encode("latin-1"))  # as Starlette decodes headers
         # Every key is compared, so that the time does not reveal which one matches.
         matches = [hmac.compare_digest(presented, digest) for digest in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
+        return presented.hex()[:8] if any(matches) and scheme.lower() == "bearer" else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -82,8 +82,9 @@ class RequestMiddleware:
         echo = _safe_id(headers, ECHO_HEADER)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        caller = state["caller"] = self._keys.identify(headers.get("authorization", ""))
         # The server reads it: when it is full, it closes connections without a valid key first.
-        state["authorized"] = self._keys.accept(headers.get("authorization", ""))
+        state["authorized"] = caller is not None
         started = False
 
         async def send_with_headers(message: Message) -> None:

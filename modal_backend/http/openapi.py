@@ -111,9 +111,15 @@ def document() -> dict[str, Any]:
     del health["responses"]["401"]
     model_id = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
     model = _operation("The served model, by its name", {JSON: _ref(Model)}, 404)
+    models = _operation("The served model", {JSON: _ref(Models)})
+    roots = {"/v1": "", "/query/v1": " as queries", "/document/v1": " as documents"}
+    post = {
+        f"{root}/embeddings": embeddings | {"summary": f"Embed texts{role}"}
+        for root, role in roots.items()
+    }
     get = {
-        "/v1/models": _operation("The served model", {JSON: _ref(Models)}),
-        "/v1/models/{id}": model | {"parameters": [model_id]},
+        **{f"{root}/models": models for root in roots},
+        **{f"{root}/models/{{id}}": model | {"parameters": [model_id]} for root in roots},
         "/ready": _operation("Whether vectors are served", {JSON: _ref(Status)}, 503),
         "/metrics": _operation("Metrics for Prometheus", {CONTENT_TYPE: _TEXT}),
         "/openapi.json": _operation("This document", {JSON: {"type": "object"}}),
@@ -128,7 +134,7 @@ def document() -> dict[str, Any]:
             "as absent; an unknown field is refused.",
         },
         "security": [{"key": []}],
-        "paths": {"/v1/embeddings": {"post": embeddings}}
+        "paths": {path: {"post": operation} for path, operation in post.items()}
         | {path: {"get": operation} for path, operation in get.items()},
         "components": {
             "schemas": schemas["$defs"],

@@ -27,7 +27,9 @@ LINKING = PAGES + [
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    if page.name != "bulk.md"  # its blocks go on from one another: test_bulk_page.py
+    # bulk.md's blocks go on from one another: test_bulk_page.py; the other's need a server:
+    # test_other_clients_page.py
+    if page.name not in ("bulk.md", "other-clients.md")
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
