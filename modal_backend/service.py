@@ -51,6 +51,7 @@ class EmbeddingService:
         self.admission = admission or Admission()
         self.warnings: tuple[ServiceWarning, ...] = ()
         """Problems that an operator has to fix; reported by every endpoint."""
+        self._counting = asyncio.Lock()
 
     @property
     def failure(self) -> KalmError | None:
@@ -111,23 +112,14 @@ class EmbeddingService:
             InvalidResponseError: The engine returned invalid vectors, or too few; none is returned.
             KalmError: `failure`, if there is one.
         """
-        if self.failure is not None:
-            raise copy(self.failure)
-        deadline = _deadline(request, time.monotonic() if received is None else received)
-        if len(request.texts) > MAX_TEXTS:
-            raise RequestTooLargeError(
-                f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
-            )
+        deadline = self._checked_deadline(request, received)
         if request.dimensions not in (None, *self.engine.dimensions):
             offered = ", ".join(map(str, self.engine.dimensions))
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
         role = _scheduled_role(request)
-        if _characters(request) <= _LOOP_CHARACTERS:
-            texts, digest = _prepare(request)
-        else:
-            texts, digest = await asyncio.to_thread(_prepare, request)
+        texts, digest, cut_here = await _prepared(request)
         request = replace(request, texts=texts)  # truncated parts need not stay in memory
         with self.admission.admit(role, texts, deadline) as admitted:
             output = await self.engine.embed(
@@ -164,7 +156,31 @@ class EmbeddingService:
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
             digest=digest,
+            truncated=tuple(sorted({*cut_here, *output.truncated})),
         )
+
+    async def count_tokens(self, request: EmbedRequest, received: float | None = None) -> list[int]:
+        """Tokens of each text of a request, before it is cut to the model's length.
+
+        One request at a time, after all queries: so it needs no admission.
+
+        Raises:
+            KalmError: As `embed`, except for texts over the model's length, which are counted.
+        """
+        deadline = self._checked_deadline(request, received)
+        texts, *_ = await _prepared(replace(request, truncate="end"))
+        async with self._counting:
+            return await self.engine.count_tokens(texts, deadline=deadline)
+
+    def _checked_deadline(self, request: EmbedRequest, received: float | None) -> float | None:
+        """The deadline of a request that can be served."""
+        if self.failure is not None:
+            raise copy(self.failure)
+        if len(request.texts) > MAX_TEXTS:
+            raise RequestTooLargeError(
+                f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
+            )
+        return _deadline(request, time.monotonic() if received is None else received)
 
     async def close(self) -> None:
         """Close the engine."""
@@ -201,14 +217,26 @@ def _scheduled_role(request: EmbedRequest) -> Role:
     return request.role if _characters(request) <= MAX_QUERY_CHARACTERS else "document"
 
 
-def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
-    """The texts for the engine, and the digest of the request.
+_Prepared = tuple[list[str], str, list[int]]
+
+
+async def _prepared(request: EmbedRequest) -> _Prepared:
+    """`_prepare`, in a thread if it takes long."""
+    if _characters(request) <= _LOOP_CHARACTERS:
+        return _prepare(request)
+    return await asyncio.to_thread(_prepare, request)
+
+
+def _prepare(request: EmbedRequest) -> _Prepared:
+    """The texts for the engine, the digest of the request, and which texts were cut here.
 
     Raises:
         InvalidInputError: Texts that cannot be embedded.
     """
     texts = cut(request.texts) if request.truncate == "end" else request.texts
-    return check_texts(texts, request.truncate), request.digest()
+    checked = check_texts(texts, request.truncate)
+    over = [index for index, text in enumerate(request.texts) if len(text) > MAX_CHARACTERS]
+    return checked, request.digest(), over
 
 
 def _shortened(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

@@ -37,10 +37,12 @@ def no_progress(texts: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """Native unit vectors, float32, shape (texts, dimensions[0]); tokens of all texts together."""
+    """Native unit vectors, float32, shape (texts, dimensions[0]); the tokens that were computed;
+    which texts were cut, by index."""
 
     vectors: NDArray[np.float32]
     tokens: int
+    truncated: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -84,6 +86,17 @@ class Engine(Protocol):
             InputTooLongError: Names all texts over `max_tokens`, with truncate="error".
             DeadlineExceededError: The deadline passed.
             KalmError: Any other failure. No foreign exception leaves an engine.
+        """
+        ...
+
+    async def count_tokens(self, texts: Sequence[str], *, deadline: float | None) -> list[int]:
+        """Tokens of each text, special ones included. Embeds nothing, and delays no query.
+
+        The number is exact up to `max_tokens`; that of a much longer text is an estimate.
+
+        Raises:
+            DeadlineExceededError: The deadline, a time of `time.monotonic`, passed.
+            KalmError: Any other failure.
         """
         ...
 
@@ -131,6 +144,11 @@ async def within(deadline: float | None) -> AsyncGenerator[None]:
         if not limit.expired():
             raise
         raise DeadlineExceededError("the deadline passed before all was embedded.") from None
+
+
+def over_limit(counts: Sequence[int], limit: int, start: int = 0) -> list[int]:
+    """Indices, counted from `start`, of the texts that have more than `limit` tokens."""
+    return [index for index, tokens in enumerate(counts, start) if tokens > limit]
 
 
 def check_shape(vectors: NDArray[Any], shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@
 |---|---|---|
 | POST /v1/embeddings | key | OpenAI's, with our extensions (`schema`) |
 | GET /v1/models, /v1/models/{id} | key | the model, with its identity |
+| POST /v1/count_tokens | key | the tokens of each text of the same body |
 | the same under /query and /document | key | for texts of that role (`roles`) |
 | GET /ready | key | 200 if vectors are served, else 503 with the reason |
 | GET /metrics | key | Prometheus |

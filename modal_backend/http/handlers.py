@@ -29,6 +29,7 @@ from modal_backend.http.responses import (
     Model,
     Models,
     Status,
+    TokenCounts,
     embeddings_json,
     response_of,
 )
@@ -67,27 +68,34 @@ class Handlers:
     def routes(self, root: str, role: Role | None) -> list[Route]:
         """The routes under a base URL of OpenAI's API, for texts of `role`."""
         embeddings = partial(self.embeddings, role=role)
+        count_tokens = partial(self.count_tokens, role=role)
         return [
             Route(f"{root}/embeddings", embeddings, methods=["POST"]),
+            Route(f"{root}/count_tokens", count_tokens, methods=["POST"]),
             Route(f"{root}/models", self.models),
             Route(f"{root}/models/{{name:path}}", self.model),
         ]
 
+    async def count_tokens(self, request: Request, role: Role | None) -> Response:
+        received = time.monotonic()
+        parsed, _ = await self._read(request, role, packed=True)
+        work = self._service.count_tokens(parsed, received)
+        return _json(
+            TokenCounts(
+                model=self._service.identity.model,
+                counts=tuple(await _unless_disconnected(request, work)),
+                max_tokens=self._service.max_tokens,
+            )
+        )
+
     async def embeddings(self, request: Request, role: Role | None) -> Response:
         received = time.monotonic()  # the header, before the body
         packed = prefers_packed(request.headers)
-        timeout = timeout_of(request.headers)
-        body = await json_body.read(request, self._max_body_bytes)
-        parse = partial(self._parse, body, role, request.state.caller, packed, timeout)
-        if len(body) <= _LOOP_BYTES:
-            parsed, encoding = parse()
-        else:
-            async with self._parsing:
-                parsed, encoding = await asyncio.to_thread(parse)
+        parsed, encoding = await self._read(request, role, packed=packed)
         self._service.check_admission(parsed, received)
         count, role = len(parsed.texts), parsed.role
         work = self._service.embed(parsed, received)
-        del parsed, parse, body  # texts that the service truncates need not stay in memory
+        del parsed  # texts that the service truncates need not stay in memory
         result = await _unless_disconnected(request, work)
 
         self.metrics.texts.labels(role).inc(count)
@@ -99,6 +107,18 @@ class Handlers:
             return response_of(packed_parts(result), MEDIA_TYPE, whole=whole)
         whole = whole or result.vectors.size <= _WHOLE_NUMBERS
         return response_of(embeddings_json(result, encoding), JSON, whole=whole)
+
+    async def _read(
+        self, request: Request, role: Role | None, *, packed: bool
+    ) -> tuple[EmbedRequest, str]:
+        """Read the body of a request, and parse it in a thread if that takes long."""
+        timeout = timeout_of(request.headers)
+        body = await json_body.read(request, self._max_body_bytes)
+        parse = partial(self._parse, body, role, request.state.caller, packed, timeout)
+        if len(body) <= _LOOP_BYTES:
+            return parse()
+        async with self._parsing:
+            return await asyncio.to_thread(parse)
 
     def _parse(
         self,

@@ -18,7 +18,14 @@ from kalm_integrations.protocol import (
 )
 from kalm_integrations.version import __version__
 from modal_backend.http.metrics import CONTENT_TYPE
-from modal_backend.http.responses import Model, Models, OpenAIErrorBody, ResponseBody, Status
+from modal_backend.http.responses import (
+    Model,
+    Models,
+    OpenAIErrorBody,
+    ResponseBody,
+    Status,
+    TokenCounts,
+)
 from modal_backend.http.schema import JSON, EmbeddingsBody
 from modal_backend.service import MAX_TEXTS
 
@@ -34,7 +41,7 @@ class Embedding(ResponseBody):
 
 
 class EmbeddingsUsage(ResponseBody):
-    """The tokens of the request."""
+    """The tokens that were computed."""
 
     prompt_tokens: int
     total_tokens: int
@@ -47,11 +54,16 @@ class Embeddings(ResponseBody):
     data: list[Embedding]
     model: str
     usage: EmbeddingsUsage
+    truncated: list[int]
+    """Ours. Indices of the texts that were cut to the model's length, with `truncate="end"`."""
 
 
 _MODELS: Final[list[tuple[type[BaseModel], JsonSchemaMode]]] = [
     (EmbeddingsBody, "validation"),
-    *((body, "serialization") for body in (Embeddings, Models, Model, Status, OpenAIErrorBody)),
+    *(
+        (body, "serialization")
+        for body in (Embeddings, TokenCounts, Models, Model, Status, OpenAIErrorBody)
+    ),
 ]
 _ERRORS: Final = {
     400: "The request is not valid; `code` and `message` tell why.",
@@ -100,7 +112,7 @@ def document() -> dict[str, Any]:
     schemas["$defs"]["EmbeddingsBody"]["properties"]["input"] |= {"anyOf": [text, texts]}
 
     vectors = {JSON: _ref(Embeddings), MEDIA_TYPE: _TEXT | {"format": "binary"}}
-    embeddings = _operation("Embed texts", vectors, 400, 404, 413, 503, 504) | {
+    request = {
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref(EmbeddingsBody)}}},
         "parameters": [
             {"name": name, "in": "header", "description": description, "schema": schema}
@@ -113,8 +125,10 @@ def document() -> dict[str, Any]:
     model = _operation("The served model, by its name", {JSON: _ref(Model)}, 404)
     models = _operation("The served model", {JSON: _ref(Models)})
     roots = {"/v1": "", "/query/v1": " as queries", "/document/v1": " as documents"}
-    post = {
-        f"{root}/embeddings": embeddings | {"summary": f"Embed texts{role}"}
+    errors = (400, 404, 413, 503, 504)
+    counts = _operation("Count the tokens of texts", {JSON: _ref(TokenCounts)}, *errors) | request
+    post = {f"{root}/count_tokens": counts for root in roots} | {
+        f"{root}/embeddings": _operation(f"Embed texts{role}", vectors, *errors) | request
         for root, role in roots.items()
     }
     get = {
