@@ -18,10 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
-from kalm_integrations.errors import KalmError, NotFoundError
+from kalm_integrations.errors import KalmError, NotFoundError, PermissionDeniedError
 from kalm_integrations.prompts import AS_IS, Role
 from kalm_integrations.protocol import EmbedRequest
 from modal_backend.http import json_body
+from modal_backend.http.auth import Caller
 from modal_backend.http.metrics import CONTENT_TYPE, Metrics
 from modal_backend.http.openapi import document
 from modal_backend.http.responses import (
@@ -98,8 +99,10 @@ class Handlers:
         del parsed  # texts that the service truncates need not stay in memory
         result = await _unless_disconnected(request, work)
 
+        request.state.tokens = tokens = result.usage.tokens or 0
+        request.state.caller.tokens.use(tokens)
         self.metrics.texts.labels(role).inc(count)
-        self.metrics.tokens.labels(role).inc(result.usage.tokens or 0)
+        self.metrics.tokens.labels(role).inc(tokens)
         self.metrics.seconds.labels(role).observe(time.monotonic() - received)
         whole = request.scope["http_version"] == "1.0"  # which has no chunked responses
         if packed:
@@ -124,7 +127,7 @@ class Handlers:
         self,
         body: bytearray,
         path_role: Role | None,
-        caller: str,
+        caller: Caller,
         packed: bool,
         timeout: float | None,
     ) -> tuple[EmbedRequest, str]:
@@ -132,7 +135,9 @@ class Handlers:
         fields = EmbeddingsBody.parse(body)
         set_role(fields, path_role, self._check_model(fields.model))
         if self._service.query_template != AS_IS:
-            self._role_check.warn(fields, caller)
+            self._role_check.warn(fields, caller.name)
+        if caller.queries_only and (fields.input_type or fields.priority) != "query":
+            raise _queries_only(caller)
         request = fields.request(self._service.query_template, packed=packed, timeout=timeout)
         return request, fields.encoding_format or "float"
 
@@ -154,7 +159,9 @@ class Handlers:
     async def health(self, _: Request) -> Response:
         return _json(Status(status="alive"))
 
-    async def metrics_page(self, _: Request) -> Response:
+    async def metrics_page(self, request: Request) -> Response:
+        if request.state.caller.queries_only:
+            raise _queries_only(request.state.caller)
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def openapi(self, _: Request) -> Response:
@@ -183,6 +190,13 @@ class Handlers:
         if base != served:
             raise NotFoundError(f"model {name!r} is not served here; {served!r} is.")
         return role
+
+
+def _queries_only(caller: Caller) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"key {caller.name!r} may only embed queries: use the base URL /query/v1, the model's name "
+        'with ":query", or input_type="query".'
+    )
 
 
 def _json(body: BaseModel) -> Response:

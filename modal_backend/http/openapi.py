@@ -68,8 +68,10 @@ _MODELS: Final[list[tuple[type[BaseModel], JsonSchemaMode]]] = [
 _ERRORS: Final = {
     400: "The request is not valid; `code` and `message` tell why.",
     401: "The key is missing or wrong.",
+    403: "The key is for queries only.",
     404: "The model is not served here.",
     413: "The body is too large, or has too many texts.",
+    429: "The key has used its requests or tokens per minute.",
     500: "The service failed; its log has the request's id.",
     503: "The service cannot answer now.",
     504: "The deadline passed.",
@@ -93,12 +95,14 @@ _RESPONSE_HEADERS: Final = {
     IDENTITY_HEADER: _header("Fingerprint of the served space; absent if the service failed."),
     WARNING_HEADER: _header("Codes of the service's warnings; absent if there are none."),
 }
+_RETRY_HEADERS: Final = {
+    "Retry-After": _header("Seconds after which to retry."),
+    "Retry-After-Ms": _header("The same in milliseconds."),
+}
 _ERROR_HEADERS: Final = {
     401: {"WWW-Authenticate": _header("How to present a key.", required=True)},
-    503: {
-        "Retry-After": _header("Seconds after which to retry."),
-        "Retry-After-Ms": _header("The same in milliseconds."),
-    },
+    429: _RETRY_HEADERS,
+    503: _RETRY_HEADERS,
 }
 
 
@@ -125,7 +129,7 @@ def document() -> dict[str, Any]:
     model = _operation("The served model, by its name", {JSON: _ref(Model)}, 404)
     models = _operation("The served model", {JSON: _ref(Models)})
     roots = {"/v1": "", "/query/v1": " as queries", "/document/v1": " as documents"}
-    errors = (400, 404, 413, 503, 504)
+    errors = (400, 403, 404, 413, 429, 503, 504)
     counts = _operation("Count the tokens of texts", {JSON: _ref(TokenCounts)}, *errors) | request
     post = {f"{root}/count_tokens": counts for root in roots} | {
         f"{root}/embeddings": _operation(f"Embed texts{role}", vectors, *errors) | request
@@ -135,7 +139,7 @@ def document() -> dict[str, Any]:
         **{f"{root}/models": models for root in roots},
         **{f"{root}/models/{{id}}": model | {"parameters": [model_id]} for root in roots},
         "/ready": _operation("Whether vectors are served", {JSON: _ref(Status)}, 503),
-        "/metrics": _operation("Metrics for Prometheus", {CONTENT_TYPE: _TEXT}),
+        "/metrics": _operation("Metrics for Prometheus", {CONTENT_TYPE: _TEXT}, 403),
         "/openapi.json": _operation("This document", {JSON: {"type": "object"}}),
         "/health": health | {"security": []},
     }
