@@ -25,7 +25,7 @@ from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarni
 from kalm_integrations.result import Usage
 from kalm_integrations.validation import MAX_CHARACTERS, check_texts, invalid_rows
 from modal_backend.admission import Admission
-from modal_backend.engines.base import Engine, check_shape
+from modal_backend.engines.base import Engine, check_shape, within
 from modal_backend.engines.failed import FailedEngine
 
 MAX_TEXTS: Final = 2048
@@ -169,8 +169,8 @@ class EmbeddingService:
         """
         deadline = self._checked_deadline(request, received)
         texts, *_ = await _prepared(replace(request, truncate="end"))
-        async with self._counting:
-            return await self.engine.count_tokens(texts, deadline=deadline)
+        async with within(deadline), self._counting:
+            return await self.engine.count_tokens(texts)
 
     def _checked_deadline(self, request: EmbedRequest, received: float | None) -> float | None:
         """The deadline of a request that can be served."""

@@ -89,15 +89,9 @@ class Engine(Protocol):
         """
         ...
 
-    async def count_tokens(self, texts: Sequence[str], *, deadline: float | None) -> list[int]:
-        """Tokens of each text, special ones included. Embeds nothing, and delays no query.
-
-        The number is exact up to `max_tokens`; that of a much longer text is an estimate.
-
-        Raises:
-            DeadlineExceededError: The deadline, a time of `time.monotonic`, passed.
-            KalmError: Any other failure.
-        """
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones included; that of a text far over `max_tokens` is an
+        estimate. Embeds nothing, and delays no query."""
         ...
 
     async def warm_up(self) -> None:

@@ -164,15 +164,14 @@ class EmbeddedEngine(EngineBase):
         progress(len(texts))
         return EngineOutput(vectors, tokens, tuple(truncated))
 
-    async def count_tokens(self, texts: Sequence[str], *, deadline: float | None) -> list[int]:
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """See `Engine.count_tokens`."""
         counts: list[int] = []
-        async with base.within(deadline):
-            ticket = self._locks[False].ticket(PRIORITY["document"])
-            for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
-                async with self._locks[False].hold(ticket):
-                    # Any chunk has more tokens than 0, so it is not computed.
-                    counts += (await self._run(False, Chunk(chunk, "end", start, 0)))[0]
+        ticket = self._locks[False].ticket(PRIORITY["document"])
+        for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
+            async with self._locks[False].hold(ticket):
+                # Any chunk has more tokens than 0, so it is not computed.
+                counts += (await self._run(False, Chunk(chunk, "end", start, 0)))[0]
         return counts
 
     async def _run(self, long: bool, chunk: Chunk) -> ChunkOutput:

@@ -144,11 +144,10 @@ class VLLMEngine:
         truncated = tuple(base.over_limit(counts, self.max_tokens))
         return EngineOutput(vectors, sum(map(len, ids)), truncated)
 
-    async def count_tokens(self, texts: Sequence[str], *, deadline: float | None) -> list[int]:
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """See `Engine.count_tokens`."""
         self._check_usable()
-        async with base.within(deadline):
-            return (await self._tokenizer.tokenize(texts, PRIORITY["document"], "end"))[1]
+        return (await self._tokenizer.tokenize(texts, PRIORITY["document"], "end"))[1]
 
     async def warm_up(self) -> None:
         """Embed a short text, one of more than a step, and a full step of documents, so that
