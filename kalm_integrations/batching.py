@@ -33,7 +33,7 @@ class RequestLimits:
         tokens: Estimated tokens, about 2 s of one H100's time at 26,000 tokens/s, because a
             running request cannot be cancelled everywhere.
         text_tokens: The most that one text counts, because the model reads no more of it.
-        characters: Where a text is cut, as the service would do; None sends it whole.
+        characters: Where a text is cut; None sends it whole.
     """
 
     texts: int = 128
@@ -81,12 +81,20 @@ class Batch:
         ]
         return sorted(located, key=lambda bad: bad.index)
 
-    def scatter(self, vectors: NDArray[np.floating[Any]], usage: Usage) -> EmbeddedBatch:
-        """The rows of `vectors` with the caller's indices, copies included."""
+    def scatter(
+        self,
+        vectors: NDArray[np.floating[Any]],
+        usage: Usage,
+        truncated: tuple[int, ...] | None = (),
+    ) -> EmbeddedBatch:
+        """The rows of `vectors`, and the texts that were cut, with the caller's indices, copies
+        included."""
         flat = [index for places in self.positions for index in places]
         if len(flat) > len(vectors):
             vectors = np.repeat(vectors, [len(places) for places in self.positions], axis=0)
-        return EmbeddedBatch(np.array(flat, dtype=np.int64), vectors, usage)
+        if truncated:
+            truncated = tuple(index for row in truncated for index in self.positions[row])
+        return EmbeddedBatch(np.array(flat, dtype=np.int64), vectors, usage, truncated=truncated)
 
 
 def plan(texts: Iterable[tuple[int, str]], template: str, limits: RequestLimits) -> Iterator[Batch]:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, aclosing, closing
 from dataclasses import replace
-from typing import Any, Never, Self, TypeVar, Unpack, get_args
+from functools import partial
+from typing import Any, Final, Never, Self, TypeVar, Unpack, get_args
 
 from kalm_integrations import validation
-from kalm_integrations.batching import Batch, numbered_blocks, plan
+from kalm_integrations.batching import Batch, RequestLimits, numbered_blocks, plan
 from kalm_integrations.client_base import ClientBase, OnError, client_defaults
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.dispatch import Dispatcher
@@ -25,6 +26,7 @@ from kalm_integrations.prompts import Role
 from kalm_integrations.result import (
     ArrayBuilder,
     ListBuilder,
+    OnTruncated,
     ResultBuilder,
 )
 from kalm_integrations.session import CallSettings
@@ -32,6 +34,10 @@ from kalm_integrations.signatures import documented, refuse_positional
 
 R = TypeVar("R")
 _ROLES, _ON_ERROR = get_args(Role), get_args(OnError)
+_COUNTED_AT_ONCE: Final = RequestLimits(
+    texts=2048, bytes=2**20, tokens=2**20, characters=validation.MAX_CHARACTERS + 1
+)
+"""No GPU computes them, and the response is small."""
 
 
 @documented(ClientOptions, defaults=client_defaults)
@@ -80,16 +86,31 @@ class KalmClient(ClientBase):
         return self._config.served_model
 
     def embed_to_lists(
-        self, texts: Iterable[str], *, role: Role, on_progress: Progress | None = None
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role,
+        on_progress: Progress | None = None,
+        on_truncated: OnTruncated | None = None,
     ) -> list[list[float]]:
-        """`embed`, as the lists of floats that frameworks take; faster than `to_lists()`."""
-        return self._collect(self._list_builder, texts, role, on_progress)
+        """`embed`, as the lists of floats that frameworks take; faster than `to_lists()`.
+
+        `on_truncated` gets the indices of the texts that were cut; by default, they are logged.
+        """
+        builder = partial(self._list_builder, on_truncated=on_truncated)
+        return self._collect(builder, texts, role, on_progress)
 
     async def aembed_to_lists(
-        self, texts: Iterable[str], *, role: Role, on_progress: Progress | None = None
+        self,
+        texts: Iterable[str],
+        *,
+        role: Role,
+        on_progress: Progress | None = None,
+        on_truncated: OnTruncated | None = None,
     ) -> list[list[float]]:
         """`embed_to_lists`, without blocking the running event loop."""
-        return await self._acollect(self._list_builder, texts, role, on_progress)
+        builder = partial(self._list_builder, on_truncated=on_truncated)
+        return await self._acollect(builder, texts, role, on_progress)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_dispatcher"}
@@ -101,8 +122,16 @@ class KalmClient(ClientBase):
         dtype, dimensions = self._config.vector_dtype, self._dispatcher.dimensions
         return ArrayBuilder(total, dimensions, dtype, self.vector_identity)
 
-    def _list_builder(self, total: int) -> ListBuilder:
-        return ListBuilder(total, self._dispatcher.dimensions)
+    def _list_builder(self, total: int, on_truncated: OnTruncated | None) -> ListBuilder:
+        return ListBuilder(total, self._dispatcher.dimensions, on_truncated)
+
+    def _count_tokens(self, texts: Iterable[str], role: Role) -> Future[list[int]]:
+        _check_choice("role", role, _ROLES)
+        timeout = self._config.timeout
+        call = CallSettings(role=role, timeout=timeout, deadline=time.monotonic() + timeout)
+        checked = validation.check_texts(texts, "end")
+        batches = plan(enumerate(checked), self._dispatcher.templates[role], _COUNTED_AT_ONCE)
+        return self._dispatcher.count_tokens(list(batches), call, len(checked))
 
     def _collect(
         self,

@@ -133,6 +133,30 @@ class ClientBase:
         """`iter_embed`, without blocking the running event loop."""
         return self.client._dispatcher.arun(*self.client._stream(texts, role, on_error))
 
+    def count_tokens(self, texts: Iterable[str], *, role: Role = "document") -> list[int]:
+        """Count the tokens of each text with the service's own tokenizer; nothing is embedded.
+
+        Includes the instruction of `role` and the model's special tokens: what `embed` would
+        compute, and what the model's length limits. Above that length, a number may be an estimate.
+
+        Args:
+            texts: Strings, of any length.
+            role: "document" or "query".
+
+        Returns:
+            One number for each text.
+
+        Raises:
+            InvalidInputError: Texts that cannot be embedded, by index.
+            ConfigurationError: The server is not ours, or the transport cannot count.
+            KalmError: As `embed`.
+        """
+        return wait_for(self.client._count_tokens(texts, role))
+
+    async def acount_tokens(self, texts: Iterable[str], *, role: Role = "document") -> list[int]:
+        """`count_tokens`, without blocking the running event loop."""
+        return await asyncio.wrap_future(self.client._count_tokens(texts, role))
+
     def warm_up(self, timeout: float | None = None) -> VectorIdentity:
         """Have the service ready before it is needed; a cold start can take minutes.
 

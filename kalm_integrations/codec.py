@@ -47,6 +47,8 @@ def packed_parts(response: EmbedResponse) -> Iterator[bytes | memoryview]:
         "digest": (response.digest or "").rjust(32, "-"),
         "usage.tokens": str(response.usage.tokens),
     }
+    if response.truncated is not None:
+        metadata["truncated"] = json.dumps(response.truncated)
     if response.identity is not None:
         metadata["identity"] = json.dumps(response.identity.to_dict())
     tensor = {
@@ -76,7 +78,7 @@ def unpack(body: bytes | bytearray) -> EmbedResponse:
         if body[8 : _CHECKSUM.start] != _HEAD_START or body[_CHECKSUM] != checksum:
             raise ValueError("the checksum is missing or wrong")
         start = 8 + int.from_bytes(body[:8], "little")
-        dtype, shape, identity, usage = _read_head(bytes(body[_DIGEST.stop : start]))
+        dtype, shape, identity, usage, truncated = _read_head(bytes(body[_DIGEST.stop : start]))
         size = shape[0] * shape[1]
         if len(body) != start + size * dtype.itemsize:
             raise ValueError(f"{len(body)} bytes")
@@ -86,6 +88,7 @@ def unpack(body: bytes | bytearray) -> EmbedResponse:
             identity=identity,
             usage=usage,
             digest=body[_DIGEST].decode(),
+            truncated=truncated,
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptedAnswerError(f"the response is not packed vectors ({error!r}).") from error
@@ -98,7 +101,13 @@ def _checksum(*parts: bytes | bytearray | memoryview) -> bytes:
     return checksum.hexdigest().encode()
 
 
-_Head = tuple[np.dtype[np.floating[Any]], tuple[int, int], SpaceIdentity | None, Usage]
+_Head = tuple[
+    np.dtype[np.floating[Any]],
+    tuple[int, int],
+    SpaceIdentity | None,
+    Usage,
+    tuple[int, ...] | None,
+]
 
 
 @lru_cache(maxsize=256)  # heads of queries differ only in their number of tokens
@@ -112,7 +121,12 @@ def _read_head(after_digest: bytes) -> _Head:
         raise ValueError(f"data_offsets {tensor['data_offsets']}")
     identity = _read_identity(metadata["identity"]) if "identity" in metadata else None
     usage = Usage(tokens=_natural(int(metadata["usage.tokens"])), requests=1)
-    return dtype, (rows, columns), identity, usage
+    truncated = None
+    if "truncated" in metadata:
+        truncated = tuple(map(_natural, json.loads(metadata["truncated"])))
+        if max(truncated, default=-1) >= rows:
+            raise ValueError(f"truncated {truncated}")
+    return dtype, (rows, columns), identity, usage, truncated
 
 
 @lru_cache(maxsize=16)  # every response has the same one

@@ -290,7 +290,7 @@ class ClientConfig(EnvironmentSettings):
         """How much goes into one request."""
         tokens, cut = self.model_profile.max_tokens, None
         if self.truncate == "end":
-            cut = MAX_CHARACTERS
+            cut = MAX_CHARACTERS + 1  # the service cuts the last one, and reports it
         if self.resolved_backend != "modal":
             return RequestLimits(texts=self.batch_size, text_tokens=tokens, characters=cut)
         # Over 2 MiB, a request or an answer takes Modal's way through blob storage: two more

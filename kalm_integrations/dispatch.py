@@ -94,6 +94,12 @@ class Dispatcher:
         """Wait until the service can embed; the result is its identity, if it reports one."""
         return background_loop().submit(self._ensure_ready(timeout))
 
+    def count_tokens(
+        self, batches: list[Batch], call: CallSettings, total: int
+    ) -> Future[list[int]]:
+        """The tokens of each of `total` texts, one batch after the other."""
+        return background_loop().submit(self._count_tokens(batches, call, total))
+
     def close(self) -> Future[None]:
         """Close the connections. A later call opens new ones."""
         if is_exiting():  # everything is closed already
@@ -211,6 +217,17 @@ class Dispatcher:
 
     async def _ensure_ready(self, timeout: float) -> SpaceIdentity | None:
         return await self._open().ensure_ready(timeout)
+
+    async def _count_tokens(
+        self, batches: list[Batch], call: CallSettings, total: int
+    ) -> list[int]:
+        counts = [0] * total
+        for batch in batches:
+            answer = await self._open().count_tokens(batch, call)
+            for tokens, positions in zip(answer, batch.positions, strict=True):
+                for index in positions:
+                    counts[index] = tokens
+        return counts
 
     def _open(self) -> Session:
         """The session; called on the background loop only."""

@@ -121,15 +121,17 @@ class EmbedResponse:
     Attributes:
         vectors: One unit vector per text.
         identity: The space of the vectors; None if the service reports none.
-        usage: Tokens of the request.
+        usage: Tokens that were computed.
         digest: `EmbedRequest.digest` of the request as the service received it; None if the
             service reports none.
+        truncated: Indices of the texts that were cut; None if the service reports none.
     """
 
     vectors: Vectors
     identity: SpaceIdentity | None
     usage: Usage
     digest: str | None = None
+    truncated: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 
 
 R = TypeVar("R")
+OnTruncated = Callable[[Sequence[int]], object]
+"""Called with the indices of texts that were cut."""
+_MAX_NAMED: Final = 20
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens and requests of a call. `tokens` are the model's own, instructions included; identical
-    texts are counted once, because they are embedded once. None: a server did not report them."""
+    """Tokens and requests of a call. `tokens` are those that the model computed, instructions
+    included: identical texts are counted once, and texts that were cut up to there. None: a server
+    did not report them."""
 
     tokens: int | None = 0
     requests: int = 0
@@ -44,12 +50,15 @@ class EmbeddingResult:
         dtype: The type in which the vectors were sent.
         identity: Vectors with the same identity can be compared with these.
         usage: Tokens and requests of the call.
+        truncated: Indices of the texts that were cut to the model's length, with truncate="end".
+            None: a server did not report them.
     """
 
     vectors: NDArray[np.float32] = field(repr=False)
     dtype: VectorDtype
     identity: VectorIdentity
     usage: Usage
+    truncated: tuple[int, ...] | None = ()
 
     @property
     def packed(self) -> NDArray[np.floating[Any]]:
@@ -77,12 +86,14 @@ class EmbeddedBatch:
         packed: Shape (n, dimensions), in the type in which the vectors were sent.
         usage: Tokens and requests of this part.
         rejected: With on_error="skip", the texts that have no vector, and why.
+        truncated: As in `EmbeddingResult`.
     """
 
     indices: NDArray[np.int64]
     packed: NDArray[np.floating[Any]] = field(repr=False)
     usage: Usage
     rejected: tuple[InvalidText, ...] = ()
+    truncated: tuple[int, ...] | None = ()
 
     @property
     def vectors(self) -> NDArray[np.float32]:
@@ -104,6 +115,7 @@ class EmbeddedBatch:
             np.concatenate(rows),
             self.usage + other.usage,
             self.rejected + other.rejected,
+            _both(self.truncated, other.truncated),
         )
 
     def write_into(self, vectors: NDArray[np.floating[Any]], start: int = 0) -> None:
@@ -161,10 +173,12 @@ class ResultBuilder(ABC, Generic[R]):
     def __init__(self, total: int, dimensions: int) -> None:
         self._total = total
         self._dimensions = dimensions
+        self._truncated: tuple[int, ...] | None = ()
 
     @abstractmethod
     def add(self, part: EmbeddedBatch) -> None:
         """Put the rows of `part` at their indices."""
+        self._truncated = _both(self._truncated, part.truncated)
 
     @abstractmethod
     def result(self) -> R:
@@ -196,13 +210,15 @@ class ArrayBuilder(ResultBuilder[EmbeddingResult]):
         if not self._vectors.shape[1]:
             self._vectors = np.empty((self._total, part.packed.shape[1]), np.float32)
         part.write_into(self._vectors)
+        super().add(part)
         self._filled[part.indices] = True
         self.usage += part.usage
 
     def result(self) -> EmbeddingResult:
         if not self._filled.all():
             raise _missing(int(self._filled.argmin()))
-        return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage)
+        cut = None if self._truncated is None else tuple(sorted(self._truncated))
+        return EmbeddingResult(self._vectors, self._dtype, self._identity, self.usage, cut)
 
     def partial(self) -> PartialResult:
         indices = np.flatnonzero(self._filled)
@@ -210,13 +226,23 @@ class ArrayBuilder(ResultBuilder[EmbeddingResult]):
 
 
 class ListBuilder(ResultBuilder[list[list[float]]]):
-    """Builds lists of Python floats; parts are converted while others are in flight."""
+    """Builds lists of Python floats; parts are converted while others are in flight.
 
-    def __init__(self, total: int, dimensions: int) -> None:
+    Args:
+        total: See `ResultBuilder`.
+        dimensions: See `ResultBuilder`.
+        on_truncated: Called with the indices of the texts that were cut, if there are any.
+    """
+
+    def __init__(
+        self, total: int, dimensions: int, on_truncated: OnTruncated | None = None
+    ) -> None:
         super().__init__(total, dimensions)
+        self._on_truncated = on_truncated or log_truncated
         self._lists: list[list[float]] = [_NO_ROW] * total
 
     def add(self, part: EmbeddedBatch) -> None:
+        super().add(part)
         for index, row in zip(part.indices.tolist(), floats.to_lists(part.packed), strict=True):
             self._lists[index] = row
 
@@ -224,6 +250,8 @@ class ListBuilder(ResultBuilder[list[list[float]]]):
         for index, row in enumerate(self._lists):
             if row is _NO_ROW:
                 raise _missing(index)
+        if self._truncated:
+            self._on_truncated(sorted(self._truncated))
         return self._lists
 
     def partial(self) -> PartialResult:
@@ -234,6 +262,22 @@ class ListBuilder(ResultBuilder[list[list[float]]]):
 
 
 _NO_ROW: list[float] = []
+
+
+def log_truncated(indices: Sequence[int]) -> None:
+    """Warn of the texts that were cut, of which a list of vectors says nothing."""
+    more = f" and {len(indices) - _MAX_NAMED:,} more" if len(indices) > _MAX_NAMED else ""
+    log.warning(
+        "%d of the texts are longer than the model reads; only their beginnings were embedded "
+        '(truncate="end"), by index: %s%s',
+        len(indices),
+        ", ".join(map(str, indices[:_MAX_NAMED])),
+        more,
+    )
+
+
+def _both(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if first is None or second is None else first + second
 
 
 def _missing(index: int) -> InvalidResponseError:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from kalm_integrations import tracing
 from kalm_integrations.batching import Batch
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import (
+    ConfigurationError,
     DeadlineExceededError,
     InvalidInputError,
     InvalidResponseError,
@@ -31,13 +33,14 @@ from kalm_integrations.errors import (
 from kalm_integrations.identity import SpaceIdentity
 from kalm_integrations.options import STARTUP_TIMEOUT
 from kalm_integrations.prompts import Role
-from kalm_integrations.protocol import EmbedRequest
+from kalm_integrations.protocol import EmbedRequest, EmbedResponse
 from kalm_integrations.response_validator import ResponseValidator
 from kalm_integrations.result import EmbeddedBatch, Usage
 from kalm_integrations.retry import RetryPolicy
 from kalm_integrations.transports.base import Transport
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COLD_START_HINT = 5.0  # seconds without a first response, until the log mentions a cold start
 
@@ -136,8 +139,45 @@ class Session:
         """Close the connections."""
         await self._transport.close()
 
+    async def count_tokens(self, batch: Batch, call: CallSettings) -> list[int]:
+        """The tokens of each text of a batch.
+
+        Raises:
+            KalmError: As `send`; the transport or the server may not be able to count.
+        """
+        count = getattr(self._transport, "count_tokens", None)
+        if count is None:
+            name = type(self._transport).__name__
+            raise ConfigurationError(f"{name} has no count_tokens, so tokens cannot be counted.")
+        async with self._deadline(call.timeout, call.deadline) as state, self._slots[call.role]:
+            try:
+                counts: list[int] = await self._retrying(count, batch, call.role, state)
+            except InvalidInputError as error:
+                raise _with_callers_indices(error, batch) from error
+        if len(counts) != len(batch) or not all(type(each) is int for each in counts):
+            raise InvalidResponseError(f"the response has no count for each of {len(batch)} texts.")
+        return counts
+
     async def _embed(self, batch: Batch, role: Role, state: _RequestState) -> EmbeddedBatch:
-        """Send one request, again as `RetryPolicy` decides, and check the response."""
+        """Send one request, and check the response."""
+
+        async def attempt(request: EmbedRequest) -> EmbedResponse:
+            response = await self._transport.embed(request)
+            self._validator.check(response, request)
+            return response
+
+        response = await self._retrying(attempt, batch, role, state)
+        truncated = () if self._config.truncate == "error" else response.truncated
+        return batch.scatter(response.vectors, response.usage, truncated)
+
+    async def _retrying(
+        self,
+        attempt: Callable[[EmbedRequest], Awaitable[T]],
+        batch: Batch,
+        role: Role,
+        state: _RequestState,
+    ) -> T:
+        """The result of `attempt`, which is repeated as `RetryPolicy` decides."""
         state.retries = state.counted = 0
         while True:
             began = time.monotonic()
@@ -150,8 +190,7 @@ class Session:
                 timeout=state.deadline - time.monotonic(),
             )
             try:
-                response = await self._transport.embed(request)
-                self._validator.check(response, request)
+                result = await attempt(request)
             except Exception as error:
                 if isinstance(error, RequestTooLargeError) and len(batch) == 1:
                     alone = InvalidText(0, "is too large for the service even alone")
@@ -160,7 +199,7 @@ class Session:
             else:
                 self._retries.succeeded(began)
                 state.last_failure = None  # what follows is another half of the batch
-                return batch.scatter(response.vectors, response.usage)
+                return result
 
     async def _before_retry(self, error: Exception, state: _RequestState, began: float) -> None:
         """Wait until the request may be sent again; raise `error` if it may not."""

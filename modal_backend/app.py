@@ -169,6 +169,11 @@ class VLLMEmbeddingSnapshot(EngineContainer):
         return await rpc.embed_packed(self.lifecycle.service, request)
 
     @modal.method()
+    async def count_tokens(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the tokens of each text or an error as data, for `KalmClient`."""
+        return await rpc.count_tokens(self.lifecycle.service, request)
+
+    @modal.method()
     async def describe(self) -> dict[str, Any]:
         """Return identity, limits, version, warnings, and seconds of each phase of the start."""
         return rpc.describe(

@@ -7,9 +7,9 @@ raises, so callers need none of our classes, not even numpy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kalm_integrations import tracing, validation
 from kalm_integrations.codec import pack
@@ -19,6 +19,7 @@ from kalm_integrations.version import __version__
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 async def embed(service: EmbeddingService, sentences: list[str]) -> list[list[float]]:
@@ -62,6 +63,15 @@ async def embed_packed(service: EmbeddingService, request: Mapping[str, Any]) ->
         return {"error": error_fields(error)}
 
 
+async def count_tokens(service: EmbeddingService, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the tokens of each text of a request of `embed_packed`: {"counts": [...]} or {"error":
+    fields}."""
+    try:
+        return {"counts": await _answer(service.count_tokens, request)}
+    except KalmError as error:
+        return {"error": error_fields(error)}
+
+
 def describe(
     service: EmbeddingService,
     phases: Mapping[str, float],
@@ -96,7 +106,15 @@ def describe(
 
 
 async def _embed(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedResponse:
-    """The response to the request in `fields`.
+    async def embed(request: EmbedRequest) -> EmbedResponse:
+        with tracing.server_span(request.trace_context):
+            return await service.embed(request)
+
+    return await _answer(embed, fields)
+
+
+async def _answer(method: Callable[[EmbedRequest], Awaitable[T]], fields: Mapping[str, Any]) -> T:
+    """The answer of a method of the service to the request in `fields`.
 
     Raises:
         KalmError: Any failure, whatever the caller sent.
@@ -105,8 +123,7 @@ async def _embed(service: EmbeddingService, fields: Mapping[str, Any]) -> EmbedR
         request = EmbedRequest.from_fields(fields)
         # A single string would be embedded as the list of its letters.
         texts: list[Any] = list(validation.check_collection(request.texts))
-        with tracing.server_span(request.trace_context):
-            return await service.embed(replace(request, texts=texts))
+        return await method(replace(request, texts=texts))
     except KalmError:
         raise
     except Exception as error:

@@ -26,7 +26,7 @@ from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceWarni
 from kalm_integrations.result import Usage
 from kalm_integrations.validation import MAX_CHARACTERS, check_texts, invalid_rows
 from modal_backend.admission import Admission
-from modal_backend.engines.base import Engine, EngineOutput, Progress, check_shape
+from modal_backend.engines.base import Engine, EngineOutput, Progress, check_shape, within
 from modal_backend.engines.failed import FailedEngine
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class EmbeddingService:
         self.admission = admission or Admission()
         self.warnings: tuple[ServiceWarning, ...] = ()
         """Problems that an operator has to fix; reported by every endpoint."""
+        self._counting = asyncio.Lock()
 
     @property
     def failure(self) -> KalmError | None:
@@ -115,23 +116,14 @@ class EmbeddingService:
             InvalidResponseError: The engine returned invalid vectors, or too few; none is returned.
             KalmError: `failure`, if there is one.
         """
-        if self.failure is not None:
-            raise copy(self.failure)
-        deadline = _deadline(request, time.monotonic() if received is None else received)
-        if len(request.texts) > MAX_TEXTS:
-            raise RequestTooLargeError(
-                f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
-            )
+        deadline = self._checked_deadline(request, received)
         if request.dimensions not in (None, *self.engine.dimensions):
             offered = ", ".join(map(str, self.engine.dimensions))
             raise ConfigurationError(
                 f"dimensions={request.dimensions}: {self.identity.model} has {offered}."
             )
         role = _scheduled_role(request)
-        if _characters(request) <= _LOOP_CHARACTERS:
-            texts, digest = _prepare(request)
-        else:
-            texts, digest = await asyncio.to_thread(_prepare, request)
+        texts, digest, cut_here = await _prepared(request)
         request = replace(request, texts=texts)  # truncated parts need not stay in memory
         output = await self._compute(request, role, deadline)
         check_shape(output.vectors, (len(texts), self.engine.dimensions[0]))
@@ -161,6 +153,7 @@ class EmbeddingService:
             identity=self.identity,
             usage=Usage(tokens=output.tokens, requests=1),
             digest=digest,
+            truncated=tuple(sorted({*cut_here, *output.truncated})),
         )
 
     async def _compute(
@@ -192,6 +185,29 @@ class EmbeddingService:
             "kalm.texts": len(request.texts),
             "kalm.texts_in_progress": sum(self.admission.texts_in_progress.values()),
         }
+
+    async def count_tokens(self, request: EmbedRequest, received: float | None = None) -> list[int]:
+        """Tokens of each text of a request, before it is cut to the model's length.
+
+        One request at a time, after all queries: so it needs no admission.
+
+        Raises:
+            KalmError: As `embed`, except for texts over the model's length, which are counted.
+        """
+        deadline = self._checked_deadline(request, received)
+        texts, *_ = await _prepared(replace(request, truncate="end"))
+        async with within(deadline), self._counting:
+            return await self.engine.count_tokens(texts)
+
+    def _checked_deadline(self, request: EmbedRequest, received: float | None) -> float | None:
+        """The deadline of a request that can be served."""
+        if self.failure is not None:
+            raise copy(self.failure)
+        if len(request.texts) > MAX_TEXTS:
+            raise RequestTooLargeError(
+                f"{len(request.texts)} texts in one request; the limit is {MAX_TEXTS}."
+            )
+        return _deadline(request, time.monotonic() if received is None else received)
 
     async def close(self) -> None:
         """Close the engine."""
@@ -244,14 +260,26 @@ def _scheduled_role(request: EmbedRequest) -> Role:
     return request.role if _characters(request) <= MAX_QUERY_CHARACTERS else "document"
 
 
-def _prepare(request: EmbedRequest) -> tuple[list[str], str]:
-    """The texts for the engine, and the digest of the request.
+_Prepared = tuple[list[str], str, list[int]]
+
+
+async def _prepared(request: EmbedRequest) -> _Prepared:
+    """`_prepare`, in a thread if it takes long."""
+    if _characters(request) <= _LOOP_CHARACTERS:
+        return _prepare(request)
+    return await asyncio.to_thread(_prepare, request)
+
+
+def _prepare(request: EmbedRequest) -> _Prepared:
+    """The texts for the engine, the digest of the request, and which texts were cut here.
 
     Raises:
         InvalidInputError: Texts that cannot be embedded.
     """
     texts = cut(request.texts) if request.truncate == "end" else request.texts
-    return check_texts(texts, request.truncate), request.digest()
+    checked = check_texts(texts, request.truncate)
+    over = [index for index, text in enumerate(request.texts) if len(text) > MAX_CHARACTERS]
+    return checked, request.digest(), over
 
 
 def _shortened(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:

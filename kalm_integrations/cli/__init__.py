@@ -24,7 +24,8 @@ _COMMANDS: Final = {
 LangChain and LlamaIndex index it with the embedded engine, in this process.""",
     "serve": """Serve an engine over HTTP, with OpenAI's embeddings API.
 
-Runs until interrupted. Callers present the key that KALM_API_KEY holds.""",
+Runs until interrupted. Callers present the key that KALM_API_KEY holds, or one of the file
+KALM_API_KEYS_FILE.""",
     "deploy": """Deploy the service to Modal.
 
 Each setting is also a variable: KALM_DEPLOY_ and its name in capitals.""",

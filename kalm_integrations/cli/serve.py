@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from cyclopts import Group, Parameter
@@ -137,7 +138,7 @@ def serve(
         from modal_backend.http.serve import serve
         from modal_backend.http.server import ServerOptions
 
-        key = os.environ.get("KALM_API_KEY")
+        key, file = os.environ.get("KALM_API_KEY"), os.environ.get("KALM_API_KEYS_FILE")
         serve(
             chosen,
             options,
@@ -145,6 +146,7 @@ def serve(
             port,
             SecretStr(key) if key else None,
             insecure=insecure_no_auth,
+            keys_file=Path(file) if file else None,
             canary_mode=canary,
             options=ServerOptions(keep_alive=keep_alive, grace=grace, cors_origins=cors_origin),
         )

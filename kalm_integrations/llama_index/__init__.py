@@ -256,12 +256,12 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         return (await self._client.aembed_to_lists([text], role="document"))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        with batch(texts) as advance:
-            return self._client.embed_to_lists(texts, role="document", on_progress=advance)
+        with batch(texts) as callbacks:
+            return self._client.embed_to_lists(texts, role="document", **callbacks)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        with batch(texts) as advance:
-            return await self._client.aembed_to_lists(texts, role="document", on_progress=advance)
+        with batch(texts) as callbacks:
+            return await self._client.aembed_to_lists(texts, role="document", **callbacks)
 
     def embed_documents(self, texts: list[str]) -> NoReturn:
         """LangChain's method: says which class LangChain takes."""

@@ -7,13 +7,14 @@ the caller's list nor the progress bar, and it does not cancel other batches whe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from kalm_integrations.errors import InvalidInputError, InvalidText
 from kalm_integrations.progress import Progress
+from kalm_integrations.result import log_truncated
 
 
 class _Call:
@@ -23,6 +24,8 @@ class _Call:
         self.texts = texts
         self.advance = advance
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.truncated: set[str] = set()
+        """Texts that were cut."""
         self.over = False
 
 
@@ -41,25 +44,31 @@ def batches_of(texts: list[str], advance: Progress | None) -> Iterator[None]:
         call.over = True
         for task in call.tasks - {_current_task()}:
             task.cancel()
+        if cut := [index for index, text in enumerate(texts) if text in call.truncated]:
+            log_truncated(cut)
 
 
 @contextmanager
-def batch(texts: list[str]) -> Iterator[Progress | None]:
-    """One batch; yields the function that reports progress.
+def batch(texts: list[str]) -> Iterator[dict[str, Any]]:
+    """One batch; yields the callbacks for `KalmClient.embed_to_lists`.
 
     Raises:
         InvalidInputError: Names an invalid text by its indices in the caller's list.
     """
     call = _call.get()
     if call is None:
-        yield None
+        yield {}
         return
     if call.over:
         raise asyncio.CancelledError
     if task := _current_task():
         call.tasks.add(task)
+
+    def on_truncated(indices: Sequence[int]) -> None:
+        call.truncated.update(texts[index] for index in indices)
+
     try:
-        yield call.advance
+        yield {"on_progress": call.advance, "on_truncated": on_truncated}
     except InvalidInputError as error:
         bad = {texts[bad.index]: bad.reason for bad in error.invalid}
         if not bad.keys() <= {*call.texts} or not bad:  # a subclass has changed them

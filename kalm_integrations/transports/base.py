@@ -22,6 +22,9 @@ class Transport(Protocol):
 
     It neither retries nor validates vectors: the session does. It raises `KalmError`s, with indices
     within the request. It runs on one event loop, and opens nothing before the first call.
+
+    It may also have `async def count_tokens(self, request: EmbedRequest) -> list[int]`, for
+    `KalmClient.count_tokens`.
     """
 
     @property

@@ -69,6 +69,34 @@ class HttpTransport:
             if response is not None:
                 return response
             self._is_kalm = True  # these vectors are not used, since they lack their identity
+        reply = await self._send(request, start, "embeddings", MEDIA_TYPE)
+        media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if media_type == MEDIA_TYPE:
+            return unpack(reply.body)
+        if media_type == "application/json":
+            self._is_kalm = None
+            raise IdentityMismatchError("the service no longer reports an identity.")
+        raise openai_compat.unexpected_content(reply, self._pool.secrets)
+
+    async def count_tokens(self, request: EmbedRequest) -> list[int]:
+        start = time.monotonic()
+        if self._is_kalm is None:
+            await self.ensure_ready()
+        if not self._is_kalm:
+            raise ConfigurationError("only our own service counts tokens, and this server is not.")
+        reply = await self._send(request, start, "count_tokens", "application/json")
+        try:
+            counts = json.loads(reply.body)["counts"]
+        except openai_compat.UNREADABLE:
+            counts = None
+        if not isinstance(counts, list):
+            raise openai_compat.unexpected_content(reply, self._pool.secrets)
+        return counts
+
+    async def _send(
+        self, request: EmbedRequest, start: float, route: str, accept: str
+    ) -> HttpResponse:
+        """Send a request to a route of our server; `start` is when the caller began to wait."""
         fields: dict[str, Any] = {
             "model": self._config.served_model,
             "input": request.texts,
@@ -78,22 +106,16 @@ class HttpTransport:
         }
         if request.dimensions is not None:
             fields["dimensions"] = request.dimensions
-        headers = {"Accept": MEDIA_TYPE}
+        headers = {"Accept": accept}
         if request.timeout is not None:
             timeout = request.timeout - (time.monotonic() - start)
             if timeout < _MIN_TIMEOUT:
                 raise DeadlineExceededError("the deadline passed before the request was sent.")
             headers[TIMEOUT_HEADER] = f"{timeout:.3f}"
-        reply = await self._post(fields, headers, len(request.texts))
+        reply = await self._post(fields, headers, len(request.texts), route)
         if reply.status != 200:
             raise openai_compat.error_from_response(reply, self._pool.secrets)
-        media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if media_type == MEDIA_TYPE:
-            return unpack(reply.body)
-        if media_type == "application/json":
-            self._is_kalm = None
-            raise IdentityMismatchError("the service no longer reports an identity.")
-        raise openai_compat.unexpected_content(reply, self._pool.secrets)
+        return reply
 
     async def ensure_ready(self) -> ServiceDescription | None:
         """What the server reports about itself; concurrent callers share one probe."""
@@ -144,11 +166,15 @@ class HttpTransport:
         return ServiceDescription(identity, read_warnings(model))
 
     async def _post(
-        self, fields: dict[str, Any], headers: dict[str, str], texts: int
+        self,
+        fields: dict[str, Any],
+        headers: dict[str, str],
+        texts: int,
+        route: str = "embeddings",
     ) -> HttpResponse:
         return await self._pool.request(
             "POST",
-            "embeddings",
+            route,
             body=_JSON.encode(fields).encode(),
             headers={**headers, **tracing.trace_context(), "Content-Type": "application/json"},
             limit=2**20 + texts * _MAX_DIMENSIONS * _NUMBER_BYTES,

@@ -36,6 +36,9 @@ class InProcessTransport:
         with tracing.server_span():
             return await service.embed(request)
 
+    async def count_tokens(self, request: EmbedRequest) -> list[int]:
+        return await (self._service or await _embedded_service()).count_tokens(request)
+
     async def ensure_ready(self) -> ServiceDescription:
         return ServiceDescription((self._service or await _embedded_service()).identity)
 

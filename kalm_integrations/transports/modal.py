@@ -69,6 +69,13 @@ class ModalTransport:
             raise InvalidResponseError("the response of embed_packed has no packed vectors.")
         return unpack(packed)
 
+    async def count_tokens(self, request: EmbedRequest) -> list[int]:
+        reply = await self._call("count_tokens", asdict(request))
+        counts = reply.get("counts")
+        if not isinstance(counts, list):
+            raise InvalidResponseError("the response of count_tokens has no counts.")
+        return counts
+
     async def ensure_ready(self) -> ServiceDescription:
         """Start a container if none runs, and return its description."""
         reply = await self._call("describe")
@@ -121,6 +128,9 @@ class ModalHttpTransport:
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         return await (await self._transport()).embed(request)
+
+    async def count_tokens(self, request: EmbedRequest) -> list[int]:
+        return await (await self._transport()).count_tokens(request)
 
     async def ensure_ready(self) -> ServiceDescription | None:
         return await (await self._transport()).ensure_ready()

@@ -37,10 +37,12 @@ def no_progress(texts: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """Native unit vectors, float32, shape (texts, dimensions[0]); tokens of all texts together."""
+    """Native unit vectors, float32, shape (texts, dimensions[0]); the tokens that were computed;
+    which texts were cut, by index."""
 
     vectors: NDArray[np.float32]
     tokens: int
+    truncated: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -87,6 +89,11 @@ class Engine(Protocol):
         """
         ...
 
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones included; that of a text far over `max_tokens` is an
+        estimate. Embeds nothing, and delays no query."""
+        ...
+
     async def warm_up(self) -> None:
         """Compile and allocate what the first texts would otherwise wait for."""
         ...
@@ -131,6 +138,11 @@ async def within(deadline: float | None) -> AsyncGenerator[None]:
         if not limit.expired():
             raise
         raise DeadlineExceededError("the deadline passed before all was embedded.") from None
+
+
+def over_limit(counts: Sequence[int], limit: int, start: int = 0) -> list[int]:
+    """Indices, counted from `start`, of the texts that have more than `limit` tokens."""
+    return [index for index, tokens in enumerate(counts, start) if tokens > limit]
 
 
 def check_shape(vectors: NDArray[Any], shape: tuple[int, ...]) -> None:

@@ -56,8 +56,9 @@ class Chunk(NamedTuple):
     limit: int
 
 
-ChunkOutput = tuple[list[list[int]], Any, list[InvalidText]]
-"""Token ids of a chunk; its vectors, or None; its texts that are too long."""
+ChunkOutput = tuple[list[int], Any, list[InvalidText]]
+"""Tokens of each text of a chunk, before it is cut; its vectors, or None; its texts that are too
+long and not to be cut."""
 
 _install = partial(install_command, "local")
 
@@ -138,6 +139,7 @@ class EmbeddedEngine(EngineBase):
     ) -> EngineOutput:
         vectors = np.empty((len(texts), DIMENSIONS), dtype=np.float32)
         invalid: list[InvalidText] = []
+        truncated: list[int] = []
         tokens = 0
         tickets = [lock.ticket(priority) for lock in self._locks]
         for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
@@ -147,19 +149,30 @@ class EmbeddedEngine(EngineBase):
                 async with self._locks[long].hold(tickets[long]):
                     progress(start)
                     part = Chunk(chunk, truncate, start, 0 if invalid else limit)
-                    ids, rows, bad = await self._run(long, part)
+                    counts, rows, bad = await self._run(long, part)
                 invalid += bad
                 if invalid:  # compute no more, but find all texts that are too long
                     break
                 if rows is not None:  # else it has more tokens than its size suggests
                     base.check_shape(rows, (len(chunk), DIMENSIONS))
                     vectors[start : start + len(chunk)] = rows
-                    tokens += sum(map(len, ids))
+                    tokens += sum(min(count, MAX_TOKENS) for count in counts)
+                    truncated += base.over_limit(counts, MAX_TOKENS, start)
                     break
         if invalid:
             raise InputTooLongError.of(invalid)
         progress(len(texts))
-        return EngineOutput(vectors, tokens)
+        return EngineOutput(vectors, tokens, tuple(truncated))
+
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """See `Engine.count_tokens`."""
+        counts: list[int] = []
+        ticket = self._locks[False].ticket(PRIORITY["document"])
+        for start, chunk in chunks(texts, max_texts=_CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
+            async with self._locks[False].hold(ticket):
+                # Any chunk has more tokens than 0, so it is not computed.
+                counts += (await self._run(False, Chunk(chunk, "end", start, 0)))[0]
+        return counts
 
     async def _run(self, long: bool, chunk: Chunk) -> ChunkOutput:
         """`compute` in the thread for long texts or in the one for short texts."""
@@ -167,9 +180,9 @@ class EmbeddedEngine(EngineBase):
 
     def compute(self, chunk: Chunk) -> ChunkOutput:
         """Compute a chunk, unless it has more tokens than its limit or a text that is too long."""
-        ids, invalid = self._tokenize(chunk.texts, chunk.truncate, chunk.start)
+        ids, counts, invalid = self._tokenize(chunk.texts, chunk.truncate, chunk.start)
         computed = not invalid and sum(map(len, ids)) <= chunk.limit
-        return ids, self._backend.encode(ids) if computed else None, invalid
+        return counts, self._backend.encode(ids) if computed else None, invalid
 
     async def died(self) -> KalmError:
         """Never returns: the engine lives as long as this process."""
@@ -182,14 +195,16 @@ class EmbeddedEngine(EngineBase):
 
     def _tokenize(
         self, texts: Sequence[str], truncate: Truncate, start: int
-    ) -> tuple[list[list[int]], list[InvalidText]]:
-        """Token ids of `texts`; those that are too long, their indices counted from `start`."""
+    ) -> tuple[list[list[int]], list[int], list[InvalidText]]:
+        """Token ids of `texts`; their tokens before they are cut; those that are too long, their
+        indices counted from `start`."""
         encode = partial(self._tokenizer.encode, out_type=int)
 
         def count(part: str) -> int:
             return len(encode(part, add_bos=False, add_eos=False))
 
         token_ids: list[list[int]] = []
+        counts: list[int] = []
         invalid: list[InvalidText] = []
         for index, text in enumerate(texts, start):
             prefix, estimate = long_enough_prefix(text, count, MAX_TOKENS)
@@ -197,13 +212,14 @@ class EmbeddedEngine(EngineBase):
             if estimate is None or truncate == "end":
                 ids = encode(prefix, add_bos=True, add_eos=True)
             tokens = estimate or len(ids)
+            counts.append(tokens)
             if tokens <= MAX_TOKENS:
                 token_ids.append(ids)
             elif truncate == "end":  # keep the end-of-text token
                 token_ids.append([*ids[: MAX_TOKENS - 1], ids[-1]])
             else:
                 invalid.append(too_long(index, tokens, MAX_TOKENS, exact=estimate is None))
-        return token_ids, invalid
+        return token_ids, counts, invalid
 
 
 def _sha256(path: Path) -> str:

@@ -29,5 +29,8 @@ class FailedEngine(EngineBase):
     async def embed(self, texts: Sequence[str], **_: Any) -> EngineOutput:
         raise copy(self.failure)
 
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        raise copy(self.failure)
+
     async def died(self) -> KalmError:
         return copy(self.failure)

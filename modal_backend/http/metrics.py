@@ -32,6 +32,8 @@ class Metrics:
         self.requests = counter("kalm_requests", "Requests by error code, or ok", ["code"])
         self.texts = counter("kalm_texts", "Embedded texts", ["role"])
         self.tokens = counter("kalm_tokens", "Tokens of embedded texts", ["role"])
+        self.key_requests = counter("kalm_key_requests", "Requests by named key", ["key", "code"])
+        self.key_tokens = counter("kalm_key_tokens", "Computed tokens by named key", ["key"])
         self.seconds = Histogram(
             "kalm_request_seconds",
             "From a request's header to its response",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,12 +29,13 @@ from kalm_integrations.protocol import (
 )
 from modal_backend.admission import RETRY_AFTER
 from modal_backend.engines.base import stopping_error
-from modal_backend.http.auth import BearerKeys
+from modal_backend.http.auth import BearerKeys, Caller
 from modal_backend.http.metrics import Metrics
 from modal_backend.http.responses import ErrorResponse
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
+access = logging.getLogger("uvicorn.error")  # which the server shows
 
 PUBLIC_ROUTES: Final = frozenset({"/health"})
 UNCOUNTED_ROUTES: Final = frozenset({"/health", "/ready", "/metrics"})
@@ -81,9 +83,10 @@ class RequestMiddleware:
         request_id = _safe_id(headers, REQUEST_ID_HEADER) or uuid.uuid4().hex
         echo = _safe_id(headers, ECHO_HEADER)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        state |= {"request_id": request_id, "received": time.monotonic()}
+        caller = state["caller"] = self._keys.identify(headers.get("authorization", ""))
         # The server reads it: when it is full, it closes connections without a valid key first.
-        state["authorized"] = self._keys.accept(headers.get("authorization", ""))
+        state["authorized"] = caller is not None
         started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -140,6 +143,9 @@ class RequestMiddleware:
             return AuthenticationError("the bearer key is missing or wrong.")
         if self._stopping():
             return stopping_error()
+        caller: Caller = scope["state"]["caller"]
+        if scope["method"] == "POST" and (error := caller.over_limit()):
+            return error
         if self._max_concurrency is not None and self._requests >= self._max_concurrency:
             return ServiceUnavailableError(
                 f"this container has {self._requests} HTTP requests in progress, its limit; "
@@ -149,10 +155,18 @@ class RequestMiddleware:
         return None
 
     def _count(self, scope: Scope, status: int) -> None:
-        """Count the request by an error's code, else "ok" or the status."""
+        """Count the request by an error's code, "ok" or the status; log that of a named key."""
         if scope["path"] not in UNCOUNTED_ROUTES or status >= 400:
-            code = scope["state"].get("code") or ("ok" if status < 400 else str(status))
+            state, caller = scope["state"], scope["state"]["caller"]
+            code = state.get("code") or ("ok" if status < 400 else str(status))
             self._metrics.requests.labels(code).inc()
+            if caller is not None and caller.key is not None:
+                tokens, seconds = state.get("tokens", 0), time.monotonic() - state["received"]
+                self._metrics.key_requests.labels(caller.name, code).inc()
+                self._metrics.key_tokens.labels(caller.name).inc(tokens)
+                line = "key %s: %r %s, %d tokens, %.3f s, request %s"
+                values = (scope["path"], code, tokens, seconds, state["request_id"])
+                access.info(line, caller.name, *values)
 
 
 def _safe_id(headers: Headers, name: str) -> str:

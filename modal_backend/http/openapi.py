@@ -18,7 +18,14 @@ from kalm_integrations.protocol import (
 )
 from kalm_integrations.version import __version__
 from modal_backend.http.metrics import CONTENT_TYPE
-from modal_backend.http.responses import Model, Models, OpenAIErrorBody, ResponseBody, Status
+from modal_backend.http.responses import (
+    Model,
+    Models,
+    OpenAIErrorBody,
+    ResponseBody,
+    Status,
+    TokenCounts,
+)
 from modal_backend.http.schema import JSON, EmbeddingsBody
 from modal_backend.service import MAX_TEXTS
 
@@ -34,7 +41,7 @@ class Embedding(ResponseBody):
 
 
 class EmbeddingsUsage(ResponseBody):
-    """The tokens of the request."""
+    """The tokens that were computed."""
 
     prompt_tokens: int
     total_tokens: int
@@ -47,17 +54,24 @@ class Embeddings(ResponseBody):
     data: list[Embedding]
     model: str
     usage: EmbeddingsUsage
+    truncated: list[int]
+    """Ours. Indices of the texts that were cut to the model's length, with `truncate="end"`."""
 
 
 _MODELS: Final[list[tuple[type[BaseModel], JsonSchemaMode]]] = [
     (EmbeddingsBody, "validation"),
-    *((body, "serialization") for body in (Embeddings, Models, Model, Status, OpenAIErrorBody)),
+    *(
+        (body, "serialization")
+        for body in (Embeddings, TokenCounts, Models, Model, Status, OpenAIErrorBody)
+    ),
 ]
 _ERRORS: Final = {
     400: "The request is not valid; `code` and `message` tell why.",
     401: "The key is missing or wrong.",
+    403: "The key is for queries only.",
     404: "The model is not served here.",
     413: "The body is too large, or has too many texts.",
+    429: "The key has used its requests or tokens per minute.",
     500: "The service failed; its log has the request's id.",
     503: "The service cannot answer now.",
     504: "The deadline passed.",
@@ -81,12 +95,14 @@ _RESPONSE_HEADERS: Final = {
     IDENTITY_HEADER: _header("Fingerprint of the served space; absent if the service failed."),
     WARNING_HEADER: _header("Codes of the service's warnings; absent if there are none."),
 }
+_RETRY_HEADERS: Final = {
+    "Retry-After": _header("Seconds after which to retry."),
+    "Retry-After-Ms": _header("The same in milliseconds."),
+}
 _ERROR_HEADERS: Final = {
     401: {"WWW-Authenticate": _header("How to present a key.", required=True)},
-    503: {
-        "Retry-After": _header("Seconds after which to retry."),
-        "Retry-After-Ms": _header("The same in milliseconds."),
-    },
+    429: _RETRY_HEADERS,
+    503: _RETRY_HEADERS,
 }
 
 
@@ -100,7 +116,7 @@ def document() -> dict[str, Any]:
     schemas["$defs"]["EmbeddingsBody"]["properties"]["input"] |= {"anyOf": [text, texts]}
 
     vectors = {JSON: _ref(Embeddings), MEDIA_TYPE: _TEXT | {"format": "binary"}}
-    embeddings = _operation("Embed texts", vectors, 400, 404, 413, 503, 504) | {
+    request = {
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref(EmbeddingsBody)}}},
         "parameters": [
             {"name": name, "in": "header", "description": description, "schema": schema}
@@ -111,11 +127,19 @@ def document() -> dict[str, Any]:
     del health["responses"]["401"]
     model_id = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
     model = _operation("The served model, by its name", {JSON: _ref(Model)}, 404)
+    models = _operation("The served model", {JSON: _ref(Models)})
+    roots = {"/v1": "", "/query/v1": " as queries", "/document/v1": " as documents"}
+    errors = (400, 403, 404, 413, 429, 503, 504)
+    counts = _operation("Count the tokens of texts", {JSON: _ref(TokenCounts)}, *errors) | request
+    post = {f"{root}/count_tokens": counts for root in roots} | {
+        f"{root}/embeddings": _operation(f"Embed texts{role}", vectors, *errors) | request
+        for root, role in roots.items()
+    }
     get = {
-        "/v1/models": _operation("The served model", {JSON: _ref(Models)}),
-        "/v1/models/{id}": model | {"parameters": [model_id]},
+        **{f"{root}/models": models for root in roots},
+        **{f"{root}/models/{{id}}": model | {"parameters": [model_id]} for root in roots},
         "/ready": _operation("Whether vectors are served", {JSON: _ref(Status)}, 503),
-        "/metrics": _operation("Metrics for Prometheus", {CONTENT_TYPE: _TEXT}),
+        "/metrics": _operation("Metrics for Prometheus", {CONTENT_TYPE: _TEXT}, 403),
         "/openapi.json": _operation("This document", {JSON: {"type": "object"}}),
         "/health": health | {"security": []},
     }
@@ -128,7 +152,7 @@ def document() -> dict[str, Any]:
             "as absent; an unknown field is refused.",
         },
         "security": [{"key": []}],
-        "paths": {"/v1/embeddings": {"post": embeddings}}
+        "paths": {path: {"post": operation} for path, operation in post.items()}
         | {path: {"get": operation} for path, operation in get.items()},
         "components": {
             "schemas": schemas["$defs"],

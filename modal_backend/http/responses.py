@@ -73,6 +73,16 @@ class Models(ResponseBody):
     data: tuple[Model, ...]
 
 
+class TokenCounts(ResponseBody):
+    """The tokens of each text, instruction and special tokens included, before it is cut."""
+
+    model: str
+    counts: tuple[int, ...]
+    """In the order of `input`. Above `max_tokens`, the number may be an estimate."""
+    max_tokens: int
+    """Tokens of the longest text that is read whole."""
+
+
 class Status(ResponseBody):
     """Reports that all is well."""
 
@@ -176,7 +186,8 @@ def embeddings_json(response: EmbedResponse, encoding_format: str) -> Iterator[b
     tokens = response.usage.tokens or 0
     model = orjson.dumps(response.identity.model if response.identity else "")
     usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
-    yield b'],"model":%b,"usage":%b}' % (model, usage)
+    truncated = orjson.dumps(response.truncated or ())
+    yield b'],"model":%b,"usage":%b,"truncated":%b}' % (model, usage, truncated)
 
 
 def _base64(row: NDArray[np.float32]) -> bytes:

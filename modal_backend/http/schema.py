@@ -50,7 +50,7 @@ class EmbeddingsBody(BaseModel):
     input: Any  # texts that cannot be embedded are named by their index
     """A text, or a list of texts. Token ids are refused."""
     model: str | None = None
-    """The name of the served model."""
+    """The name of the served model, with ":query" or ":document" at its end for that role."""
     encoding_format: Literal["float", "base64"] | None = None
     """Lists of numbers, the default, or base64 of little-endian float32."""
     dimensions: int | None = Field(None, ge=1, le=2**16)

@@ -17,6 +17,7 @@ from copy import copy
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -27,12 +28,14 @@ from kalm_integrations.models import KALM
 from modal_backend.engines.base import Engine
 from modal_backend.engines.registry import EngineType, Load, Options
 from modal_backend.http.app import create_app
-from modal_backend.http.auth import BearerKeys
+from modal_backend.http.auth import FILE_VARIABLE, BearerKeys
 from modal_backend.http.server import HttpServer, ServerOptions, bind, raise_file_limit
 from modal_backend.lifecycle import Lifecycle
 from modal_backend.lifecycle import log as lifecycle_log
 from modal_backend.log_output import never_block_on_output
 from modal_backend.settings import CanaryMode
+
+log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS: Final = 3.0
 """Limit for closing the engine: a computation cannot be interrupted."""
@@ -46,6 +49,7 @@ def serve(
     api_key: SecretStr | None,
     *,
     insecure: bool,
+    keys_file: Path | None = None,
     canary_mode: CanaryMode = "refuse",
     options: ServerOptions = ServerOptions(),  # noqa: B008 (frozen)
 ) -> None:
@@ -58,18 +62,22 @@ def serve(
         port: Port to listen on; 0 takes a free one.
         api_key: The key that callers must present.
         insecure: Serve without a key. On a loopback address only.
+        keys_file: More keys, read again at SIGHUP; see `modal_backend.http.auth.read_keys`.
         canary_mode: Whether to "refuse" an engine that fails the canary, or "warn" and serve it.
         options: Time limits of connections, and the origins of browser pages.
 
     Raises:
-        ConfigurationError: Not exactly one of a key and `insecure`, a key that is not ASCII,
-            `insecure` for other machines, a revision of a folder, or an address in use.
+        ConfigurationError: Not exactly one of a key and `insecure`, a key that is not ASCII, a file
+            of keys that cannot be used, `insecure` for other machines, a revision of a folder, or
+            an address in use.
         ImportError: The engine's package is not installed.
         KalmError: The engine cannot be loaded, failed its check, or died.
         KeyboardInterrupt: Ctrl-C, after everything was closed.
         SystemExit: SIGTERM, after everything was closed; status 143.
     """
-    keys = _keys(api_key, host, insecure=insecure)
+    keys = _keys(api_key, keys_file, host, insecure=insecure)
+    if keys_file and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is an event loop
     with ExitStack() as cleanup:
         listeners = bind(host, port)  # before a minute or more is spent on loading
         for listener in listeners:
@@ -88,21 +96,22 @@ def serve(
         asyncio.run(_serve(lifecycle, listeners, keys, options, cleanup))
 
 
-def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[SecretStr] | None:
-    """The keys that callers may present; None serves without a key."""
+def _keys(api_key: SecretStr | None, file: Path | None, host: str, *, insecure: bool) -> BearerKeys:
+    """The keys that callers may present."""
     key = api_key.get_secret_value().strip() if api_key else ""
     if not key.isascii():
         raise ConfigurationError(
             "KALM_API_KEY has characters that are not ASCII, which HTTP headers cannot carry. "
             "Choose another key, for instance the output of `openssl rand -hex 32`."
         )
-    if key and insecure:
+    if (key or file) and insecure:
+        name = "KALM_API_KEY" if key else FILE_VARIABLE
         raise ConfigurationError(
-            "--insecure-no-auth serves without a key, but KALM_API_KEY is set. Leave out the "
-            "option, or unset the variable."
+            f"--insecure-no-auth serves without a key, but {name} is set. Leave out the option, or "
+            "unset the variable."
         )
-    if key:
-        return [SecretStr(key)]
+    if key or file:
+        return BearerKeys([SecretStr(key)], file)
     if not insecure:
         raise ConfigurationError(
             "a service without a key is open to everybody. Set KALM_API_KEY (for instance to the "
@@ -111,13 +120,13 @@ def _keys(api_key: SecretStr | None, host: str, *, insecure: bool) -> list[Secre
         )
     if not _is_loopback(host):
         raise ConfigurationError(f"--insecure-no-auth is for 127.0.0.1 only, not for {host}.")
-    return None
+    return BearerKeys(None)
 
 
 async def _serve(
     lifecycle: Lifecycle,
     listeners: list[socket.socket],
-    keys: list[SecretStr] | None,
+    keys: BearerKeys,
     options: ServerOptions,
     cleanup: ExitStack,
 ) -> None:
@@ -132,17 +141,20 @@ async def _serve(
             _print(f"WARNING: {warning.message}")
         app = create_app(
             lifecycle.service,
-            keys=BearerKeys(keys),
+            keys=keys,
             phases=lifecycle.phases,
             stopping=lambda: server.stopping,
             cors_origins=options.cors_origins,
         )
         space = lifecycle.service.identity
-        authentication = "key required" if keys else "NO AUTHENTICATION"
+        authentication = "key required" if keys.required else "NO AUTHENTICATION"
         summary = f"{space.model}, space {space.fingerprint}, {authentication}"
         # Logging a request would cost more than refusing it; /metrics counts them.
         server = HttpServer(app, listeners, options, end_now=_kill, access_log=False)
         server.on_ready = lambda: _print(f"ready: {summary}, on {server.address}")
+
+        if keys.file and hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
 
         async def stop() -> None:
             server.should_exit = True
@@ -164,6 +176,13 @@ async def _serve(
             raise KalmError(f"{failure.message} Restart it, or have a supervisor do so.")
     finally:
         await lifecycle.close()
+
+
+def _reload(keys: BearerKeys) -> None:
+    try:
+        _print(f"{FILE_VARIABLE} was read again: {keys.reload()} keys")
+    except ConfigurationError as error:
+        log.error("the keys of before stay valid: %s", error.message)
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:

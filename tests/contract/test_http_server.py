@@ -437,7 +437,7 @@ class TestLoad:
         engine = SlowEngine(0, ContainerFailedError("the core died."))
         with (
             serving(create_app(EmbeddingService(engine), keys=BearerKeys(None))) as url,
-            caplog.at_level(logging.WARNING, "modal_backend.http.app"),
+            caplog.at_level(logging.WARNING, "modal_backend.http.handlers"),
         ):
 
             def fail(times: int) -> list[str]:
@@ -451,7 +451,7 @@ class TestLoad:
             engine._error = ServiceUnavailableError("too much waits.", retry_after=1)
             (line,) = fail(100)  # another kind is a line of its own
             assert "too much waits." in line
-            monkeypatch.setattr("modal_backend.http.app._LOG_SECONDS", 0)
+            monkeypatch.setattr("modal_backend.http.handlers._LOG_SECONDS", 0)
             (line,) = fail(1)
             assert line.endswith(" (99 similar errors since the last such line)")
             (line,) = fail(1)

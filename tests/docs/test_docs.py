@@ -20,8 +20,8 @@ from modal_backend.http import schema
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 LINKING = sorted({*PAGES, *ROOT.glob("*.md"), ROOT / "examples/README.md"})
-# Their blocks run in test_bulk_page.py, test_site.py and tests/environments.
-CONTINUED = ("bulk.md", "tutorial.md", "environments.md")
+# Their blocks run in test_{bulk,other_clients}_page.py, test_site.py and tests/environments.
+CONTINUED = ("bulk.md", "tutorial.md", "environments.md", "other-clients.md")
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 CLASS = "VLLMEmbeddingSnapshot"
 MODEL = EMBEDDED.space.model
 PROXY = {"modal_key": "wk-emulated", "modal_secret": "ws-emulated"}
+local = KalmClient(backend="local")
 TEXTS = [f"Fact number {i} is about K{i}." for i in range(300)]
 
 
@@ -69,6 +70,7 @@ class TestRpcAndHttp:
         with client(backend, batch_size=64) as kalm:
             assert np.allclose(kalm.embed(TEXTS).vectors, expected, atol=1e-3)
             assert kalm.warm_up().space == EMBEDDED.space
+            assert kalm.count_tokens(TEXTS[:3]) == local.count_tokens(TEXTS[:3])
             asynchronous = asyncio.run(kalm.aembed(TEXTS[:3]))
             assert np.allclose(asynchronous.vectors, expected[:3], atol=1e-3)
             again = asyncio.run(kalm.aembed(TEXTS[3:6]))  # in a second loop

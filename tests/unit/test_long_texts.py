@@ -52,10 +52,10 @@ def test_a_truncated_text_has_the_first_tokens_of_the_whole(
     text = "".join(random.Random(alphabet).choices(alphabet, k=60_000))
     whole = engine._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True)
     assert len(whole) > MAX_TOKENS
-    ((cut,), too_long) = engine._tokenize([text], "end", 0)
+    ((cut,), _, too_long) = engine._tokenize([text], "end", 0)
     assert not too_long
     assert cut == [*whole[: MAX_TOKENS - 1], whole[-1]]
-    (nothing, (refused,)) = engine._tokenize([text], "error", 7)
+    (nothing, _, (refused,)) = engine._tokenize([text], "error", 7)
     assert (nothing, refused.index) == ([], 7)
 
 

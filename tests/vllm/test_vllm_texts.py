@@ -93,6 +93,11 @@ async def test_texts_over_the_limit_can_be_truncated(engine: VLLMEngine, gemma: 
     output = await embed(engine, texts, truncate="end")
     assert cosines(output.vectors, right).min() >= EXACT
     assert output.tokens == 2 * 2048 + len(token_ids(gemma, "short"))
+    assert output.truncated == (0, 1)
+    counts = await engine.count_tokens(texts)
+    exact = [len(token_ids(gemma, text)) for text in texts]
+    assert counts[1:] == exact[1:]
+    assert counts[0] == pytest.approx(exact[0], rel=0.1)  # an estimate, so far over the limit
 
 
 async def test_truncating_a_huge_text_does_not_delay_queries(

@@ -132,7 +132,7 @@ class VLLMEngine:
         self._calls.add(call)
         try:
             async with base.within(deadline):
-                ids = await self._tokenizer.tokenize(texts, PRIORITY[role], truncate)
+                ids, counts = await self._tokenizer.tokenize(texts, PRIORITY[role], truncate)
                 vectors = await self._compute(ids, PRIORITY[role], progress)
         except asyncio.CancelledError:
             if not self._closed:
@@ -141,7 +141,13 @@ class VLLMEngine:
             raise self._closing_error() from None
         finally:
             self._calls.discard(call)
-        return EngineOutput(vectors, sum(map(len, ids)))
+        truncated = tuple(base.over_limit(counts, self.max_tokens))
+        return EngineOutput(vectors, sum(map(len, ids)), truncated)
+
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """See `Engine.count_tokens`."""
+        self._check_usable()
+        return (await self._tokenizer.tokenize(texts, PRIORITY["document"], "end"))[1]
 
     async def warm_up(self) -> None:
         """Embed a short text, one of more than a step, and a full step of documents, so that

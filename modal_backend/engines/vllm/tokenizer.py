@@ -44,19 +44,22 @@ class Tokenizer:
 
     async def tokenize(
         self, texts: Sequence[str], priority: int, truncate: Truncate
-    ) -> list[list[int]]:
-        """Return the token ids of `texts`, or raise an `InputTooLongError`."""
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the token ids of `texts`, and their tokens before they are cut; or raise an
+        `InputTooLongError`."""
         ticket = self._lock.ticket(priority)
         token_ids: list[list[int]] = []
+        counts: list[int] = []
         invalid: list[InvalidText] = []
         for start, chunk in chunks(texts, max_texts=CHUNK_TEXTS, max_tokens=_CHUNK_TOKENS):
             async with self._lock.hold(ticket):
-                ids, bad = await self._thread.run(self.encode, chunk, truncate, start)
+                ids, tokens, bad = await self._thread.run(self.encode, chunk, truncate, start)
             token_ids += ids
+            counts += tokens
             invalid += bad
         if invalid:
             raise InputTooLongError.of(invalid)
-        return token_ids
+        return token_ids, counts
 
     def close(self) -> None:
         """End the thread."""
@@ -64,8 +67,9 @@ class Tokenizer:
 
     def encode(
         self, texts: Sequence[str], truncate: Truncate, start: int
-    ) -> tuple[list[list[int]], list[InvalidText]]:
-        """Token ids of `texts`; those that are too long, their indices counted from `start`."""
+    ) -> tuple[list[list[int]], list[int], list[InvalidText]]:
+        """Token ids of `texts`; their tokens before they are cut; those that are too long, their
+        indices counted from `start`."""
         capacity = self._max_tokens - self._special
         prefixes = [long_enough_prefix(text, self._count, capacity) for text in texts]
         encodings = self._backend.encode_batch_fast(
@@ -73,15 +77,17 @@ class Tokenizer:
         )
         invalid: list[InvalidText] = []
         ids: list[list[int]] = []
+        counts: list[int] = []
         for index, (encoding, (_, estimate)) in enumerate(zip(encodings, prefixes, strict=True)):
             tokens = (estimate or len(encoding)) + self._special
+            counts.append(tokens)
             if tokens > self._max_tokens and truncate == "error":
                 exact = estimate is None
                 invalid.append(too_long(start + index, tokens, self._max_tokens, exact=exact))
                 continue
             encoding.truncate(capacity)
             ids.append(self._backend.post_process(encoding).ids)
-        return ids, invalid
+        return ids, counts, invalid
 
     def _count(self, text: str) -> int:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
