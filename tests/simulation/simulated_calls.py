@@ -19,8 +19,10 @@ from simulated_service import (
     OTHER_SPACE,
     TOO_LONG,
     WALL_CLOCK,
+    BrokenError,
     Cluster,
     Network,
+    broken,
     check,
     now,
     right_vector,
@@ -151,8 +153,7 @@ class Call:
         except errors.KalmError as error:
             self.outcome = error.code
             if self.how in ("embed", "lists"):
-                assert error.partial is not None
-                self._check_rows(error.partial.indices.tolist(), error.partial.vectors)
+                self._check_rows(error.partial.indices.tolist(), error.partial.vectors)  # type: ignore[union-attr]
         finally:
             queries[id(self.client)] -= self.role == "query"
         if self.how in ("embed", "lists"):
@@ -290,9 +291,14 @@ def simulate(seed: int) -> Simulation:
     """Run one seed, within `patches`.
 
     Raises:
-        Broken: A guarantee was.
+        BrokenError: A guarantee was.
     """
     random.seed(seed)
+    broken.clear()
     simulation = Simulation()
-    virtual_time.run(simulation.run())
+    try:
+        virtual_time.run(simulation.run())
+    finally:
+        if broken:  # the first one, whatever came of it
+            raise BrokenError(broken[0])
     return simulation

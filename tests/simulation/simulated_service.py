@@ -46,6 +46,7 @@ OTHER_SPACE: Final = dataclasses.replace(EMBEDDED.space, revision="another")
 TOO_LONG: Final = " too long"
 WALL_CLOCK: Final = 1_800_000_000.0
 STALL: Final = 1e6
+RETRYABLE: Final = [kind for kind in errors.subclasses(errors.KalmError) if kind.retryable]
 
 right_vector = lru_cache(maxsize=8192)(vector_of)
 
@@ -54,13 +55,18 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-class Broken(AssertionError):
+class BrokenError(AssertionError):
     """A guarantee was broken."""
+
+
+broken: list[str] = []
+"""What `check` found: the client and the service catch exceptions of transports and engines."""
 
 
 def check(condition: object, message: str) -> None:
     if not condition:
-        raise Broken(message)
+        broken.append(message)
+        raise BrokenError(message)
 
 
 class Engine(ScriptedEngine):
@@ -217,7 +223,7 @@ class Network:
         except errors.KalmError as error:
             outcome = error.code
             self.outages[key] += getattr(error, "is_outage", False)
-            if not error.retryable:
+            if type(error) not in RETRYABLE:
                 self.final.add(key)
             raise
         except ValueError:
@@ -239,9 +245,7 @@ class Network:
 
     def check_retries(self) -> None:
         """Check that no request was retried too often, nor all of them together."""
-        retries = {
-            key: attempts - 1 - self.outages[key] for key, attempts in self.attempts.items()
-        }
+        retries = {key: attempts - 1 - self.outages[key] for key, attempts in self.attempts.items()}
         check(max(retries.values(), default=0) <= self.max_retries, "over max_retries")
         budget = self.max_retries * self.max_concurrency + 0.2 * self.successes
         counted = sum(max(0, number) for number in retries.values())
@@ -333,4 +337,4 @@ BEFORE: dict[str | bool, Callable[[], Awaitable[None]]] = {
     "foreign": _foreign,
 }
 DAMAGED = ["reset after", "odd error", "swapped", "stale", "truncated", "flipped bit"]
-FAULTS = [*BEFORE, "gateway", "gateway", "reset before", *DAMAGED, *DAMAGED]
+FAULTS = [*BEFORE, *["gateway", "too large", "reset before"] * 3, *DAMAGED, *DAMAGED]
