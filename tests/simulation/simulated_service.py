@@ -133,7 +133,7 @@ class Cluster:
     limits: dict[Role, int]
     services: list[EmbeddingService] = field(default_factory=list)
     is_up: bool = True
-    tasks: set[asyncio.Task[dict[str, Any]]] = field(default_factory=set)
+    tasks: dict[asyncio.Task[dict[str, Any]], None] = field(default_factory=dict)  # in order
     answers: list[bytes] = field(default_factory=list)
     swapping: asyncio.Future[bytes] | None = None
 
@@ -152,8 +152,8 @@ class Cluster:
     async def answer(self, fields: dict[str, Any], *, cancels: bool) -> dict[str, Any]:
         """The service's response; `cancels`: it notices when its caller leaves."""
         task = asyncio.create_task(rpc.embed_packed(self.services[-1], fields))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.tasks[task] = None
+        task.add_done_callback(self.tasks.pop)
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError:
