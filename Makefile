@@ -25,7 +25,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-fast coverage mutation simulate security test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
+.PHONY: help quickstart test test-fast coverage mutation simulate soak security test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:
@@ -38,6 +38,8 @@ help:
 	@echo 'make mutation                whether the tests notice faults put into validation, batching, dispatch ...'
 	@echo 'make simulate                client and service in virtual time, under the faults of 10,000 seeds: 3 minutes'
 	@echo 'SEED=7 make simulate         one of them, exactly as it ran before'
+	@echo 'make soak                    real clients, a proxy that injects faults, kalm serve killed and restarted: 10 minutes'
+	@echo 'SECONDS=60 make soak         a minute'
 	@echo 'make security                bandit; pip-audit, if its database of vulnerabilities can be reached'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
 	@echo 'make docs                    the documentation site, in build/site; a warning is an error'
@@ -77,6 +79,10 @@ mutation: $(VENV)/.dev
 
 simulate: $(VENV)/.dev
 	SEEDS=10000 $(VENV)/bin/pytest tests/simulation -s
+
+SECONDS ?= 600
+soak: $(VENV)/.dev
+	PYTHONPATH=tests $(VENV)/bin/python tests/soak/soak.py $(SECONDS)
 
 # The tools are not in $(VENV): they would bring their own versions of what they look at.
 security: $(VENV)/.dev
