@@ -33,8 +33,7 @@ from kalm_integrations.models import EMBEDDED
 KEY = "soak"
 TEXTS = [f"Text {n}: {word} and {n * n}" for n in range(40) for word in ("sun", "rain", "snow")]
 TIMEOUT = 6.0
-LATE = 3.0  # seconds after the deadline; a busy machine schedules late
-PAUSE = 0.5  # after a failure
+LATE, PAUSE = 3.0, 0.5  # seconds after the deadline, on a busy machine; after a failure
 CLIENT = {"timeout": TIMEOUT, "max_retries": 3, "batch_size": 3, "max_concurrency": 4}
 
 
