@@ -25,7 +25,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-fast coverage mutation test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
+.PHONY: help quickstart test test-fast coverage mutation simulate soak security test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:
@@ -36,6 +36,11 @@ help:
 	@echo 'make test-fast               pytest, less what starts a process or a container: a minute'
 	@echo 'make coverage                lines and branches that `make test` runs, and those that it does not'
 	@echo 'make mutation                whether the tests notice faults put into validation, batching, dispatch ...'
+	@echo 'make simulate                client and service in virtual time, under the faults of 10,000 seeds: 3 minutes'
+	@echo 'SEED=7 make simulate         one of them, exactly as it ran before'
+	@echo 'make soak                    real clients, a proxy that injects faults, kalm serve killed and restarted: 10 minutes'
+	@echo 'SECONDS=60 make soak         a minute'
+	@echo 'make security                bandit; pip-audit, if its database of vulnerabilities can be reached'
 	@echo 'make test-vllm               pytest tests/vllm: the vLLM engine, with real vLLM on the CPU (Linux)'
 	@echo 'make docs                    the documentation site, in build/site; a warning is an error'
 	@echo 'make docs-test               and open each of its pages in headless Chromium'
@@ -71,6 +76,22 @@ coverage: $(VENV)/.dev
 
 mutation: $(VENV)/.dev
 	$(VENV)/bin/python tests/tools/mutation.py
+
+simulate: $(VENV)/.dev
+	SEEDS=10000 $(VENV)/bin/pytest tests/simulation -s
+
+SECONDS ?= 600
+soak: $(VENV)/.dev
+	PYTHONPATH=tests $(VENV)/bin/python tests/soak/soak.py $(SECONDS)
+
+# The tools are not in $(VENV): they would bring their own versions of what they look at.
+security: $(VENV)/.dev
+	$(VENV)/bin/uv tool run --from 'bandit>=1.8' bandit --quiet --recursive --configfile pyproject.toml kalm_integrations modal_backend
+	@mkdir -p build
+	@$(VENV)/bin/uv pip freeze --quiet --python $(VENV)/bin/python --exclude-editable > build/installed.txt
+	@if $(VENV)/bin/python -c 'import json, urllib.request as r; json.load(r.urlopen("https://pypi.org/pypi/aiohttp/3.12.0/json", timeout=10))["vulnerabilities"][0]' 2>/dev/null; \
+	then $(VENV)/bin/uv tool run --from 'pip-audit>=2.9' pip-audit --strict --disable-pip --no-deps --requirement build/installed.txt; \
+	else echo "PyPI's database of vulnerabilities cannot be reached: the installed packages were not audited."; fi
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/pytest tests/vllm --numprocesses 2 --dist loadfile

@@ -62,9 +62,10 @@ class EnvironmentSettings(BaseModel):
         changes, update = dict(update), None
         protected = {name: getattr(self, name) for name in self.protected_fields}
         self._check_arguments(changes, protected | changes)
-        fields = {name: getattr(self, name) for name in self.model_fields_set}
+        fields = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        changes.clear()
         copied = type(self).__new__(type(self))
-        copied._validate(fields | changes, {})
+        copied._validate(fields, {})
         return copied
 
     def _validate(self, arguments: dict[str, Any], variables: dict[str, str]) -> None:
@@ -78,6 +79,7 @@ class EnvironmentSettings(BaseModel):
             # pydantic's, which a chained error would bring along.
             arguments.clear()
             variables.clear()
+            self.__dict__.clear()
             raise ConfigurationError(message)
 
     @classmethod

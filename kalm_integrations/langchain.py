@@ -20,7 +20,7 @@ from typing import Never, Self, Unpack
 from kalm_integrations.adapter import ClientAdapter, SharedClient, adapter_defaults, client_of
 from kalm_integrations.client import KalmClient
 from kalm_integrations.langchain_errors import raised_as_langchains
-from kalm_integrations.options import ClientOptions
+from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.signatures import documented, refuse_positional
 
 
@@ -48,7 +48,10 @@ class KalmModalEmbeddings(ClientAdapter, Embeddings):
 
     def with_options(self, **options: Unpack[ClientOptions]) -> Self:
         """Return embeddings with some arguments changed, and connections of their own."""
-        return type(self)(client=self._client.with_options(**options))
+        try:
+            return type(self)(client=self._client.with_options(**options))
+        finally:
+            clear_arguments(options)
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed documents, with the document instruction; see `KalmClient.embed`."""

@@ -137,4 +137,4 @@ def _backoff(retry: int) -> float:
 
 
 def _jitter(longest: float) -> float:
-    return random.uniform(0, longest)  # noqa: S311
+    return random.uniform(0, longest)  # noqa: S311  # nosec B311

@@ -19,7 +19,7 @@ def vllm_serve_command(settings: DeploySettings) -> list[str]:
     profile = profile_of(settings.model)
     length = settings.max_model_len
     pooler: dict[str, Any] = {"use_activation": True}
-    command = ["vllm", "serve", settings.model, "--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104
+    command = ["vllm", "serve", settings.model, "--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104  # nosec B104
     command += ["--revision", settings.revision or pinned_revision(settings.model)]
     command += ["--runner", "pooling", "--convert", "embed"]
     if profile.space.declared:

@@ -94,7 +94,7 @@ def _health(context: DoctorContext) -> Result:
     url = f"{context.url.rstrip('/').removesuffix('/v1')}/health"
     try:
         # The settings accept http and https only.
-        with urlopen(url, timeout=LIMIT) as response:  # noqa: S310
+        with urlopen(url, timeout=LIMIT) as response:  # noqa: S310  # nosec B310
             status = response.status
     except HTTPError as error:
         status = error.code

@@ -34,7 +34,7 @@ from kalm_integrations.llama_index.cache import RoleCache, looking_up
 from kalm_integrations.llama_index.events import observed
 from kalm_integrations.llama_index.hooks import complete_hooks, overrides_hooks
 from kalm_integrations.llama_index.options import OWN, LlamaIndexOptions, OwnOptions, split
-from kalm_integrations.options import ClientOptions
+from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import progress_bar
 from kalm_integrations.prompts import Role
 from kalm_integrations.signatures import documented, refuse_positional
@@ -158,7 +158,10 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         """Return an embedding model with some arguments changed, and connections of its own."""
         own, others = split(options)
         kept = {name: getattr(self, name) for name in OWN - {"model_name"}}
-        return type(self)(client=self._client.with_options(**others), **{**kept, **own})
+        try:
+            return type(self)(client=self._client.with_options(**others), **{**kept, **own})
+        finally:
+            clear_arguments(others)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy; with `update`, `with_options`."""

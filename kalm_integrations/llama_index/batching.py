@@ -75,7 +75,10 @@ def batch(texts: list[str]) -> Iterator[dict[str, Any]]:
             error.add_note("Indices count the texts that _get_text_embeddings got.")
             raise
         invalid = [InvalidText(i, bad[text]) for i, text in enumerate(call.texts) if text in bad]
-        raise type(error).of(invalid) from error
+        located = type(error).of(invalid)
+        if len(texts) == len(call.texts):
+            located.partial = error.partial
+        raise located from error
 
 
 def _current_task() -> asyncio.Task[Any] | None:

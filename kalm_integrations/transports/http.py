@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from yarl import URL
@@ -59,6 +60,8 @@ class HttpTransport:
         self._is_kalm: bool | None = None
         """Whether this is our server; None while that is unknown."""
         self._probe: asyncio.Task[ServiceDescription | None] | None = None
+        self._callers: Counter[asyncio.Task[ServiceDescription | None]] = Counter()
+        """How many wait for each probe."""
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         start = time.monotonic()
@@ -122,15 +125,28 @@ class HttpTransport:
         if self._probe is None:
             self._probe = asyncio.create_task(self._identify_server())
             self._probe.add_done_callback(self._probe_done)
-        return await asyncio.shield(self._probe)
+        probe = self._probe
+        self._callers[probe] += 1
+        try:
+            return await asyncio.shield(probe)
+        except asyncio.CancelledError:
+            if self._probe is probe:  # it may never get a response: the next caller sends another
+                self._probe = None
+            raise
+        finally:
+            self._callers[probe] -= 1
+            if not self._callers[probe]:
+                del self._callers[probe]
+                probe.cancel()
 
     async def close(self) -> None:
-        if self._probe is not None:
-            self._probe.cancel()
+        for probe in list(self._callers):
+            probe.cancel()
         await self._pool.close()
 
     def _probe_done(self, probe: asyncio.Task[ServiceDescription | None]) -> None:
-        self._probe = None
+        if self._probe is probe:
+            self._probe = None
         if not probe.cancelled():
             probe.exception()  # retrieved, in case every caller has left
 

@@ -8,7 +8,7 @@ import socket
 import ssl
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
@@ -47,8 +47,8 @@ class HttpResponse:
     """
 
     status: int
-    headers: Mapping[str, str]
-    body: bytearray
+    headers: Mapping[str, str] = field(repr=False)  # a server may send back what it got
+    body: bytearray = field(repr=False)
     request_id: str
     url: URL
 
@@ -134,8 +134,10 @@ class HttpPool:
                         method, body, url = self._redirect(response, method, body, url)
                         continue
                     content = await _read(response, limit)
-                self._check_echo(response.headers, request_id, from_kalm)
-                return HttpResponse(response.status, response.headers, content, request_id, url)
+                reply = HttpResponse(response.status, response.headers, content, request_id, url)
+                del response  # it shows its headers in tracebacks with local variables
+                self._check_echo(reply, from_kalm)
+                return reply
         except self._failures as error:
             failure = connection_error(
                 error,
@@ -156,19 +158,21 @@ class HttpPool:
             if session is not None:
                 await session.close()
 
-    def _check_echo(self, headers: Mapping[str, str], request_id: str, from_kalm: bool) -> None:
+    def _check_echo(self, reply: HttpResponse, from_kalm: bool) -> None:
         """Check that a response of our server belongs to its request; others echo no id."""
-        echoed = headers.get(ECHO_HEADER)
-        if echoed is None and (from_kalm or IDENTITY_HEADER in headers):
-            echoed = headers.get(REQUEST_ID_HEADER)
-        if echoed in (None, request_id):
+        name = ECHO_HEADER
+        if name not in reply.headers and (from_kalm or IDENTITY_HEADER in reply.headers):
+            name = REQUEST_ID_HEADER
+        echoed = reply.headers.get(name, reply.request_id)
+        if echoed == reply.request_id:
             return
+        echoed = shorten(redact(echoed, self.secrets))
         # Other responses on these connections may be late or duplicated too: from now on each
         # request gets a new connection. Requests in progress keep theirs.
         if self._distrusted is None:
             self._distrusted, self._session = self._session, None
         raise CorruptedAnswerError(
-            f"request {request_id} got the response to request {shorten(echoed)}."
+            f"request {reply.request_id} got the response to request {echoed}."
         )
 
     def _redirect(

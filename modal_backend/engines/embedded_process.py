@@ -151,7 +151,7 @@ class _Channel(asyncio.Protocol):
             response = self._waiting.popleft()
             self._slots.release()
             if not response.done():  # else the caller has left
-                response.set_result(pickle.loads(content))  # noqa: S301 (from our own process)
+                response.set_result(pickle.loads(content))  # noqa: S301 (from our own process)  # nosec B301
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True
@@ -203,4 +203,4 @@ def _read(stream: BinaryIO) -> Any:
     """Read the next message; None at the end of the stream."""
     length = stream.read(_LENGTH_BYTES)
     content = stream.read(int.from_bytes(length))
-    return pickle.loads(content) if content else None  # noqa: S301 (from our own process)
+    return pickle.loads(content) if content else None  # noqa: S301 (from our own process)  # nosec B301

@@ -290,3 +290,20 @@ def test_a_vector_store_gets_no_row_of_a_failed_call() -> None:
         for document in store.store.values():
             assert np.array_equal(document["vector"], vectors_of([document["text"]])[0])
         embeddings.close()
+
+
+def test_a_probe_without_a_response_does_not_block_later_calls() -> None:
+    class Silent(FaultyServer):
+        probes = 0
+
+        async def _respond(self, request: Any, writer: Any) -> None:
+            if request.method == "GET":
+                Silent.probes += 1
+                if Silent.probes == 1:
+                    await stall(request, writer)
+            await super()._respond(request, writer)
+
+    with Silent() as server, client_of(server, timeout=0.5) as client:
+        with pytest.raises(errors.DeadlineExceededError):
+            client.embed(["a"])
+        assert np.array_equal(client.embed(["a"]).vectors, vectors_of(["a"]))

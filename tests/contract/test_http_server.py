@@ -205,6 +205,39 @@ class TestKeys:
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert KEY not in answer.body.decode()
 
+    @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"])
+    def test_no_route_that_there_is_answers_without_the_right_key(self, method: str) -> None:
+        """Also one that is added later."""
+        service = EmbeddingService(embedded_engine())
+        app: Any = create_app(service, keys=BearerKeys([SecretStr(KEY)]))
+        paths = [route.path.replace("{name:path}", MODEL) for route in app._app.routes]
+        assert len(paths) > 6
+
+        async def status(path: str, key: str | None) -> int:
+            sent: list[Any] = []
+            headers = [] if key is None else [(b"authorization", b"Bearer " + key.encode())]
+            scope = {"type": "http", "http_version": "1.1", "method": method, "path": path}
+            scope |= {"headers": headers, "query_string": b"", "scheme": "http", "root_path": ""}
+            scope |= {"client": None, "server": ("there", 80), "state": {}}
+
+            async def receive() -> Any:
+                return {"type": "http.request", "body": b"{}", "more_body": False}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await app(scope, receive, send)
+            return int(sent[0]["status"])
+
+        for path in paths:
+            refused = [asyncio.run(status(path, key)) for key in (None, "", "wrong", KEY[:-1])]
+            admitted = asyncio.run(status(path, KEY))
+            if path == "/health":
+                assert {*refused, admitted} <= {200, 405}
+            else:
+                assert {*refused} == {401}
+                assert admitted in (200, 400, 405)
+
     def test_another_scheme_is_refused(self, url: str) -> None:
         assert ask(f"{url}/ready", key=None, Authorization=f"Basic {KEY}").status == 401
 

@@ -20,6 +20,7 @@ from kalm_integrations import llama_index as ours_for_llama_index
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import ConfigurationError, KalmError
 from kalm_integrations.models import EMBEDDED
+from kalm_integrations.protocol import ECHO_HEADER
 from kalm_integrations.transports.http import HttpTransport
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -168,6 +169,53 @@ def test_a_copy_with_another_key_shows_neither_key(kind: type[KalmClient]) -> No
     assert config_of(copied).api_key is not None
     assert config_of(copied).api_key.get_secret_value() == "hunter2-new"
     assert_clean(caught.value, repr(copied), config_of(copied).model_dump())
+
+
+ECHOES: dict[str, Step] = {
+    "refusal": reply(401, '{"error": {"message": "wrong key hunter2-a", "code": "hunter2-a"}}'),
+    "plain text": reply(500, "hunter2-a"),
+    "page": reply(200, "<html>hunter2-a", "text/html"),
+    "reason": reply(
+        400, '{"error": {"message": "m", "invalid": [{"index": 0, "reason": "hunter2-a"}]}}'
+    ),
+    "request id": reply(200, **{ECHO_HEADER: "hunter2-a"}),
+    "time of a retry": reply(503, **{"Retry-After": "hunter2-a"}),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_a_key_that_a_server_sends_back_is_not_shown(echo: str) -> None:
+    with FaultyServer([ECHOES[echo]] * 9) as server:
+        with client_of(KalmClient, server.url, timeout=5, max_retries=1) as client:
+            with pytest.raises(KalmError) as caught:
+                client.embed(["x"])
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    # The server's own steps are among this test's locals.
+    frames = [line for line in shown.format() if "test_secrets.py" not in line]
+    assert_clean(str(caught.value), repr(caught.value), *frames)
+
+
+@pytest.mark.parametrize("url", ["http://bob:hunter2@there", "http://there?key=hunter2"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
+def test_no_local_variable_shows_the_credential_in_a_refused_base_url(
+    kind: type[KalmClient], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valid = kind(base_url="http://there")
+    monkeypatch.setenv("KALM_BASE_URL", url)
+    for construct in (
+        lambda: kind(base_url=url),
+        kind,
+        lambda: valid.with_options(base_url=url),
+        lambda: valid.with_options(api_key="hunter2", batch_size=0),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            construct()
+        trace = caught.value.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next
+        inside = caught.value.with_traceback(trace)
+        shown = traceback.TracebackException.from_exception(inside, capture_locals=True)
+        assert_clean(*shown.format())
 
 
 @pytest.mark.parametrize("backend", ["auto", "http"])
