@@ -227,8 +227,9 @@ class TestBuilt:
 
     def test_every_extra_is_tested(self) -> None:
         # "quantize" and "vllm" bring torch: tests/vllm has an environment of its own for them. The
-        # tests of proxies need "socks", which "dev" includes.
-        assert {*INSTALLED, "quantize", "vllm", "socks", "dev"} == {"", *EXTRAS}
+        # tests of proxies and of frameworks need these others, which "dev" includes.
+        others = {"socks", "haystack", "chroma", "lancedb"}
+        assert {*INSTALLED, "quantize", "vllm", *others, "dev"} == {"", *EXTRAS}
         assert any("extra == 'dev'" in each.replace('"', "'") for each in requires(NAME) or [])
 
 
@@ -263,6 +264,9 @@ class TestCoreAlone:
         [
             ("from kalm_integrations import KalmModalEmbeddings", "langchain"),
             ("from kalm_integrations.llama_index import KalmModalEmbeddings", "llama-index"),
+            ("import kalm_integrations.haystack", "haystack"),
+            ("import kalm_integrations.chroma", "chroma"),
+            ("import kalm_integrations.lancedb", "lancedb"),
             ("from kalm_integrations import *; KalmClient(backend='local').embed(['x'])", "local"),
             ("from kalm_integrations import *; KalmClient(backend='modal').embed(['x'])", "modal"),
         ],
@@ -271,7 +275,7 @@ class TestCoreAlone:
         self, core: Environment, code: str, extra: str
     ) -> None:
         (error,) = core.python(code.replace("*", "KalmClient"), status=1)
-        assert f" pip install '{NAME}[{extra}]'. " in error
+        assert f" pip install '{NAME}[{extra}]'." in error
 
     @pytest.mark.parametrize(
         ("command", "extra"),
