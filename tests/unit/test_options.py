@@ -40,6 +40,7 @@ FIELDS: dict[str, tuple[Any, str, Any, Any]] = {
     "query_instruction": (None, "web_search", "web_search", "none"),
     "document_instruction": (None, "passage: {text}", "passage: {text}", "none"),
     "base_url": (None, "http://there:8000", "http://there:8000", "https://here/v1"),
+    "hedge": (False, "true", True, False),
     "api_key": (None, "k1", SecretStr("k1"), SecretStr("k2")),
     "connect_timeout": (10.0, "2.5", 2.5, 3.0),
     "keepalive_timeout": (15.0, "2.5", 2.5, 3.0),
