@@ -406,6 +406,7 @@ KEEPS_DOCUMENTS: list[dict[str, Any]] = [
     {"modal_key": "id", "modal_secret": "secret"},
     {"connect_timeout": 1},
     {"keepalive_timeout": 1},
+    {"hedge": True},
     {"vector_dtype": "float32"},
     {"show_progress": True},
     {"on_usage": print},
