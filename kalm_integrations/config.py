@@ -7,7 +7,7 @@ its default. Construction validates all of them and opens nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Self, Unpack
 
 import numpy as np
@@ -89,6 +89,13 @@ def _strip(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
+def _read_urls(value: Any) -> Any:
+    """One URL, or several with commas between them."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        value = ",".join(map(str, value))
+    return _strip(value)
+
+
 Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret), Field(exclude=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -111,7 +118,8 @@ class ClientConfig(EnvironmentSettings):
     protected_fields = ("backend", "transport")
 
     backend: Backend = "auto"
-    base_url: Annotated[str | None, BeforeValidator(_strip)] = None
+    base_url: Annotated[str | None, BeforeValidator(_read_urls)] = None
+    hedge: bool = False
     app_name: Annotated[str, Field(min_length=1)] = DEFAULT_APP
     class_name: Annotated[str, Field(min_length=1)] = "VLLMEmbeddingSnapshot"
     environment_name: str | None = None
@@ -194,8 +202,10 @@ class ClientConfig(EnvironmentSettings):
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
-        if self.base_url is not None:
-            backends.check_url(self.base_url)
+        for url in self.base_urls:
+            backends.check_url(url)
+        if self.hedge and len(self.base_urls) == 1:
+            raise ValueError("hedge=True needs several URLs in base_url")
         if self.resolved_backend == "local" and self.model not in (None, EMBEDDED.space.model):
             raise ValueError(f'model={self.model!r}: backend="local" runs {EMBEDDED.space.model!r}')
         if (self.modal_key is None) != (self.modal_secret is None):
@@ -219,6 +229,13 @@ class ClientConfig(EnvironmentSettings):
     def resolved_backend(self) -> ResolvedBackend:
         """What sends the requests: the backend, "auto" resolved, or the transport passed."""
         return self._resolved_backend
+
+    @property
+    def base_urls(self) -> list[str]:
+        """The URLs in `base_url`, each once."""
+        if self.base_url is None:
+            return []
+        return list(dict.fromkeys(url.strip() for url in self.base_url.split(",")))
 
     @property
     def served_model(self) -> str:

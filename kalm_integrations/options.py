@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypedDict, cast
 
 from pydantic import SecretStr
@@ -26,9 +26,14 @@ class ClientOptions(TypedDict, total=False):
     process. "auto": HTTP if there is a `base_url`, else Modal if its package and a token are
     present, else an error; it never falls back to "local". Default: "auto"."""
 
-    base_url: str | None
-    """URL of the service, with or without `/v1`: our server, or any with OpenAI's API. With
+    base_url: str | Sequence[str] | None
+    """URL of the service, with or without `/v1`: our server, or any with OpenAI's API; or several
+    of equal servers, in a list or with commas between them (docs/failover.md). With
     backend="http" and no URL, the endpoint of the app on Modal is looked up. Default: None."""
+
+    hedge: bool
+    """With several URLs: send a slow query to a second server, at most 5 % of all queries.
+    Default: False."""
 
     app_name: str
     """Name of the app on Modal. Default: "vllm-embedding-snapshot"."""

@@ -65,6 +65,7 @@ def _run(source: str | None, chosen: EmbedOptions, gpu: Choice | None, view: Pro
         allow_duplicate_ids=chosen.allow_duplicate_ids,
         vector_column=chosen.vector_column,
         replace_vector=chosen.replace_vector,
+        also=chosen.also,
         reuse=chosen.reuse,
         dollars_per_second=gpu.dollars if gpu else None,
         max_dollars=chosen.max_dollars,

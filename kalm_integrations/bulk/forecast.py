@@ -51,7 +51,7 @@ def shown(
 
 def _data(plan: Plan, client: KalmClient, gpu: Choice | None, *, on_modal: bool) -> dict[str, Any]:
     kept = plan.rows - (plan.bad if plan.options.on_error == "skip" else 0)
-    itemsize = np.dtype(client.config.vector_dtype).itemsize
+    itemsize = np.dtype(client.config.vector_dtype).itemsize + (plan.options.also is not None)
     shards = -(-plan.rows // plan.options.shard_rows)
     data: dict[str, Any] = {
         "rows": plan.rows,

@@ -231,9 +231,10 @@ class LocalExecutor:
             return
         try:
             self._recurring.sync()
-            finished = shard.builder.write(self.folder)
-            now = time.monotonic()
             manifest, price = self.manifest, self.plan.options.dollars_per_second
+            manifest.calibration = shard.builder.calibrated(manifest.calibration)
+            finished = shard.builder.write(self.folder, manifest.calibration)
+            now = time.monotonic()
             manifest.seconds += now - self._since
             if price is not None:
                 manifest.dollars = (manifest.dollars or 0.0) + (now - self._since) * price

@@ -19,6 +19,7 @@ from pydantic import (
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.identity import VectorIdentity
+from kalm_integrations.quantize import Int8Calibration
 
 NAME: Final = "manifest.json"
 FORMAT: Final = 2
@@ -67,6 +68,7 @@ class Job(Record):
     on_error: Literal["fail", "skip", "null"]
     shard_rows: Annotated[int, Field(ge=1)]
     encoding: str = "utf-8"
+    also: Literal["int8"] | None = None
 
     @property
     def shards(self) -> int:
@@ -107,12 +109,14 @@ class Shard(Counts):
 
 class Manifest(Counts):
     """A job's record: what it is, its finished shards in order, and what they took, over all runs:
-    seconds, and their price on the GPU that was named."""
+    seconds, and their price on the GPU that was named. `calibration` is
+    that of the int8 vectors, made from the first shard that has vectors."""
 
     format: Literal[1, 2] = FORMAT
     complete: bool = False
     job: Job
     shards: list[Shard] = Field(default_factory=list)
+    calibration: Int8Calibration | None = None
     seconds: Amount = 0.0
     dollars: Amount | None = None
     runs: Count = 0

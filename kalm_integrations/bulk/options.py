@@ -9,6 +9,7 @@ from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers.json_columns import is_unicode
 
 OnError = Literal["fail", "skip", "null"]
+Also = Literal["int8"]
 SHARD_ROWS: Final = 8192
 
 
@@ -28,6 +29,7 @@ class Options:
         allow_duplicate_ids: Accept ids that occur more than once.
         vector_column: The column that gets the vectors.
         replace_vector: Drop a column of that name from the input.
+        also: Write the vectors in this type too, into a column named `vector_column` + "_int8".
         reuse: Outputs of complete jobs whose vectors are used again.
         dollars_per_second: Of the GPU that computes, for the job's cost.
         max_dollars: Stop at a finished shard before the job costs more.
@@ -42,6 +44,7 @@ class Options:
     allow_duplicate_ids: bool = False
     vector_column: str = "vector"
     replace_vector: bool = False
+    also: Also | None = None
     reuse: tuple[str, ...] = ()
     dollars_per_second: float | None = None
     max_dollars: float | None = None
@@ -59,3 +62,13 @@ class Options:
                 raise ConfigurationError(
                     f"{name}={column!r} is no column's name: name one in UTF-8, or leave it out."
                 )
+
+    @property
+    def vector_columns(self) -> list[str]:
+        """The columns that a job writes vectors into."""
+        return [self.vector_column, *([int8_column(self.vector_column)] if self.also else [])]
+
+
+def int8_column(vector_column: str) -> str:
+    """The column for int8, beside that for vectors."""
+    return f"{vector_column}_int8"

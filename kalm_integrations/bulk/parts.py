@@ -57,7 +57,7 @@ class Part:
             known = [self.vectors.get(row) for row in range(len(self))]
             raw = [None if v is None else bytes([v[1]]) + v[0].tobytes() for v in known]
             table = table.append_column(_REUSED, pa.array(raw, pa.large_binary()))
-        return write_table(path, table, vector=_REUSED if self.vectors else None)
+        return write_table(path, table, vectors=[_REUSED] if self.vectors else [])
 
     @classmethod
     def read(cls, path: Path, number: int, job: Job, digest: str) -> Part:

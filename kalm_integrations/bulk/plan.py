@@ -78,8 +78,8 @@ class Plan:
     @property
     def columns(self) -> list[str]:
         """The columns that shards have beside vectors."""
-        replaced = self.options.vector_column if self.options.replace_vector else None
-        return [name for name in self.schema.arrow.names if name != replaced]
+        replaced = self.options.vector_columns if self.options.replace_vector else []
+        return [name for name in self.schema.arrow.names if name not in replaced]
 
     def job(self, identity: dict[str, Any], vector_dtype: Any) -> Job:
         """Everything that decides the output."""
@@ -95,6 +95,7 @@ class Plan:
             on_error=self.options.on_error,
             shard_rows=self.options.shard_rows,
             encoding=self.source.encoding,
+            also=self.options.also,
         )
 
     def parts(self, begin: int = 0) -> Iterator[Part]:
@@ -268,9 +269,9 @@ def _check_columns(plan: Plan) -> None:
         )
     if options.vector_column in (plan.source.text_column, options.id_column):
         raise ConfigurationError(f"--vector-column {options.vector_column}: name another column.")
-    if options.vector_column in plan.columns:
+    if taken := [name for name in options.vector_columns if name in plan.columns]:
         raise ConfigurationError(
-            f"the input has a column {options.vector_column!r} already: --vector-column NAME puts "
+            f"the input has a column {taken[0]!r} already: --vector-column NAME puts "
             "the vectors into another one, --replace-vector drops the input's."
         )
     if plan.truncate == "end" and TRUNCATED in (*plan.columns, options.vector_column):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations.bulk.ids import id_strings
 from kalm_integrations.bulk.manifest import Manifest, Shard
+from kalm_integrations.bulk.options import int8_column
 from kalm_integrations.bulk.shards import FOLDER, METADATA
 from kalm_integrations.bulk.tables import python_texts, read_table
 from kalm_integrations.errors import ConfigurationError
@@ -29,6 +30,7 @@ class Rows:
         texts: What was embedded.
         ids: The id column as strings; None without one.
         vectors: Shape (rows, dimensions), float32, each of unit length.
+        int8: The same in int8, if the job has it; the manifest has its `calibration`.
         columns: All other columns, as a table.
     """
 
@@ -36,6 +38,7 @@ class Rows:
     ids: list[str] | None
     vectors: NDArray[np.float32] = field(repr=False)
     columns: pa.Table = field(repr=False)
+    int8: NDArray[np.int8] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -85,14 +88,24 @@ def _rows(folder: Path, manifest: Manifest, shard: Shard) -> Rows:
     if vector.null_count:
         table = table.filter(vector.is_valid())
         vector = table.column(job.vector_column).combine_chunks()
-    flat = vector.flatten().to_numpy(zero_copy_only=False)
+    ours = [job.vector_column, job.text_column]
+    codes = None
+    if job.also is not None:
+        ours.append(int8_column(job.vector_column))
+        codes = _matrix(table[ours[-1]].combine_chunks())
     ids = None if job.id_column is None else id_strings(table[job.id_column])
     return Rows(
         texts=python_texts(table[job.text_column]),
         ids=None if ids is None else [str(value) for value in ids],
-        vectors=flat.reshape(-1, vector.type.list_size).astype(np.float32),
-        columns=table.drop_columns([job.vector_column, job.text_column]),
+        vectors=_matrix(vector).astype(np.float32),
+        columns=table.drop_columns(ours),
+        int8=codes,
     )
+
+
+def _matrix(column: pa.FixedSizeListArray) -> NDArray[Any]:
+    flat: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, column.type.list_size)
 
 
 def _python_values(column: pa.ChunkedArray) -> list[Any]:

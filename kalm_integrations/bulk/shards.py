@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kalm_integrations.bulk.embedding import Result
 from kalm_integrations.bulk.manifest import Job, Shard
+from kalm_integrations.bulk.options import int8_column
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.tables import read_table, write_table
 from kalm_integrations.errors import (
@@ -21,6 +22,7 @@ from kalm_integrations.errors import (
     InvalidText,
 )
 from kalm_integrations.prompts import apply
+from kalm_integrations.quantize import Int8Calibration
 from kalm_integrations.validation import MAX_CHARACTERS
 
 FOLDER: Final = "shards"
@@ -82,8 +84,20 @@ class ShardBuilder:
                 [InvalidText(r, f"({self.part.places[r]}) {self.reasons[r]}") for r in bad]
             )
 
-    def write(self, folder: Path) -> Shard:
+    def calibrated(self, known: Int8Calibration | None) -> Int8Calibration | None:
+        """The calibration of the job's int8 vectors: `known`, or one made from this shard; None
+        if the job has none, or this shard no vector."""
+        if known is not None or self.job.also is None:
+            return known
+        good = [row for row in range(len(self.part)) if row not in self.reasons]
+        return Int8Calibration.of(self.vectors[good]) if good else None
+
+    def write(self, folder: Path, calibration: Int8Calibration | None = None) -> Shard:
         """Write the shard into the job's folder, and its rejected rows.
+
+        Args:
+            folder: The job's.
+            calibration: Of the int8 vectors, if the job has any and this shard has vectors.
 
         Raises:
             OSError: The disk is full, for instance. Nothing half-written stays.
@@ -103,12 +117,14 @@ class ShardBuilder:
         if not kept.all():
             columns, vectors = columns.filter(pa.array(kept)), vectors[kept]
         vectors[~good[kept]] = 0
-        kind, width = _ARROW[job.vector_dtype], vectors.shape[1]
-        vector = pa.array([], type=pa.list_(kind, width))
-        if len(columns):
-            flat = pa.array(vectors.reshape(-1), type=kind)
-            vector = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(~good[kept]))
-        table = _one_chunk(columns).append_column(job.vector_column, vector)
+        added = {job.vector_column: _lists(vectors, _ARROW[job.vector_dtype], ~good[kept])}
+        if job.also is not None:
+            empty = np.zeros(vectors.shape, dtype=np.int8)
+            codes = empty if calibration is None else calibration.encode(vectors)
+            added[int8_column(job.vector_column)] = _lists(codes, pa.int8(), ~good[kept])
+        table = _one_chunk(columns)
+        for column, values in added.items():
+            table = table.append_column(column, values)
         table = table.replace_schema_metadata({METADATA: json.dumps(job.identity)})
         if bad:
             rejected = {
@@ -118,7 +134,7 @@ class ShardBuilder:
             }
             write_table(folder / rejected_name(part.number), pa.table(rejected, schema=_REJECTED))
         name = name_of(part.number)
-        size, digest = write_table(folder / FOLDER / name, table, vector=job.vector_column)
+        size, digest = write_table(folder / FOLDER / name, table, vectors=[*added])
         return Shard(
             name=name,
             rows=len(columns),
@@ -130,6 +146,15 @@ class ShardBuilder:
             tokens=self.tokens,
             requests=self.requests,
         )
+
+
+def _lists(vectors: NDArray[Any], kind: pa.DataType, null: NDArray[np.bool_]) -> pa.Array:
+    """Vectors as a column of lists of a fixed size, with nulls where `null` is true."""
+    width = vectors.shape[1]
+    if not len(vectors):
+        return pa.array([], type=pa.list_(kind, width))
+    flat = pa.array(vectors.reshape(-1), type=kind)
+    return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(null))
 
 
 def _one_chunk(table: pa.Table) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,10 +39,13 @@ def read_table(path: Path, digest: str = "", columns: list[str] | None = None) -
         return file.read(columns)
 
 
-def write_table(path: Path, table: pa.Table, vector: str | None = None) -> tuple[int, str]:
-    """Write a Parquet file that is there whole or not at all; its size and digest."""
+def write_table(path: Path, table: pa.Table, vectors: Collection[str] = ()) -> tuple[int, str]:
+    """Write a Parquet file that is there whole or not at all; its size and digest.
+
+    Columns that are `vectors` are not compressed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    others = [name for name in table.column_names if name != vector]
+    others = [name for name in table.column_names if name not in vectors]
     try:
         with temporary.open("wb") as file:
             hashed = _Hashed(file)
@@ -49,7 +53,7 @@ def write_table(path: Path, table: pa.Table, vector: str | None = None) -> tuple
                 hashed,
                 table.schema,
                 # Numbers that look like noise take longer to compress than to write.
-                compression={str(vector): "none", **dict.fromkeys(others, "zstd")},
+                compression={**dict.fromkeys(vectors, "none"), **dict.fromkeys(others, "zstd")},
                 use_dictionary=others,
                 write_statistics=others,
             )

@@ -57,6 +57,10 @@ class EmbedOptions:
     ] = None
     vector_column: Annotated[str, Parameter(help="Column for the vectors.")] = "vector"
     replace_vector: Annotated[bool, Parameter(help="Drop the input's column of that name.")] = False
+    also: Annotated[
+        Literal["int8"] | None,
+        Parameter(help="Write the vectors in this type too, into a column of its own."),
+    ] = None
     vector_dtype: Annotated[
         Literal["float16", "float32"] | None,
         Parameter(help="Type of the vectors. Default: float16."),
@@ -199,6 +203,11 @@ def _check_modal(source: str, options: EmbedOptions, given: set[str]) -> None:
         raise ConfigurationError(f"--dry-run does not go with {what}: it reads on this machine.")
     elif not options.dry_run and options.gpu is not None:
         raise ConfigurationError("--gpu goes with --dry-run: a job on Modal records its own cost.")
+    elif options.also is not None and not options.dry_run:
+        raise ConfigurationError(
+            "--also does not go with --on modal, whose shards are written in any order: convert "
+            "them afterwards with kalm_integrations.quantize."
+        )
     elif remote and options.reuse:
         raise ConfigurationError(f"--reuse does not go with {source}: it reads on this machine.")
 

@@ -24,8 +24,9 @@ _REACH: Final = "Check that the service runs, KALM_BASE_URL, and the network in 
 
 
 def checks(context: DoctorContext) -> list[Check]:
-    """For the service at `base_url`, or at the endpoint that an earlier check finds."""
-    base_url = context.settings.base_url
+    """For the service at `base_url`, the first of several, or at the endpoint that an earlier check
+    finds."""
+    base_url = next(iter(context.settings.base_urls), None)
     context.url = base_url or context.url
     context.scales_to_zero = not base_url or (urlsplit(base_url).hostname or "").endswith(MODAL)
     address = "settings" if base_url else "http endpoint"

@@ -160,18 +160,23 @@ def connected(specs: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[list[Syst
 
 def _check_keys(probes: Sequence[tuple[str, dict[str, Any], KalmClient]]) -> None:
     """Refuse to send KALM_API_KEY to another host than the one it belongs to."""
-    owner = urlsplit(os.environ.get("KALM_BASE_URL", "")).hostname
+    owners = _hosts(os.environ.get("KALM_BASE_URL", "").split(","))
     for name, options, probe in probes:
         config = probe.config
         if config.base_url is None or config.api_key is None or "api_key" in options:
             continue
-        host = urlsplit(config.base_url).hostname
-        owner = owner or host
-        if host != owner:
+        hosts = _hosts(config.base_urls)
+        owners = owners or hosts
+        if not hosts <= owners:
             raise ConfigurationError(
-                f"{name}: KALM_API_KEY is for {owner}. Add api_key_variable=NAME, which names the "
-                "variable with this system's key, or unset KALM_API_KEY."
+                f"{name}: KALM_API_KEY is for {', '.join(sorted(owners))}. Add "
+                "api_key_variable=NAME, which names the variable with this system's key, or unset "
+                "KALM_API_KEY."
             )
+
+
+def _hosts(urls: Sequence[str]) -> set[str]:
+    return {host for url in urls if (host := urlsplit(url.strip()).hostname)}
 
 
 def _connect(name: str, options: dict[str, Any], probe: KalmClient) -> System:

@@ -16,14 +16,20 @@ except ImportError as error:
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, Any, Final, Never, NoReturn, Self, Unpack
+from typing import Annotated, Any, Never, NoReturn, Self, Unpack
 
 from llama_index.core.storage.kvstore.types import BaseKVStore
 from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from kalm_integrations import validation
-from kalm_integrations.adapter import ClientAdapter, SharedClient, adapter_defaults, client_of
+from kalm_integrations.adapter import (
+    STORED,
+    ClientAdapter,
+    SharedClient,
+    adapter_defaults,
+    client_of,
+)
 from kalm_integrations.client import KalmClient
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.environment import explain
@@ -44,25 +50,6 @@ dispatcher = get_dispatcher(__name__)
 _WRONG_FRAMEWORK = (
     "this is the LlamaIndex class; LangChain takes the other one: "
     "`from kalm_integrations import KalmModalEmbeddings`, with the same arguments"
-)
-
-# What decides the vectors, and where they come from. All else only tunes, and IngestionPipeline,
-# whose cache is keyed by the dump, would embed again for it.
-_DUMPED: Final = frozenset(
-    {
-        "backend",
-        "base_url",
-        "app_name",
-        "class_name",
-        "environment_name",
-        "model",
-        "profile",
-        "dimensions",
-        "query_instruction",
-        "document_instruction",
-        "truncate",
-        "expected_identity",
-    }
 )
 
 
@@ -193,7 +180,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Return what decides the vectors, and where they come from; see the class."""
         config = self._client.config
-        dumped = config.model_dump(**{"include": _DUMPED, **kwargs})
+        dumped = config.model_dump(**{"include": STORED, **kwargs})
         # Two ways to say one thing are one dump.
         dumped |= {"model": config.served_model, "dimensions": config.vector_dimensions or None}
         for name, value in config.__dict__.items():  # what has no effect beside it is not dumped
@@ -219,7 +206,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         if "modal_class" in arguments:
             arguments["class_name"] = arguments.pop("modal_class")
         loaded = cls(**{**arguments, **kwargs})
-        if dumped not in (None, loaded.cache_namespace) and not kwargs.keys() & _DUMPED:
+        if dumped not in (None, loaded.cache_namespace) and not kwargs.keys() & STORED:
             raise IdentityMismatchError(
                 f"dumped with document vectors {dumped}; here they would be "
                 f"{loaded.cache_namespace}."

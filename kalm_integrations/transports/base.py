@@ -68,7 +68,12 @@ def open_transport(config: ClientConfig) -> Transport:
     if backend == "http":
         from kalm_integrations.transports.http import HttpTransport
 
-        return HttpTransport(config)
+        if len(config.base_urls) == 1:
+            return HttpTransport(config)
+        from kalm_integrations.transports.failover import FailoverTransport
+
+        servers = {url: HttpTransport(config, url) for url in config.base_urls}
+        return FailoverTransport(servers, hedge=config.hedge)
     if backend == "local":
         from kalm_integrations.transports.in_process import InProcessTransport
 

@@ -48,14 +48,15 @@ _JSON: Final = json.JSONEncoder(ensure_ascii=False)
 
 
 class HttpTransport:
-    """Sends requests to the server at one base URL."""
+    """Sends requests to the server at one base URL: `base_url`, or that of `config`."""
 
     can_be_cold = True
 
-    def __init__(self, config: ClientConfig) -> None:
-        assert config.base_url is not None
+    def __init__(self, config: ClientConfig, base_url: str | None = None) -> None:
+        base_url = base_url or config.base_url
+        assert base_url is not None
         self._config = config
-        self._pool = HttpPool(api_root(config.base_url), config)
+        self._pool = HttpPool(api_root(base_url), config)
         self._other = OpenAIServer(config, self._post, self._pool.secrets)
         self._is_kalm: bool | None = None
         """Whether this is our server; None while that is unknown."""

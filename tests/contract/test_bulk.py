@@ -30,6 +30,7 @@ from kalm_integrations.errors import (
     IdentityMismatchError,
     InputTooLongError,
     InvalidInputError,
+    InvalidResponseError,
     InvalidText,
     ServiceUnavailableError,
 )
@@ -144,6 +145,43 @@ def test_vectors_are_lists_of_a_fixed_size(tmp_path: Path, over: Over, dtype: st
     kind = table_of(tmp_path / "out").schema.field("vector").type
     arrow = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     assert (kind.list_size, kind.value_type) == (DIMENSIONS, arrow)
+
+
+def test_int8_vectors_are_beside_the_others_by_one_calibration(tmp_path: Path, over: Over) -> None:
+    options = Options(shard_rows=2, on_error="null", also="int8")
+    source = texts(tmp_path / "in.jsonl", None, "", *"abc", None, "d")
+    manifest = embed_corpus(source, tmp_path / "out", over(ScriptedTransport()), options)
+    assert manifest.calibration
+    table = table_of(tmp_path / "out")
+    kind = table.schema.field("vector_int8").type
+    assert (kind.list_size, kind.value_type) == (DIMENSIONS, pa.int8())
+    rows = zip(table["vector"].to_pylist(), table["vector_int8"].to_pylist(), strict=True)
+    for vector, codes in rows:
+        assert (vector is None) == (codes is None)
+        if vector is not None:
+            (expected,) = manifest.calibration.encode(np.array([vector])).tolist()
+            assert codes == expected
+    stored = Manifest.read(tmp_path / "out")
+    assert stored
+    assert stored.calibration == manifest.calibration
+    _, second, third, last = read(tmp_path / "out")
+    assert second.texts + third.texts + last.texts == ["a", "b", "c", "d"]
+    assert third.int8 is not None
+    assert np.array_equal(third.int8, manifest.calibration.encode(third.vectors))
+    assert third.metadata() == [{"id": "n4"}]
+
+
+def test_a_resumed_job_keeps_the_calibration_of_its_first_shard(tmp_path: Path, over: Over) -> None:
+    source = texts(tmp_path / "in.jsonl", *(f"text {n}" for n in range(12)))
+    options, one = Options(shard_rows=4, also="int8"), {"batch_size": 2, "max_concurrency": 1}
+    failing = ScriptedTransport([*[None] * 4, *[InvalidResponseError("broken")] * 9])
+    with pytest.raises(InvalidResponseError):
+        embed_corpus(source, tmp_path / "out", over(failing, **one), options)
+    embed_corpus(source, tmp_path / "out", over(ScriptedTransport(), **one), options)
+    embed_corpus(source, tmp_path / "whole", over(ScriptedTransport(), **one), options)
+    assert table_of(tmp_path / "out").equals(table_of(tmp_path / "whole"))
+    with pytest.raises(ConfigurationError, match="also was 'int8', and is None"):
+        embed_corpus(source, tmp_path / "out", over(ScriptedTransport()), Options(shard_rows=4))
 
 
 def test_few_shards_are_open_while_one_waits_for_its_last_vector(

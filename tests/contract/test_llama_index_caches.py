@@ -56,6 +56,7 @@ class TestPipelineCache:
         {"timeout": 17.0},
         {"connect_timeout": 3.0},
         {"keepalive_timeout": 3.0},
+        {"hedge": True},
         {"max_retries": 1},
         {"show_progress": True},
         {"num_workers": 4},
@@ -115,7 +116,7 @@ class TestPipelineCache:
     def test_every_argument_is_classified(self) -> None:
         # A new one must be put into TUNING above, or into a dump.
         tuning = {name for arguments in self.TUNING for name in arguments}
-        assert tuning | llama_index._DUMPED | {"transport"} >= ClientConfig.model_fields.keys()
+        assert tuning | llama_index.STORED | {"transport"} >= ClientConfig.model_fields.keys()
 
     def test_the_cache_survives_the_process(self, over: Any, tmp_path: Path) -> None:
         path, transport = str(tmp_path / "cache.json"), ScriptedTransport()
@@ -257,7 +258,7 @@ class TestDumps:
     def test_a_dump_is_plain_json_with_the_namespace_of_its_vectors(self) -> None:
         model = KalmModalEmbeddings(backend="local", api_key="hunter2", embed_batch_size=5)
         dumped = json.loads(model.to_json())
-        assert dumped.keys() == llama_index._DUMPED | {"cache_namespace", "modal_class"}
+        assert dumped.keys() == llama_index.STORED | {"cache_namespace", "modal_class"}
         assert dumped["cache_namespace"] == model.cache_namespace
 
     def test_arguments_that_are_not_dumped_are_read_from_the_environment_again(

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # the pages' blocks inherit it
 
 
 @pytest.fixture

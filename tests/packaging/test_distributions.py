@@ -233,10 +233,11 @@ class TestBuilt:
 
     def test_every_extra_is_tested(self) -> None:
         # "quantize" and "vllm" bring torch: tests/vllm has an environment of its own for them. The
-        # tests of proxies and traces need "socks" and "otel", which "dev" includes.
-        # `make docs` and `make docs-test` have those for contributors.
+        # what needs the others is tested with "dev", which includes them; `make docs` and
+        # `make docs-test` have those for contributors.
+        frameworks = {"haystack", "chroma", "lancedb"}
         others = {"quantize", "vllm", "socks", "otel", "dev", "docs", "docs-test"}
-        assert {*INSTALLED, *others} == {"", *EXTRAS}
+        assert {*INSTALLED, *frameworks, *others} == {"", *EXTRAS}
         assert any("extra == 'dev'" in each.replace('"', "'") for each in requires(NAME) or [])
 
 
@@ -271,6 +272,9 @@ class TestCoreAlone:
         [
             ("from kalm_integrations import KalmModalEmbeddings", "langchain"),
             ("from kalm_integrations.llama_index import KalmModalEmbeddings", "llama-index"),
+            ("import kalm_integrations.haystack", "haystack"),
+            ("import kalm_integrations.chroma", "chroma"),
+            ("import kalm_integrations.lancedb", "lancedb"),
             ("from kalm_integrations import *; KalmClient(backend='local').embed(['x'])", "local"),
             ("from kalm_integrations import *; KalmClient(backend='modal').embed(['x'])", "modal"),
         ],
@@ -279,7 +283,7 @@ class TestCoreAlone:
         self, core: Environment, code: str, extra: str
     ) -> None:
         (error,) = core.python(code.replace("*", "KalmClient"), status=1)
-        assert f" pip install '{NAME}[{extra}]'. " in error
+        assert f" pip install '{NAME}[{extra}]'." in error
 
     @pytest.mark.parametrize(
         ("command", "extra"),
