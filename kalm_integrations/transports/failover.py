@@ -18,7 +18,7 @@ from kalm_integrations.errors import CanaryFailedError, KalmError, ServiceUnavai
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
 if TYPE_CHECKING:
-    from kalm_integrations.transports.base import Transport
+    from kalm_integrations.transports.http import HttpTransport
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _FEWEST: Final = 20
 class _Server:
     """One server, and what its answers say about it."""
 
-    def __init__(self, name: str, transport: Transport) -> None:
+    def __init__(self, name: str, transport: HttpTransport) -> None:
         self.name, self.transport = name, transport
         self.in_flight = self.failures = 0
         self.paused_until = self.last_used = float("-inf")
@@ -47,7 +47,7 @@ class _Server:
         tried_again = self.failures == 0 or self.in_flight == 0
         return tried_again and time.monotonic() >= self.paused_until
 
-    async def send(self, call: Callable[[Transport], Awaitable[T]]) -> T:
+    async def send(self, call: Callable[[HttpTransport], Awaitable[T]]) -> T:
         """Send a request, and judge the answer."""
         began = self.last_used = time.monotonic()
         self.in_flight += 1
@@ -87,7 +87,7 @@ class FailoverTransport:
 
     can_be_cold = True
 
-    def __init__(self, transports: Mapping[str, Transport], *, hedge: bool) -> None:
+    def __init__(self, transports: Mapping[str, HttpTransport], *, hedge: bool) -> None:
         self._servers = [_Server(name, transport) for name, transport in transports.items()]
         self._hedge = hedge
         self._hedges_left = 0.0
@@ -96,7 +96,7 @@ class FailoverTransport:
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         began = time.monotonic()
 
-        def call(transport: Transport) -> Awaitable[EmbedResponse]:
+        def call(transport: HttpTransport) -> Awaitable[EmbedResponse]:
             if request.timeout is None:
                 return transport.embed(request)
             left = request.timeout - (time.monotonic() - began)
@@ -108,6 +108,9 @@ class FailoverTransport:
         self._seconds.append(time.monotonic() - began)
         return answer
 
+    async def count_tokens(self, request: EmbedRequest) -> list[int]:
+        return await self._first_answer(lambda transport: transport.count_tokens(request), set())
+
     async def ensure_ready(self) -> ServiceDescription | None:
         return await self._first_answer(lambda transport: transport.ensure_ready(), set())
 
@@ -116,7 +119,7 @@ class FailoverTransport:
             await server.transport.close()
 
     async def _first_answer(
-        self, call: Callable[[Transport], Awaitable[T]], tried: set[_Server]
+        self, call: Callable[[HttpTransport], Awaitable[T]], tried: set[_Server]
     ) -> T:
         """Send a request to one server after the other, until one answers.
 
@@ -143,7 +146,7 @@ class FailoverTransport:
         open_servers = [each for each in self._servers if each not in tried and each.is_available]
         return min(open_servers, key=lambda each: (each.in_flight, each.last_used), default=None)
 
-    async def _hedged(self, call: Callable[[Transport], Awaitable[T]]) -> T:
+    async def _hedged(self, call: Callable[[HttpTransport], Awaitable[T]]) -> T:
         """The first answer of one server or, if that is slow, of two."""
         self._hedges_left = min(_MOST_SAVED, self._hedges_left + HEDGED_SHARE)
         tried: set[_Server] = set()

@@ -79,6 +79,8 @@ def test_one_of_three_is_killed_during_a_job(
                 for process in [*psutil.Process(victim.pid).children(True), victim]:
                     os.kill(process.pid, signal.SIGKILL)
                 victim.wait()
+        counts = client.count_tokens(TEXTS[:3])
+    assert counts == KalmClient(backend="local").count_tokens(TEXTS[:3])
     assert (seen == 1).all()
     # Texts that are embedded together differ from the same ones alone by rounding.
     apart = np.abs(expected.astype("f4") - np.roll(expected, 1, axis=0)).max(axis=1).min()
