@@ -92,6 +92,7 @@ def expected(gpu: str, memory: int, snapshot: dict[str, Any]) -> dict[str, dict[
                 "embed": "",
                 "embed_with_metadata": "",
                 "embed_packed": "",
+                "count_tokens": "",
                 "describe": "",
                 "http": True,
             },
