@@ -97,7 +97,7 @@ def write(source: Weights, folder: Path) -> None:
             verify(partial / name, tensors)
             digests[name] = _digest(partial / name)
             (partial / name).replace(path)
-            _save_state(folder, source, digests)
+            _save_json(folder / _STATE, {**_origin(source), "files": digests})
         seconds = time.monotonic() - start
         result = "verified" if done else "written and verified"
         print(f"{number} of {len(shards)} files {result}, {seconds:.0f} s", flush=True)  # noqa: T201
@@ -230,19 +230,18 @@ def verify(path: Path, tensors: Sequence[Tensor]) -> None:
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from safetensors import safe_open
 
+    scheme = _scheme(BITS, GROUP)
     with safe_open(path, framework="pt") as written:
         for tensor, weight in _read(tensors):
             if tensor.layer is None:
                 good = torch.equal(written.get_tensor(tensor.name), weight)
             else:
-                names = PackedQuantizationCompressor.compression_param_names(_scheme(BITS, GROUP))
+                names = PackedQuantizationCompressor.compression_param_names(scheme)
                 parts = {n: written.get_tensor(f"{tensor.layer}.{n}") for n in names}
                 scale = parts["weight_scale"].float()
                 good = torch.equal(parts["weight_scale"], _scales(tensor, weight))
                 parts["weight_scale"] = scale
-                back = PackedQuantizationCompressor.decompress(parts, _scheme(BITS, GROUP))[
-                    "weight"
-                ]
+                back = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
                 error = back.sub_(weight).abs_().unflatten(-1, (-1, GROUP)).amax(-1)
                 good = good and bool((error <= scale * 0.50001).all())  # of float32's rounding
             if not good:
@@ -260,10 +259,6 @@ def _finished(folder: Path, source: Weights) -> dict[str, str]:
         return {}
     files = state.pop("files", {})
     return dict(files) if state == _origin(source) else {}
-
-
-def _save_state(folder: Path, source: Weights, digests: dict[str, str]) -> None:
-    _save_json(folder / _STATE, {**_origin(source), "files": digests})
 
 
 def _origin(source: Weights) -> dict[str, str]:
