@@ -274,9 +274,9 @@ async def test_an_error_of_vllm_fails_only_its_own_call(
     encode = engine._tokenizer.encode
 
     def wrongly(texts: list[str], *args: Any) -> Any:
-        ids, too_long = encode(texts, *args)
+        ids, *others = encode(texts, *args)
         ids[:] = [[10**6] if text == "wrong" else ids[row] for row, text in enumerate(texts)]
-        return ids, too_long
+        return ids, *others
 
     right = (await embed(engine, documents[:30])).vectors
     monkeypatch.setattr(engine._tokenizer, "encode", wrongly)

@@ -45,7 +45,7 @@ async def test_special_tokens_in_a_text_are_read_as_plain_text(
     engine: VLLMEngine, gemma: Path
 ) -> None:
     texts = ["<bos>", "a <bos> b <eos> c", "<pad><pad>", "<start_of_turn>user\nhello<end_of_turn>"]
-    ids, _ = engine._tokenizer.encode(texts, "error", 0)
+    ids, *_ = engine._tokenizer.encode(texts, "error", 0)
     assert ids == [token_ids(gemma, text) for text in texts]
     assert all(row[0] == 2 and min(row[1:]) > 6 for row in ids)  # only the BOS in front is one
 
