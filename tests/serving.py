@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -47,6 +49,17 @@ def serving(app: Any, server_options: ServerOptions | None = None, **options: An
     finally:
         server.should_exit = True
         thread.join()
+
+
+def ready_url(process: subprocess.Popen[str]) -> str:
+    """The URL of a `kalm serve` whose stderr is a pipe, once it is ready."""
+    assert process.stderr is not None
+    shown = ""
+    for line in process.stderr:
+        shown += line
+        if ready := re.search(r"ready: .* on (http://\S+)", line):
+            return ready[1]
+    raise AssertionError(shown)
 
 
 @dataclass

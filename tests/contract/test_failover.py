@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-from serving import FaultyServer, packed
+from serving import FaultyServer, packed, ready_url
 
 from kalm_integrations import KalmClient
 from kalm_integrations.errors import IdentityMismatchError
@@ -45,13 +44,7 @@ def services() -> Iterator[dict[str, subprocess.Popen[str]]]:
         ]
         for process in processes:
             stack.callback(process.kill)
-        urls = {}
-        for process in processes:
-            assert process.stderr
-            for line in process.stderr:
-                if ready := re.search(r"ready: .* (http://[\w.:]+)", line):
-                    urls[ready[1]] = process
-                    break
+        urls = {ready_url(process): process for process in processes}
         assert len(urls) == 3
         yield urls
 

@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from pydantic import SecretStr
 from scripted_engine import ScriptedEngine
-from serving import FaultyServer, packed, reply, serving
+from serving import FaultyServer, packed, ready_url, reply, serving
 
 from kalm_integrations import KalmClient, errors
 from kalm_integrations.models import EMBEDDED
@@ -303,14 +303,8 @@ def test_kalm_serve_exports_to_an_otlp_receiver(
         text=True,
     )
     with server:
-        assert server.stderr is not None
-        shown = ""
-        for line in server.stderr:
-            shown += line
-            if ready := re.search(r"ready: .* on (http://\S+)", line):
-                break
-        assert ready is not None, shown
-        client_of(ready[1]).embed([SECRETS["text"]], role="query")
+        url = ready_url(server)
+        client_of(url).embed([SECRETS["text"]], role="query")
         server.terminate()  # what is not exported yet is exported at the end
     assert receiver.arrived.wait(30)
     (client,) = exporter.get_finished_spans()

@@ -22,6 +22,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from lock_image import ROOT, pins, resolve
+from serving import ready_url
 
 from kalm_integrations.cli import build_app
 from kalm_integrations.models import KALM
@@ -87,13 +88,7 @@ def test_the_cpu_image_serves(tmp_path: Path) -> None:
         text=True,
     )
     with serving:
-        assert serving.stderr is not None
-        shown = ""
-        for line in serving.stderr:
-            shown += line
-            if "ready: " in line:
-                break
-        assert "ready: " in shown, shown
+        ready_url(serving)
         assert _status(probe, variables) == 0
         assert _status(probe, variables | {"KALM_API_KEY": "wrong"}) == 1
         serving.terminate()
