@@ -159,6 +159,12 @@ class Admission:
         """Whether requests of some role were refused because of the wait, and still would be."""
         return any(self._refused_limit.values())
 
+    def reopens_in(self, role: Role) -> float:
+        """Estimated seconds until requests of a role that are refused now are admitted again; 0 or
+        less if none are."""
+        limit = self._refused_limit[role]
+        return self.wait(role) - _reopening_wait(limit) if limit else 0.0
+
     def check(self, role: Role, texts: Sequence[object], deadline: float | None) -> None:
         """Raise the `ServiceUnavailableError` of `admit`, if there is one, for texts that may be
         invalid."""
@@ -194,18 +200,17 @@ class Admission:
             excess = max(excess, wait / 2)
         elif excess <= 0:
             return
-        # At the latest when the service is idle. A little later than estimated, since a retry that
-        # comes too early is refused again.
+        # At the latest when the service is idle.
         known = self.speed.tokens_per_second is not None
-        retry_after = 1.1 * min(excess, wait) + 0.02 if known else RETRY_AFTER
+        seconds = retry_after(min(excess, wait)) if known else RETRY_AFTER
         if role == "document" and own > time_left:  # it has to wait for fewer queries
-            retry_after = max(retry_after, RETRY_AFTER)
+            seconds = max(seconds, RETRY_AFTER)
         message = (
             f"{present:,} {role} texts are queued or being computed, about {wait:.1f} s of work"
         )
         if late > 0:
             message += "; this request would end after its deadline, or too close to it"
-        raise ServiceUnavailableError(f"{message}.", retry_after)
+        raise ServiceUnavailableError(f"{message}.", seconds)
 
     @contextmanager
     def admit(
@@ -275,6 +280,12 @@ class Admission:
 def _reopening_wait(limit: float) -> float:
     """The wait at which requests with this limit are admitted again after a refusal."""
     return limit - min(REOPEN_SHARE * limit, REOPEN_SECONDS)
+
+
+def retry_after(wait: float) -> float:
+    """Seconds after which to retry, for an estimated wait. A little later, since a retry that comes
+    too early is refused again."""
+    return 1.1 * wait + 0.02
 
 
 def work_of(text: str) -> float:

@@ -43,7 +43,7 @@ MAX_TOKENS: Final = EMBEDDED.max_tokens  # bounds memory: about 20 kB for each t
 # A chunk is computed without interruption: a query may have to wait for one.
 _CHUNK_TEXTS = 16
 _CHUNK_TOKENS = 1024
-EXTRA_QUERIES: Final = 3
+EXTRA_QUERIES: Final = 31
 """See `PriorityLock`."""
 
 

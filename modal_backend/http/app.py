@@ -58,6 +58,7 @@ def create_app(
     phases: Mapping[str, float] | None = None,
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
+    behind: Callable[[], bool] = lambda: False,
 ) -> ASGIApp:
     """The ASGI app.
 
@@ -69,6 +70,8 @@ def create_app(
         phases: Seconds of each phase of the start, for /metrics.
         cors_origins: Origins whose pages may call from a browser; "*" is every origin.
         stopping: Whether the server is shutting down and accepts no new requests.
+        behind: Whether requests wait before the server reads them. During an overload, requests
+            are then refused before they are parsed, which takes half the time.
     """
     handlers = Handlers(service, max_body_bytes, phases or {})
     app: ASGIApp = RequestMiddleware(
@@ -93,6 +96,7 @@ def create_app(
         metrics=handlers.metrics,
         max_concurrency=max_concurrency,
         stopping=stopping,
+        behind=behind,
     )
     if not cors_origins:
         return app

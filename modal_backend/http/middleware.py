@@ -32,6 +32,7 @@ from modal_backend.engines.base import stopping_error
 from modal_backend.http.auth import BearerKeys, Caller
 from modal_backend.http.metrics import Metrics
 from modal_backend.http.responses import ErrorResponse
+from modal_backend.http.shedding import Shedding
 from modal_backend.service import EmbeddingService
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class RequestMiddleware:
         metrics: Metrics,
         max_concurrency: int | None,
         stopping: Callable[[], bool],
+        behind: Callable[[], bool],
     ) -> None:
         self._app = app
         self._service = service
@@ -74,6 +76,7 @@ class RequestMiddleware:
         self._max_concurrency = max_concurrency
         self._requests = 0  # in progress
         self._stopping = stopping
+        self._shedding = Shedding(service.admission, behind)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,6 +116,9 @@ class RequestMiddleware:
 
         if refusal := self._refusal(scope):
             await refuse(refusal)
+            return
+        if scope["method"] == "POST" and (response := self._shedding.response()):
+            await response(scope, receive, send_with_headers)
             return
         self._requests += 1
         try:

@@ -144,6 +144,7 @@ async def _serve(
             keys=keys,
             phases=lifecycle.phases,
             stopping=lambda: server.stopping,
+            behind=lambda: server.behind,
             cors_origins=options.cors_origins,
         )
         space = lifecycle.service.identity

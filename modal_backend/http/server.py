@@ -34,6 +34,8 @@ MAX_CONNECTIONS: Final = 10_000
 _MAX_FILES: Final = 2**20
 _ACCEPTED_AT_ONCE: Final = 16
 _LOG_SECONDS: Final = 60.0
+_TICK_SECONDS: Final = 0.1  # uvicorn's
+_BEHIND_SECONDS: Final = 0.05
 _CLOSE_SECONDS: Final = 1.0
 """Time to send the responses to requests that are refused at the end of the grace period."""
 
@@ -157,6 +159,9 @@ class HttpServer(uvicorn.Server):
         """Tasks that accept connections or set them up."""
         self._logged = -_LOG_SECONDS
         self._accept_error: OSError | None = None
+        self.behind = False
+        """Whether the event loop takes long for one round: what arrives waits to be read."""
+        self._ticked = 0.0
 
     @property
     def stopping(self) -> bool:
@@ -191,8 +196,10 @@ class HttpServer(uvicorn.Server):
         self.on_ready()
 
     async def on_tick(self, counter: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        self.behind = now - self._ticked > _TICK_SECONDS + _BEHIND_SECONDS
+        self._ticked = now
         if counter % 10 == 0:  # once a second
-            now = asyncio.get_running_loop().time()
             for connection in list(self.table.connections):
                 connection.check_deadlines(now)
             self._log_closed(now)

@@ -117,6 +117,34 @@ async def test_invalid_requests_get_their_own_error_during_overload(
                 assert answer.status == status, await answer.text()
 
 
+async def test_a_server_that_is_behind_refuses_requests_unread() -> None:
+    """From when it is behind during an overload until queries are admitted again."""
+    behind = True
+    service = EmbeddingService(SteadyEngine())
+    service.admission.speed.tokens_per_second = 10.0
+    app = create_app(service, keys=BearerKeys(None), behind=lambda: behind)
+    with serving(app) as url:
+        async with aiohttp.ClientSession(url) as session:
+
+            async def post() -> tuple[int, Any]:
+                async with session.post("/v1/embeddings", data=b"not JSON") as answer:
+                    return answer.status, answer.headers.get("Retry-After-Ms")
+
+            assert (await post())[0] == 400  # not overloaded
+            with service.admission.admit("query", ["a" * 300]):  # ten seconds
+                with pytest.raises(ServiceUnavailableError):
+                    await service.embed(EmbedRequest(texts=["q"], role="query", timeout=5))
+                wait = service.admission.reopens_in("query")
+                status, milliseconds = await post()
+                assert status == 503
+                assert 1000 * wait <= int(milliseconds) <= 1200 * wait + 100
+                behind = False
+                assert (await post())[0] == 503
+                async with session.get("/health") as health:
+                    assert health.status == 200
+            assert (await post())[0] == 400
+
+
 async def embed(engine: EmbeddedEngine, texts: list[str]) -> EngineOutput:
     return await engine.embed(texts, role="document", truncate="error", deadline=None)
 
