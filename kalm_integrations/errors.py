@@ -90,7 +90,7 @@ class _TextsError(Exception):
 
 
 class InvalidInputError(_TextsError, KalmError, ValueError):
-    """Texts that cannot be embedded. Never retried."""
+    """Texts that cannot be embedded."""
 
     status = 400
     code = "invalid_input"
@@ -100,7 +100,7 @@ class InvalidInputError(_TextsError, KalmError, ValueError):
 
 
 class InvalidArgumentError(InvalidInputError):
-    """The argument as a whole is not a list of texts, so that no index can be named."""
+    """The argument as a whole is not a list of texts."""
 
     code = "invalid_argument"
     remedy = 'Pass a list of strings, for instance ["first text", "second text"].'
@@ -117,7 +117,7 @@ class InputTooLongError(InvalidInputError):
 
 
 class BadRowsError(InvalidInputError):
-    """Rows of a corpus that cannot be embedded, by file and line. Finished shards stay."""
+    """Rows of a corpus that cannot be embedded, by file and line."""
 
     code = "bad_rows"
     remedy = (
@@ -136,7 +136,7 @@ class RequestTooLargeError(KalmError):
 
 
 class DeadlineExceededError(KalmError, TimeoutError):
-    """The call's total time, `timeout`, ran out, retries and cold start included."""
+    """The call's total time, `timeout`, ran out."""
 
     status = 504
     code = "deadline_exceeded"
@@ -175,8 +175,9 @@ class ConnectionFailedError(ServiceUnavailableError):
 
 
 class ContainerFailedError(ServiceUnavailableError):
-    """A container of the service could not start, or failed during the request. Retried at most
-    once, because every container start is billed."""
+    """A container of the service could not start, or failed during the request.
+
+    Retried at most once, because every container start is billed."""
 
     code = "container_failed"
     most_retries = 1
@@ -247,16 +248,19 @@ class TransportError(KalmError):
 
 
 class InvalidResponseError(_TextsError, KalmError):
-    """The response does not hold the requested vectors: wrong count, dimensions or type, values
-    that are not finite, or not of unit length. Nothing of that request is returned."""
+    """The response does not hold the requested vectors.
+
+    Their count, dimensions or type is wrong, or values are not finite or not of unit length.
+    Nothing of that request is returned."""
 
     code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is fixed."
 
 
 class CorruptedAnswerError(InvalidResponseError):
-    """The response was damaged in transit, or belongs to another request. It is discarded; the
-    request is retried twice."""
+    """The response was damaged in transit, or belongs to another request.
+
+    It is discarded; the request is retried twice."""
 
     code = "corrupted_answer"
     retryable = True
@@ -268,7 +272,7 @@ class CorruptedAnswerError(InvalidResponseError):
 
 
 class JobFailedError(KalmError):
-    """A bulk job on Modal ended before all rows were embedded. Finished shards stay."""
+    """A bulk job on Modal ended before all rows were embedded."""
 
     code = "job_failed"
     remedy = "Fix the problem above, then run the same command again to resume."

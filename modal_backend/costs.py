@@ -26,7 +26,11 @@ class Uptime(NamedTuple):
 
 
 def uptime(queries_per_day: float, window: float, start: float) -> Uptime:
-    """Uptime for Poisson arrivals; docs/costs.md has the formulas.
+    """Uptime for Poisson arrivals.
+
+    With λ queries per second, a window T and a start C, the share of time that is billed is
+    1 - 1 / (λC + exp(λT)), the cold starts per second are λ / (λC + exp(λT)), and the share of
+    queries that wait for one is (1 + λC) / (λC + exp(λT)).
 
     Args:
         queries_per_day: Average, above 0.

@@ -162,30 +162,11 @@ def test_completion_knows_commands_and_options(capsys: Capture, shell: str) -> N
 
 
 class TestThePage:
-    """docs/cli.md lists what the commands take."""
+    """docs/cli.md lists commands and exit statuses."""
 
     def test_every_command_is_there_and_no_other(self) -> None:
         table = rows(PAGE.split("\n## ")[0])
         assert set(table) == {f"kalm {name}" for name in COMMANDS}
-
-    def test_shared_options_are_in_one_table_with_their_commands(self) -> None:
-        table = rows(section("What all commands share"))
-        assert {
-            option: sorted(re.findall("`(.+?)`", names)) for option, (names, _) in table.items()
-        } == {option: sorted(names) for option, names in SHARED.items()}
-
-    @pytest.mark.parametrize("name", COMMANDS)
-    def test_all_others_are_in_their_commands_row(self, name: str) -> None:
-        table = rows(section("Options of one command"))
-        listed = set(re.findall(r"`(--[a-z-]+)", " ".join(table.get(f"kalm {name}", []))))
-        own = {option for option in OPTIONS[name] if option not in SHARED}
-        if name == "deploy":
-            settings = rows((ROOT / "docs/deploy.md").read_text().split("## Settings")[1])
-            assert settings.keys() >= own - {"--accept-new-identity"}
-            own = {"--accept-new-identity"}
-        known = {each for argument in OPTIONS[name].values() for each in argument.names}
-        assert own <= listed
-        assert listed <= known
 
     def test_the_exit_statuses(self) -> None:
         documented = set(map(int, rows(section("Exit status"))))
@@ -203,23 +184,9 @@ class TestThePage:
         (line,) = re.findall(r"```text\n(kalm serve: .*\n)```", PAGE)
         assert cli.main(["serve", "--port", "70000"]) == 2
         assert capsys.readouterr().err == line
-        (document,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
         assert cli.main(["cost", "--tokens", "many", "--json"]) == 2
-        assert capsys.readouterr().out == document
-
-    def test_the_fields_that_its_examples_take(self, capsys: Capture) -> None:
-        examples = re.findall(r"^kalm (.*--json) \| jq -?\w* '(.*)'$", PAGE, re.MULTILINE)
-        assert examples
-        assert {command.partition(" --")[0] for command, _ in examples} <= set(WITH_JSON)
-        for command, query in examples:
-            fields = set(re.findall(r"\.([a-z_]+)", query))
-            if command.startswith("eval"):  # test_evaluate.py checks the page of its fields
-                known = set(re.findall(r"`(\w+)`", (ROOT / "docs/evaluate.md").read_text()))
-            else:
-                cli.main(shlex.split(command))
-                known = set(re.findall(r'"(\w+)": ', capsys.readouterr().out))
-            assert fields
-            assert fields <= known
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert all(f"`{name}`" in section("JSON") for name in error)
 
 
 WRONG = [

@@ -28,7 +28,7 @@ from serving import FaultyServer, Received, Step, embedded_engine, packed, reply
 from kalm_integrations import reference
 from kalm_integrations.cli import main
 from kalm_integrations.config import ClientConfig
-from kalm_integrations.doctor import _checks, base, machine, over_http
+from kalm_integrations.doctor import base, machine, over_http
 from kalm_integrations.doctor.base import Check, DoctorContext, Finding
 from kalm_integrations.errors import KalmError, subclasses
 from kalm_integrations.identity import SpaceIdentity
@@ -740,27 +740,6 @@ class TestTheReport:
         assert "+ python" in shown
         assert "X settings" in shown
         assert "> Correct" in shown
-
-    def test_the_page_names_every_check_and_each_field(
-        self, variables: Callable[..., None]
-    ) -> None:
-        variables(MODAL_TOKEN_ID="hunter2-i", MODAL_TOKEN_SECRET="hunter2-s")
-        page = (ROOT / "docs" / "doctor.md").read_text()
-        table = page.split("## Checks\n")[1].split("\n## ")[0]
-        listed = re.findall(r"^\| `([^`]+)` \|", table, re.M)
-        context = DoctorContext(wake=False, reference=True)
-        found = {check.name for check in machine.CHECKS}
-        for options in (
-            {"backend": "local"},
-            {"backend": "modal"},
-            {"backend": "http"},
-            {"base_url": "http://127.0.0.1"},
-        ):
-            context.config = ClientConfig(**options)
-            found |= {check.name for check in _checks(context)}
-        assert set(listed) == found
-        example = json.loads(re.search(r"```json\n(.*?)```", page, re.S)[1])  # type: ignore[index]
-        assert list(example) == ["ok", "summary", "version", "backend", "wake", "checks"]
 
 
 async def _plain_app(scope: dict, receive: object, send: Callable) -> None:

@@ -85,7 +85,7 @@ def split(spans: tuple[ReadableSpan, ...]) -> tuple[ReadableSpan, list[ReadableS
             *(span.attributes or {}),
             *(name for e in span.events for name in e.attributes or {}),
         }
-        assert {name for name in names if f"| `{name}` |" not in PAGE} == set()
+        assert {name for name in names if f"`{name}`" not in PAGE} == set()
         assert [value for value in SECRETS.values() if value in span.to_json()] == []
     (client,) = (span for span in spans if span.kind is SpanKind.CLIENT)
     return client, [span for span in spans if span.kind is SpanKind.SERVER]

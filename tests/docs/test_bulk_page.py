@@ -13,8 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kalm_integrations.bulk.manifest import Job, Shard
-
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/bulk.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -54,13 +52,6 @@ def test_every_block_runs(folder: Path, block: str) -> None:
     assert printed
     if "How tall is K2?" in block:
         assert "K2 is 8,611" in printed
-
-
-def test_the_fields_of_the_manifest() -> None:
-    section = PAGE.split("`manifest.json`:\n")[1].split("\n## ")[0]
-    named = set(re.findall(r"`(\w+)`", section)) | set(re.findall(r"\b\w+\b", section))
-    assert set(Job.model_fields) - {"text_column", "id_column"} <= named
-    assert set(Shard.model_fields) <= named
 
 
 def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""docs/faults.md: each of its failures is caused again."""
+"""The table "Faults" of docs/errors.md: each failure is caused again."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from modal_emulator import Emulator
 
 from kalm_integrations.bulk.on_modal import worker_pool
@@ -89,38 +88,14 @@ def test_names_and_identities_are_the_codes() -> None:
 
 
 def test_the_prices() -> None:
-    container = DeploySettings().dollars_per_hour / 3600
-    second = {
-        "2": DeploySettings(engine="embedded").dollars_per_hour / 3600,
-        "5": gpus.machine_dollars(4, 16),
-        "7": container,
-        "9": container,
-    }
-    rows = re.findall(r"^\| steps? (\d).* \| ([\d,]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
-    assert len(rows) == 5
-    billed = [int(seconds.replace(",", "")) for _, seconds, _ in rows]
-    paid = [second[step] * n for (step, *_), n in zip(rows, billed, strict=True)]
-    assert [row[2] for row in rows] == [f"{dollars:.2f}" for dollars in paid]
-    assert f"| all | | {sum(billed):,} | {sum(paid):.2f} |" in PAGE
+    """Generous times: steps 2 to 4 take 15 minutes, the download 20, and KaLM loads five times."""
     window = DeploySettings().scaledown_window
-    assert billed[2:] == [
-        5 * (600 + window),
-        2 * (70 + window),
-        600 + 300 + worker_pool.SCALEDOWN_WINDOW,
-    ]
-    assert f"It costs about ${sum(paid):.0f} " in PAGE
+    kalm = 5 * (600 + window) + 2 * (70 + window) + 600 + 300 + worker_pool.SCALEDOWN_WINDOW
+    paid = (
+        900 * DeploySettings(engine="embedded").dollars_per_hour / 3600
+        + 1200 * gpus.machine_dollars(4, 16)
+        + kalm * DeploySettings().dollars_per_hour / 3600
+    )
+    assert f"costs about ${paid:.0f}," in PAGE
     kept = DeploySettings(min_containers=1)
-    assert f"costs ${24 * kept.dollars_per_hour:.2f} a day" in PAGE
-
-
-def test_the_sizes_of_snapshots() -> None:
-    performance = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
-    assert "16.7 GiB in fp8 and 26.6 in bf16" in PAGE
-    assert "| 26.6 bf16, 16.7 fp8 |" in performance
-
-
-@pytest.mark.parametrize("measured", ["1.2 in fp8, 2.1 in bf16"])
-def test_our_part_of_a_start_is_what_was_measured(measured: str) -> None:
-    performance = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
-    assert measured in PAGE
-    assert "**2.1 s in bf16**, **1.2 s in fp8**" in performance
+    assert f"costs ${24 * kept.dollars_per_hour:.2f} a day" in " ".join(PAGE.split())

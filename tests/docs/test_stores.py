@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,27 +57,12 @@ def test_the_sizes() -> None:
 
 def test_the_widest_that_fits_each_limit() -> None:
     table = rows("Limits", "store")
-    limits = [number(limit) for _, limit, _ in table]
+    limits = [number(limit.removesuffix(" or more")) for _, limit, _ in table]
     assert all(before <= after for before, after in pairwise(limits))
     for (store, _, widest), limit in zip(table, limits, strict=True):
         assert number(widest) == max(d for d in KALM.dimensions if d <= limit), store
         for name in store.split(", ["):
             assert re.search(r"\]\(https://.+\)|tried, \d", name), name
-
-
-def test_an_entry_of_a_postgres_index_is_never_split() -> None:
-    # A page has 8,192 bytes; an entry, beside its vector, about 240 of headers and of links for
-    # m = 16. Where a page has many, the smaller lists of links at its end blur the figure.
-    checked = 0
-    for dimensions, _, vector, _, halfvec in rows("pgvector", "dimensions"):
-        for bytes_each, measured in ((4, vector), (2, halfvec)):
-            size = bytes_each * int(dimensions)
-            if measured and size >= 1024:
-                pages = 1 / (8152 // (size + 240))
-                assert number(measured) == pytest.approx(8.192 * pages, abs=0.006)
-                checked += 1
-            assert bool(measured) == (int(dimensions) <= {4: 2000, 2: 4000}[bytes_each])
-    assert checked == 4
 
 
 def test_float16_keeps_more_than_the_models_bf16(vectors: NDArray[np.float32]) -> None:
@@ -122,7 +106,7 @@ def test_faiss_takes_the_widest_and_its_graph_costs_what_it_says(
     graph = faiss.IndexHNSWFlat(WIDEST, 32, faiss.METRIC_INNER_PRODUCT)
     graph.add(vectors)
     assert graph.search(vectors[WANTED : WANTED + 1], 1)[1] == [[WANTED]]
-    (stated,) = re.findall(r"in FAISS with 32 links, (\d+) bytes a vector", PAGE)
+    (stated,) = re.findall(r"in FAISS with 32 links, (\d+) bytes a vector", " ".join(PAGE.split()))
     flat = vectors.nbytes
     each = (len(faiss.serialize_index(graph)) - flat) / len(vectors)
     assert each == pytest.approx(int(stated), rel=0.05)
@@ -135,24 +119,10 @@ def test_unit_vectors_rank_alike_by_each_metric(vectors: NDArray[np.float32]) ->
     assert (product[:20] == l2[:20]).all()
 
 
-@pytest.mark.parametrize(
-    ("store", "patched", "shared"),
-    [
-        ("Qdrant", "qdrant_client.QdrantClient", lambda _: QdrantClient(":memory:")),
-        ("Chroma", "chromadb.EphemeralClient", chromadb.PersistentClient),
-    ],
-    ids=["Qdrant", "Chroma"],
-)
-def test_the_blocks_refuse_vectors_of_another_identity(
-    store: str,
-    patched: str,
-    shared: Callable[[Path], object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (block,) = re.findall(rf"^{store}\b[^\n]*:\n\n```python\n(.*?)```", PAGE, re.M | re.S)
-    client = shared(tmp_path)
-    monkeypatch.setattr(patched, lambda *_: client)
+def test_the_block_refuses_vectors_of_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    client = QdrantClient(":memory:")
+    monkeypatch.setattr("qdrant_client.QdrantClient", lambda *_: client)
     for _ in range(2):
         store_object: dict[str, object] = {}
         exec(block, store_object)

@@ -23,6 +23,14 @@ from scripted import vector_of
 from serving import FaultyServer, Received, reply
 from snippets import LIMIT, LOCAL, SNIPPETS
 
+JUPYTER = """
+from kalm_integrations import KalmClient
+
+client = KalmClient()
+documents = client.embed(["K2 is 8,611 metres high."])
+query = await client.aembed(["How tall is K2?"], role="query")
+print(documents.vectors @ query.vectors[0])
+"""
 FASTAPI = (
     SNIPPETS["FastAPI"]
     + """
@@ -119,7 +127,7 @@ def test_application(name: str) -> None:
 
 
 def test_jupyter() -> None:
-    cell = nbformat.v4.new_code_cell(SNIPPETS["Jupyter"])
+    cell = nbformat.v4.new_code_cell(JUPYTER)
     ran = executed(nbformat.v4.new_notebook(cells=[cell]), LOCAL)
     assert re.fullmatch(r"\[0\.\d+\]\n", ran.cells[0].outputs[0].text)
 

@@ -14,8 +14,22 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from snippets import LIMIT, LOCAL, SNIPPETS
+from snippets import LIMIT, LOCAL
 
+APPLICATION = """
+import json
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+from kalm_integrations import KalmClient
+
+client = KalmClient()
+
+
+def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    vectors = client.embed_to_lists([environ["QUERY_STRING"]], role="query")
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(vectors[0]).encode()]
+"""
 PROGRAM = """
 import asyncio, os, sys
 def patch():
@@ -156,7 +170,7 @@ def test_modals_client_is_refused_at_once_where_threads_are_patched() -> None:
 def test_gunicorn_with_gevent_workers(preload: list[str], tmp_path: Path) -> None:
     """With --preload, the engine has embedded before the fork."""
     before = '\nclient.embed(["before the workers"])\n'
-    (tmp_path / "app.py").write_text(SNIPPETS["gunicorn with gevent"] + before)
+    (tmp_path / "app.py").write_text(APPLICATION + before)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port, fd = listening.getsockname()[1], listening.fileno()
         command = f"-m gunicorn -k gevent --workers 2 --timeout 100 --bind fd://{fd} app:app"

@@ -67,14 +67,19 @@ class TestMemory:
             DeploySettings(gpu="A10", model="some/model", quantization="fp8")
 
     def test_the_vllm_page_names_the_same_memory(self) -> None:
-        page = (ROOT / "docs" / "vllm.md").read_text()
-        match = re.search(
-            r"GPU with (\d+) GiB of free memory, or (\d+) for .*fp8`\s+or\s+`int8`", page
-        )
+        page = " ".join((ROOT / "docs" / "vllm.md").read_text().split())
+        match = re.search(r"GPU with (\d+) GiB of free memory, or (\d+) for .*fp8` or `int8`", page)
         assert match
         none, fp8, int8 = (f"{gpus.needed_gib(quantization):.0f}" for quantization in QUANTIZATIONS)
         assert [*match.groups(), fp8] == [none, fp8, int8]
         assert f"longest text takes {gpus.kv_gib():.1f} GiB".replace(".0 ", " ") in page
+
+    def test_the_quantization_page_names_the_same_memory_and_gpus(self) -> None:
+        page = (ROOT / "docs" / "quantization.md").read_text()
+        none, fp8, int8 = (f"{gpus.needed_gib(quantization):.0f}" for quantization in QUANTIZATIONS)
+        assert f"| GPU memory needed, GiB | {none} | {int8} | {fp8} |" in page
+        fit = [gpu for gpu in gpus.GPUS if not gpus.problem(gpu, "fp8")]
+        assert f"| {', '.join(fit)} |" in page
 
 
 class TestDefaults:

@@ -1,7 +1,7 @@
 """The vLLM engine: a front-end in this process and an engine core in another one.
 
 Every text is a request of its own, so that texts of all callers are computed together. Works on one
-event loop, the one in which `load` was awaited (docs/gpu.md).
+event loop, the one in which `load` was awaited (benchmarks/gpu/NOTES.md).
 """
 
 from __future__ import annotations
