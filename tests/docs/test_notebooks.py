@@ -71,7 +71,7 @@ def test_there_are_notebooks_and_each_is_listed() -> None:
         re.MULTILINE,
     )
     assert sorted(listed) == [path.name for path in NOTEBOOKS]
-    assert len(listed) == 4
+    assert len(listed) == 5
 
 
 @every
