@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +21,8 @@ from kalm_integrations.terminal import write
 _LOGGER: Final = logging.getLogger("kalm_integrations")
 _EVERY: Final = 10.0
 """Seconds between two lines."""
-_OUTAGE: Final = 60.0
-"""Seconds without a retry after which the next retry belongs to another outage."""
+_REPEAT: Final = 60.0
+"""Seconds until the same warning is shown again."""
 
 
 class ProgressView(Progress):
@@ -134,25 +135,19 @@ class ProgressView(Progress):
 
 
 class _Warnings(logging.Handler):
-    """The client's warnings while it goes on: each once, and one retry of each outage, because
-    many requests are under way and all of them meet what one of them meets."""
+    """The client's warnings while the job runs; the same one at most once a minute."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         super().__init__(logging.WARNING)
         self._say = say
-        self._last_retry = -_OUTAGE
-        self._shown: set[str] = set()
+        self._shown: dict[str, float] = {}
         self.seen = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         self.seen += 1
         text, now = record.getMessage(), time.monotonic()
-        if text.startswith("retry "):
-            if now - self._last_retry >= _OUTAGE:
-                self._say(f"the service does not answer, and is waited for: {text}")
-            self._last_retry = now
-        elif text not in self._shown:
-            self._shown.add(text)
+        if now - self._shown.get(text, -math.inf) >= _REPEAT:
+            self._shown[text] = now
             self._say(text)
 
 

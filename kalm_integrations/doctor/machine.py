@@ -73,9 +73,11 @@ def packages(_: DoctorContext) -> Result:
 def variables(_: DoctorContext) -> Result:
     """KALM_* variables that nothing reads."""
     from kalm_integrations.config import ClientConfig
+    from modal_backend.http.auth import FILE_VARIABLE
     from modal_backend.settings import DeploySettings
 
     known = [*ClientConfig.variables().values(), *DeploySettings.variables().values()]
+    known.append(FILE_VARIABLE)
     given = [name for name, value in os.environ.items() if value and name[:5].upper() == "KALM_"]
     unread = sorted(name for name in given if name not in known)
     if not unread:

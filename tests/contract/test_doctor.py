@@ -206,6 +206,7 @@ class TestThisMachine:
 
     def test_a_misspelt_variable(self, doctor: Doctor, variables: Callable[..., None]) -> None:
         variables(KALM_BACKEND="local", KALM_TIMOUT="hunter2", KALM_DEPLOY_GPUS="L4", kalm_model="")
+        variables(KALM_API_KEYS_FILE="keys.toml")
         diagnosis = doctor()
         assert diagnosis.status("variables", "settings") == ["warn", "ok"]
         shown = diagnosis.text("variables")
