@@ -228,12 +228,25 @@ async def test_a_caller_in_a_hurry_does_not_close_the_queue_for_patient_ones() -
     assert not admission.refusing
 
 
+async def test_a_somewhat_more_patient_caller_is_admitted() -> None:
+    admission = Admission(clock=now)
+    admission.speed.tokens_per_second = 200.0
+    with admission.admit("query", ["a" * 600]):  # about 1 s
+        assert 0.8 < admission.wait("query") < 1.2
+        assert is_refused(admission, "query", 1.0)
+        assert not is_refused(admission, "query", 2.0)
+
+
 async def test_after_a_refusal_the_queue_has_to_become_shorter() -> None:
     admission = Admission(clock=now)
     admission.speed.tokens_per_second = 100.0
     with admission.admit("query", ["a" * 600]) as first:
         with admission.admit("query", ["a" * 600]):
             assert is_refused(admission, "query", 60.0)
+            assert admission.reopens_in("query") == pytest.approx(
+                admission.wait("query") - 0.3 * MAX_WAIT["query"]
+            )
+            assert admission.reopens_in("document") == 0
         admission.speed.tokens_per_second = 100.0
         assert 0.3 * MAX_WAIT["query"] < admission.wait("query") < MAX_WAIT["query"]
         assert is_refused(admission, "query", 60.0)
