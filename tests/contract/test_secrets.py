@@ -91,7 +91,7 @@ def test_llama_index_serializes_no_secret() -> None:
     finally:
         root.event_handlers.remove(recorder)
     assert len(seen) == 4
-    assert_clean(*seen, model.to_dict(), model.to_json(), model.to_payload(), model.json())
+    assert_clean(*seen, model.to_dict(), model.to_json(), model.json())
 
 
 FAILURES: dict[str, Step | None] = {
