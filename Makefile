@@ -25,7 +25,7 @@ unexport Q DOCS
 BENCH_VENV := .venv-bench
 BENCH_PINS := benchmarks/client/requirements.txt
 
-.PHONY: help quickstart test test-fast coverage mutation simulate soak security test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
+.PHONY: help quickstart test test-fast test-matrix coverage mutation simulate soak security test-vllm docs docs-test notebooks image-lock bench-client bench-real-weights clean
 .NOTPARALLEL:
 
 help:
@@ -34,9 +34,10 @@ help:
 	@echo 'make quickstart DOCS=path    index a folder of Markdown and text files'
 	@echo 'make test                    ruff, mypy, import-linter, pytest'
 	@echo 'make test-fast               pytest, less what starts a process or a container: a minute'
+	@echo 'make test-matrix             the same with the lowest and the newest versions, on Python 3.11 to 3.14: 20 minutes'
 	@echo 'make coverage                lines and branches that `make test` runs, and those that it does not'
 	@echo 'make mutation                whether the tests notice faults put into validation, batching, dispatch ...'
-	@echo 'make simulate                client and service in virtual time, under the faults of 10,000 seeds: 3 minutes'
+	@echo 'make simulate                client and service in virtual time, under the faults of 10,000 seeds: a minute'
 	@echo 'SEED=7 make simulate         one of them, exactly as it ran before'
 	@echo 'make soak                    real clients, a proxy that injects faults, kalm serve killed and restarted: 10 minutes'
 	@echo 'SECONDS=60 make soak         a minute'
@@ -68,6 +69,9 @@ FAST := tests/unit $(patsubst %,tests/contract/test_%.py,bad_input bulk bulk_job
 	error_codes http_faults http_odd http_requests http_server langchain secrets serve)
 test-fast: $(VENV)/.dev
 	$(VENV)/bin/pytest --fast $(FAST) --numprocesses 2 --dist loadfile
+
+test-matrix: $(VENV)/.dev
+	$(VENV)/bin/python tests/tools/version_matrix.py $(FAST)
 
 coverage: $(VENV)/.dev
 	$(VENV)/bin/coverage erase

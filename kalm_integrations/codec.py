@@ -66,8 +66,11 @@ def packed_parts(response: EmbedResponse) -> Iterator[bytes | memoryview]:
         yield body[start : start + _PART_BYTES]
 
 
-def unpack(body: bytes | bytearray) -> EmbedResponse:
+def unpack(body: bytes | bytearray | memoryview) -> EmbedResponse:
     """The inverse of `pack`. The vectors are a view of `body`.
+
+    Args:
+        body: Tracebacks with local variables show the contents of bytes, but not of a memoryview.
 
     Raises:
         CorruptedAnswerError: `body` is not what `pack` produces.
@@ -87,7 +90,7 @@ def unpack(body: bytes | bytearray) -> EmbedResponse:
             vectors=flat.reshape(shape),
             identity=identity,
             usage=usage,
-            digest=body[_DIGEST].decode(),
+            digest=bytes(body[_DIGEST]).decode(),
             truncated=truncated,
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

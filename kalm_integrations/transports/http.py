@@ -74,10 +74,9 @@ class HttpTransport:
                 return response
             self._is_kalm = True  # these vectors are not used, since they lack their identity
         reply = await self._send(request, start, "embeddings", MEDIA_TYPE)
-        media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if media_type == MEDIA_TYPE:
-            return unpack(reply.body)
-        if media_type == "application/json":
+        if reply.media_type == MEDIA_TYPE:
+            return unpack(memoryview(reply.body))
+        if reply.media_type == "application/json":
             self._is_kalm = None
             raise IdentityMismatchError("the service no longer reports an identity.")
         raise openai_compat.unexpected_content(reply, self._pool.secrets)
@@ -90,12 +89,12 @@ class HttpTransport:
             raise ConfigurationError("only our own service counts tokens, and this server is not.")
         reply = await self._send(request, start, "count_tokens", "application/json")
         try:
-            counts = json.loads(reply.body)["counts"]
+            if isinstance(counts := json.loads(reply.body)["counts"], list):
+                return counts
         except openai_compat.UNREADABLE:
-            counts = None
-        if not isinstance(counts, list):
-            raise openai_compat.unexpected_content(reply, self._pool.secrets)
-        return counts
+            pass
+        counts = None  # a traceback would show it
+        raise openai_compat.unexpected_content(reply, self._pool.secrets)
 
     async def _send(
         self, request: EmbedRequest, start: float, route: str, accept: str

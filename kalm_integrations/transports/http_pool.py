@@ -52,6 +52,18 @@ class HttpResponse:
     request_id: str
     url: URL
 
+    @property
+    def media_type(self) -> str:
+        """Without parameters."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+class _ResponseHead(aiohttp.ClientResponse):
+    """Tracebacks with local variables do not show its headers."""
+
+    def __repr__(self) -> str:
+        return f"<{self.status}>"
+
 
 class HttpPool:
     """A pool of connections to one server.
@@ -77,15 +89,16 @@ class HttpPool:
         )
         """What a failed request raises."""
         self._headers = _credentials(config)
-        self.secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
-        """Redacted in error messages."""
+        secrets = [value.removeprefix("Bearer ") for value in self._headers.values()]
         if proxy is not None and proxy.user:
             header: dict[str, str] = {"Proxy-Authorization": Hidden(proxy.authorization)}
-            self.secrets += [proxy.password, proxy.authorization.removeprefix("Basic ")]
+            secrets += [proxy.password, proxy.authorization.removeprefix("Basic ")]
             if self._http_proxy is not None and base_url.scheme == "https":
                 self._proxy_headers = header
             elif self._http_proxy is not None:
                 self._headers |= header
+        self.secrets = [Hidden(secret) for secret in secrets]
+        """Redacted in error messages."""
         self._session: aiohttp.ClientSession | None = None
         self._distrusted: aiohttp.ClientSession | None = None
         """The session whose connections got a response to another request."""
@@ -135,7 +148,6 @@ class HttpPool:
                         continue
                     content = await _read(response, limit)
                 reply = HttpResponse(response.status, response.headers, content, request_id, url)
-                del response  # it shows its headers in tracebacks with local variables
                 self._check_echo(reply, from_kalm)
                 return reply
         except self._failures as error:
@@ -178,7 +190,8 @@ class HttpPool:
     def _redirect(
         self, response: aiohttp.ClientResponse, method: str, body: bytes | None, url: URL
     ) -> tuple[str, bytes | None, URL]:
-        location = response.headers.get("Location", "")
+        received = Hidden(response.headers.get("Location", ""))
+        location = redact(received, self.secrets)
         try:
             target = url.join(URL(location))
             same = target.origin() == url.origin() and not target.user and not target.password
@@ -186,15 +199,15 @@ class HttpPool:
             same = False
         if not same:  # which must not get the credentials and texts
             raise ConfigurationError(
-                f"{url} redirects to another server, {redact(location, self.secrets)}: if that is "
-                "correct, pass it as base_url."
+                f"{url} redirects to another server, {location}: if that is correct, pass it as "
+                "base_url."
             )
-        if response.status in (307, 308):
-            return method, body, target
-        if response.status == 303 or method == "GET":
-            return "GET", None, target
-        moved = redact(str(target), self.secrets)
-        raise ConfigurationError(f"{url} has moved to {moved}: correct base_url.")
+        if location == received:  # not with a key, which errors about the new URL would show
+            if response.status in (307, 308):
+                return method, body, target
+            if response.status == 303 or method == "GET":
+                return "GET", None, target
+        raise ConfigurationError(f"{url} has moved to {target}: correct base_url.")
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._closed:
@@ -208,6 +221,7 @@ class HttpPool:
                     connect=self._config.connect_timeout,  # TLS and the proxy included
                     sock_connect=self._config.connect_timeout,
                 ),
+                response_class=_ResponseHead,
                 # aiohttp's 64 KiB would pause and resume the socket several times per response.
                 read_bufsize=_READ_BUFFER,
                 headers={"Accept-Encoding": "identity"},

@@ -34,7 +34,7 @@ from kalm_integrations.errors import (
 from kalm_integrations.protocol import EmbedResponse, ErrorBody, VectorDtype
 from kalm_integrations.result import Usage
 from kalm_integrations.transports.http_pool import HttpResponse
-from kalm_integrations.transports.redaction import redact, shorten
+from kalm_integrations.transports.redaction import Hidden, redact, shorten
 
 _BY_STATUS: Final = {
     401: AuthenticationError,
@@ -82,29 +82,47 @@ def decode(
         InvalidResponseError: Not such a response; an index is missing, duplicated or unknown; or,
             with their rows in `invalid`, some embeddings are missing or of another length.
     """
-    try:
-        content = json.loads(response.body)
-        model, items = content.get("model"), content["data"]
-        rows = [_vector(item["embedding"]) for item in items]
-        indices = [item.get("index") for item in items]
-        if not rows:
-            raise ValueError("no vectors")
-    except UNREADABLE as error:
-        raise unexpected_content(response, secrets) from error
+    content = _parse(response.body)
+    if content is None:
+        raise unexpected_content(response, secrets)
+    model, rows, indices, tokens = content
     if all(index is None for index in indices):
         indices = list(range(len(rows)))
     if sorted(indices, key=str) != sorted(range(len(rows)), key=str):
         raise InvalidResponseError(
-            f"the response's indices are not 0 to {len(items) - 1}, each once: "
+            f"the response's indices are not 0 to {len(rows) - 1}, each once: "
             f"{shorten(str(indices))}."
         )
     ordered = [row for _, row in sorted(zip(indices, rows, strict=True), key=lambda pair: pair[0])]
     _check_lengths(ordered)
     with np.errstate(over="ignore"):  # what is not finite is refused by index
         vectors = np.array(ordered, dtype=dtype)
-    usage = Usage(tokens=_tokens(content.get("usage")), requests=1)
-    name = model if isinstance(model, str) and model else None
-    return name, EmbedResponse(vectors=vectors, identity=None, usage=usage)
+    usage = Usage(tokens=tokens, requests=1)
+    return model, EmbedResponse(vectors=vectors, identity=None, usage=usage)
+
+
+def _parse(
+    body: bytearray,
+) -> tuple[str | None, list[NDArray[np.float32]], list[Any], int | None] | None:
+    """The model's name, rows, indices (of a wrong one its type's name) and the number of tokens;
+    None if the response is something else.
+
+    It raises nothing: tracebacks with local variables would show all that the server sent.
+    """
+    try:
+        content = json.loads(body)
+        model, items = content.get("model"), content["data"]
+        rows = [_vector(item["embedding"]) for item in items]
+        indices = [
+            index if isinstance(index, int | None) else type(index).__name__
+            for index in (item.get("index") for item in items)
+        ]
+        if not rows:
+            return None
+        name = Hidden(model) if isinstance(model, str) and model else None
+        return name, rows, indices, _tokens(content.get("usage"))
+    except UNREADABLE:
+        return None
 
 
 def _check_lengths(rows: Sequence[NDArray[np.float32]]) -> None:

@@ -8,7 +8,7 @@ refused is refused because of its texts. docs/servers.md lists the servers.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
@@ -92,7 +92,7 @@ class OpenAIServer:
         secrets: Redacted in error messages.
     """
 
-    def __init__(self, config: ClientConfig, post: Post, secrets: list[str]) -> None:
+    def __init__(self, config: ClientConfig, post: Post, secrets: Sequence[str]) -> None:
         self._config = config
         self._post = post
         self._secrets = secrets

@@ -174,7 +174,7 @@ class TestThisMachine:
         variables(KALM_BACKEND="local")
         shown = stopped_at("packages", doctor())
         assert "aiohttp 3.9.5 (needs >=3.12), langchain-core 0.3 (needs >=1.6)" in shown
-        assert "llama-index-core 0.15 (needs <0.15,>=0.14.10)" in shown
+        assert "llama-index-core 0.15 (needs <0.15,>=0.14.16)" in shown
         assert "→ pip install 'aiohttp>=3.12' 'langchain-core>=1.6' 'llama-index-core<" in shown
 
     def test_a_core_package_that_is_not_there(

@@ -53,7 +53,8 @@ def test_no_seed_breaks_a_guarantee() -> None:
     outcomes: Counter[str] = Counter()
     for seed in range(SEEDS) if ONE is None else [int(ONE)]:
         outcomes.update(call.outcome for call in run(seed).calls)
-    print(dict(outcomes.most_common()))
+    print(f"\n| {outcomes.total():,} calls | ended as |\n|---|---|")
+    print(*(f"| {n:,} | {end} |" for end, n in outcomes.most_common()), sep="\n")
     if ONE is None:  # the seeds reach what they are for
         assert outcomes["answered"] > outcomes.total() / 3
         assert len(outcomes) > 8

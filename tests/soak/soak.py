@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -203,15 +203,27 @@ def left_behind(port: int, known: set[threading.Thread]) -> list[str]:
     return [each for each in left if "kalm-io" not in each]
 
 
+def listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items(), key=lambda it: -it[1]))
+
+
 def main() -> int:
     """Print the report; 1 if a guarantee was broken."""
     report, proxy, server, left = soak(float(sys.argv[1]))
+    print("| entry point | calls | answered | errors |\n|---|---|---|---|")
     for how in sorted({how for how, _ in report.outcomes}):
         of_it = {end: n for (way, end), n in report.outcomes.most_common() if way == how}
-        print(f"{how:20} {sum(of_it.values()):6,}  {of_it}")
-    print(f"requests {proxy.requests:,}, faults {proxy.faults.total():,}: {dict(proxy.faults)}")
-    print(f"calls {report.outcomes.total():,}, kills of the service {server.kills}, ", end="")
-    print(f"wrong vectors {report.wrong}, late calls {report.late}, left behind {len(left)}")
+        calls, answered = sum(of_it.values()), of_it.pop("answered", 0)
+        print(f"| {how} | {calls:,} | {answered:,} | {listed(of_it)} |")
+    print("\n| in all | |\n|---|---|")
+    print(f"| calls | {report.outcomes.total():,} |")
+    print(f"| requests | {proxy.requests:,} |")
+    print(f"| faults of the network | {proxy.faults.total():,}: {listed(proxy.faults)} |")
+    print(f"| kills of the service | {server.kills} |")
+    print(f"| wrong vectors | {report.wrong} |")
+    print(f"| late calls | {report.late} |")
+    print(f"| errors of other classes | {len(report.foreign)} |")
+    print(f"| connections, tasks and threads left behind | {len(left)} |\n")
     print(*report.foreign[:10], *left[:10], sep="\n")
     answered = sum(n for (_, end), n in report.outcomes.items() if end == "answered")
     broken = report.wrong or report.late or report.foreign or left
