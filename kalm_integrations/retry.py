@@ -1,7 +1,7 @@
 """The retry policy of requests: whether a failed one is sent again, and when.
 
-Only these retries wait. `FailoverTransport` tries another server at once, and Modal's client repeats
-inputs that it has lost. docs/errors.md has the formula.
+Only these retries wait. `FailoverTransport` tries another server at once, and Modal's client
+repeats inputs that it has lost. docs/errors.md has the formula.
 """
 
 from __future__ import annotations

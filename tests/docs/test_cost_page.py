@@ -58,7 +58,7 @@ def test_the_readme_has_the_prices_of_the_default() -> None:
     assert f"cost about {cost} a day (calculated), and {waiting} of them wait" in readme
     assert f"**A cold start** takes about {gpus.SNAPSHOT_START:.0f} s" in readme
     assert f"(`--min-containers 1`), a day costs ${day:.0f}." in readme
-    assert f"72 a day cost about {cost} |" in readme
+    assert f"three an hour cost about {cost} a day |" in readme
     million = 1e6 * one("H100").dollars / one("H100").rate.tokens
     assert f"about ${million:.2f} a million tokens" in readme
 
