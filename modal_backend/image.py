@@ -53,8 +53,13 @@ def image_of(settings: DeploySettings) -> modal.Image:
             .entrypoint([])
             # Modal compiles what uv installs to bytecode.
             .uv_pip_install(requirements=[str(LOCK)], extra_options="--no-deps")
-            # The latter is for older versions of huggingface_hub.
-            .env({"HF_XET_HIGH_PERFORMANCE": "1", "HF_HUB_ENABLE_HF_TRANSFER": "1"})
+            .env(
+                {
+                    "HF_XET_HIGH_PERFORMANCE": "1",
+                    "HF_HUB_ENABLE_HF_TRANSFER": "1",  # for older versions of huggingface_hub
+                    "VLLM_NO_USAGE_STATS": "1",
+                }
+            )
         )
     # Sources last, so that a change in them rebuilds nothing.
     return image.env(settings.as_variables()).add_local_python_source(*SOURCES)
