@@ -81,9 +81,3 @@ def nullable(each: pa.Field) -> pa.Field:
     elif pa.types.is_fixed_size_list(kind):
         kind = pa.list_(nullable(kind.value_field), kind.list_size)
     return each.with_type(kind).with_nullable(True)
-
-
-def lacks(name: str, there: list[str]) -> str:
-    """For messages about a missing text column."""
-    shown = ", ".join(map(repr, there)) or "none"
-    return f"no column {name!r}, but {shown}: --text-column names it"

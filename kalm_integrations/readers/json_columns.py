@@ -16,7 +16,6 @@ _BITS: Final = {type(None): 0, bool: _BOOL, int: _INT, float: _FLOAT, str: _TEXT
 _EXACT: Final = 2**53
 """Largest integer up to which every one is a float64."""
 _INT64: Final = 2**63
-_WHITE_SPACE: Final = " \t\r\n"
 
 
 class ColumnTypes:
@@ -82,10 +81,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def which_byte(value: bytes, encoding: str = "utf-8") -> str:
+def which_byte(value: bytes) -> str:
     """Which byte cannot be decoded, for the end of a message."""
     try:
-        value.decode(encoding)
+        value.decode()
     except UnicodeDecodeError as error:
         return f": byte {value[error.start]:#04x} at position {error.start}"
     return ""
@@ -104,6 +103,12 @@ def undecodable(text: str, encoding: str) -> str | None:
     return f"is not {name}: it has a lone surrogate"
 
 
+def lacks(name: str, there: list[str]) -> str:
+    """For messages about a missing text column."""
+    shown = ", ".join(map(repr, there)) or "none"
+    return f"no column {name!r}, but {shown}: --text-column names it"
+
+
 class LineParser:
     """Parses one object a line: UTF-8, no key twice, only Unicode in keys and strings.
 
@@ -113,24 +118,17 @@ class LineParser:
 
     def __init__(self, text_column: str) -> None:
         self._text_column = text_column
-        strict: Any = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
-        self._scan = strict.scan_once
 
     def __call__(self, line: bytes) -> tuple[dict[str, Any], str | None]:
         """The object, as far as it is good, and what is wrong with it."""
         try:
-            text = line.decode().strip(_WHITE_SPACE)
-            value, end = self._scan(text, 0)
-            if end < len(text):
-                raise ValueError(f"extra data at character {end}")
+            value = _DECODER.decode(line.decode())
         except UnicodeDecodeError as error:
             return {}, f"is not UTF-8: byte {line[error.start]:#04x} at position {error.start}"
         except _BadObjectError as error:
             return {}, str(error)
         except (ValueError, RecursionError) as error:
             return {}, f"is not JSON: {error}"
-        except StopIteration as error:
-            return {}, f"is not JSON: a value is missing at character {error.value}"
         return self.checked(value, escapes=b"\\u" in line)
 
     def checked(self, value: Any, escapes: bool = True) -> tuple[dict[str, Any], str | None]:
@@ -141,8 +139,7 @@ class LineParser:
         if escapes:
             value, problem = self._without_surrogates(value)
         if problem is None and self._text_column not in value:
-            shown = ", ".join(map(repr, value)) or "none"
-            problem = f"has no column {self._text_column!r}, but {shown}: --text-column names it"
+            problem = f"has {lacks(self._text_column, list(value))}"
         return value, problem
 
     def _without_surrogates(self, value: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -178,6 +175,9 @@ def _finite(text: str) -> float:
     return value
 
 
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+
+
 def items(content: bytes, name: str) -> Iterator[Any]:
     """The items of one JSON array.
 
@@ -187,7 +187,6 @@ def items(content: bytes, name: str) -> Iterator[Any]:
     number = 0
     try:
         text = content.decode("utf-8-sig").strip()
-        decode = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite).raw_decode
         blank = re.compile(r"[ \t\r\n]*").match
         at = blank(text, 1).end()  # type: ignore[union-attr]
         while text[at : at + 2] != "]":  # with nothing behind it
@@ -196,7 +195,7 @@ def items(content: bytes, name: str) -> Iterator[Any]:
                     raise ValueError(f"a comma or a closing bracket is missing at character {at}")
                 at = blank(text, at + 1).end()  # type: ignore[union-attr]
             number += 1
-            value, at = decode(text, at)
+            value, at = _DECODER.raw_decode(text, at)
             at = blank(text, at).end()  # type: ignore[union-attr]
             yield value
     except (ValueError, RecursionError) as error:

@@ -11,12 +11,11 @@ import xxhash
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import json_columns
-from kalm_integrations.readers.blocks import BLOCK_ROWS, Block, lacks
+from kalm_integrations.readers.blocks import BLOCK_ROWS, Block
 from kalm_integrations.readers.files import DOCUMENTS, InputFile
 
 PLACE: Final = "place"
 """Column of text files: the file, and the line within it."""
-_BLOCK_BYTES: Final = 2**18
 _READ_BYTES: Final = 2**16
 _LONGEST_FIELD: Final = 2**27  # bytes of one CSV field; Python's own limit is 128 KiB
 _BOM: Final = b"\xef\xbb\xbf"
@@ -27,44 +26,23 @@ _Record = tuple[str, dict[str, Any], str | None]
 def read_json(
     file: InputFile, opened: io.BufferedReader, text_column: str, encoding: str
 ) -> Iterator[Block]:
-    """JSON Lines, or one array of objects in a .json file."""
-    digest = xxhash.xxh3_128()
-    number, parse = 0, json_columns.LineParser(text_column)
-    start = opened.peek(64).removeprefix(_BOM).lstrip()
-    if file.format_suffix == ".json" and start.startswith(b"["):
-        yield from _json_array(file, opened, text_column)
-        return
-    while lines := opened.readlines(_BLOCK_BYTES):
-        digest.update(b"".join(lines))
-        block = Block(file.name, digest=digest.digest())
-        if not number:
-            lines[0] = lines[0].removeprefix(_BOM)
-        records, texts, places = block.records, block.texts, block.places
-        for line in lines:
-            number += 1
-            if line.isspace() or not line:
-                continue
-            record, problem = parse(line)
-            if problem is not None:
-                block.problems[len(texts)] = problem
-            records.append(record)
-            texts.append(record.get(text_column))
-            places.append(f"{file.name} line {number}")
-        yield block
+    """JSON Lines, or one array of objects in a .json file, which is read at once."""
+    hashed, parse = _Hashed(opened), json_columns.LineParser(text_column)
+    stream = io.BufferedReader(hashed, _READ_BYTES)
+    start = stream.peek(64).removeprefix(_BOM).lstrip()
+    is_array = file.format_suffix == ".json" and start.startswith(b"[")
 
+    def records() -> Iterator[_Record]:
+        if is_array:
+            for number, item in enumerate(json_columns.items(stream.read(), str(file)), 1):
+                yield f"{file.name} item {number}", *parse.checked(item)
+            return
+        for number, line in enumerate(stream, 1):
+            content = line.removeprefix(_BOM) if number == 1 else line
+            if content and not content.isspace():
+                yield f"{file.name} line {number}", *parse(content)
 
-def _json_array(file: InputFile, opened: io.BufferedReader, text_column: str) -> Iterator[Block]:
-    """One array of objects: read at once."""
-    content = opened.read()
-    digest = xxhash.xxh3_128_digest(content)
-    parse, rows = json_columns.LineParser(text_column), []
-    for number, item in enumerate(json_columns.items(content, str(file)), 1):
-        rows.append((f"{file.name} item {number}", *parse.checked(item)))
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = Block(file.name, digest=digest)
-        for place, record, problem in rows[start : start + BLOCK_ROWS]:
-            _add(block, place, record, text_column, problem)
-        yield block
+    yield from _blocks(file, records(), text_column, hashed.digest)
 
 
 def read_text(
@@ -93,7 +71,11 @@ def _blocks(
     """Blocks of `BLOCK_ROWS` rows, and a last one that has the rest."""
     block = Block(file.name)
     for place, record, problem in records:
-        _add(block, place, record, text_column, problem)
+        if problem:
+            block.problems[len(block)] = problem
+        block.texts.append(record.get(text_column))
+        block.places.append(place)
+        block.records.append(record)
         if len(block) == BLOCK_ROWS:
             block.digest = digest()
             yield block
@@ -172,7 +154,7 @@ def _check_header(file: InputFile, names: list[str], text_column: str, encoding:
                 "cp1252 or utf-16 for instance."
             )
     if text_column not in names:
-        raise ConfigurationError(f"{file.name} has {lacks(text_column, names)}.")
+        raise ConfigurationError(f"{file.name} has {json_columns.lacks(text_column, names)}.")
     if len(set(names)) < len(names):
         raise ConfigurationError(f"{file.name} has two columns of one name: {names}.")
 
@@ -192,13 +174,3 @@ def _csv_record(
             where = "" if name == text_column else f"column {name!r} "
             first = first or f"{where}{problem}"
     return record, first
-
-
-def _add(
-    block: Block, place: str, record: dict[str, Any], text_column: str, problem: str | None
-) -> None:
-    if problem:
-        block.problems[len(block)] = problem
-    block.texts.append(record.get(text_column))
-    block.places.append(place)
-    block.records.append(record)

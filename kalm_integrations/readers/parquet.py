@@ -13,7 +13,7 @@ import xxhash
 
 from kalm_integrations.errors import ConfigurationError
 from kalm_integrations.readers import json_columns
-from kalm_integrations.readers.blocks import BLOCK_ROWS, Block, lacks, nullable
+from kalm_integrations.readers.blocks import BLOCK_ROWS, Block, nullable
 from kalm_integrations.readers.files import InputFile
 
 
@@ -35,7 +35,7 @@ def check_schema(file: InputFile, schema: pa.Schema, text_column: str) -> None:
     """Refuse columns that cannot be embedded."""
     names = schema.names
     if text_column not in names:
-        raise ConfigurationError(f"{file.name} has {lacks(text_column, names)}.")
+        raise ConfigurationError(f"{file.name} has {json_columns.lacks(text_column, names)}.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"{file.name} has two columns named {twice[0]!r}: rename one.")
     kind = schema.field(text_column).type
