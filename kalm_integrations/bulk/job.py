@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.local import LocalExecutor, Progress, discard_leftovers
+from kalm_integrations.bulk.local import LocalExecutor, Progress
 from kalm_integrations.bulk.manifest import FORMAT, NAME, Manifest, check_same
 from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.plan import Plan, make_plan
@@ -67,7 +67,9 @@ def embed_corpus(
         earlier = EarlierVectors(options.reuse, job) if options.reuse else None
         progress.begun(plan, min(len(manifest.shards) * job.shard_rows, job.rows), manifest)
         if not manifest.complete:
-            discard_leftovers(folder)
+            for left in [*folder.glob(".*.tmp"), *(folder / shards.FOLDER).glob(".*.tmp")]:
+                with suppress(OSError):  # what a killed process left half-written
+                    left.unlink()
             manifest.runs += 1
             manifest.write(folder)
             LocalExecutor(client, plan, manifest, folder, width, earlier, progress).run()

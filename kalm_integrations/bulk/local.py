@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,8 @@ from kalm_integrations.bulk.embedding import Result, Send, Sender, embed_texts
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.plan import Plan
-from kalm_integrations.bulk.recurring import RecurringTexts
 from kalm_integrations.bulk.shards import ShardBuilder
-from kalm_integrations.bulk.vectors import KEPT, EarlierVectors, VectorFile
+from kalm_integrations.bulk.vectors import KEPT, EarlierVectors, RecurringTexts, VectorFile
 from kalm_integrations.client import KalmClient
 from kalm_integrations.event_loop import background_loop
 from kalm_integrations.result import EmbeddedBatch, Usage
@@ -100,7 +98,7 @@ class LocalExecutor:
             self._writer.shutdown()  # what is complete is written
             for shard in self._open:
                 shard.kept.close()
-            self._recurring.close()
+            self._recurring.file.close()
             for client in self._clients:
                 client.close()
 
@@ -120,7 +118,7 @@ class LocalExecutor:
                 self._events.get()()
             raise self._failure
         if len(self.manifest.shards) == self.manifest.job.shards:
-            self._recurring.close()
+            self._recurring.file.close()
             shutil.rmtree(self.folder / KEPT, ignore_errors=True)
 
     # --- limits
@@ -147,7 +145,7 @@ class LocalExecutor:
 
     def _start(self, part: Part) -> None:
         if self.earlier is not None:
-            reuse(self.earlier, part)
+            self.earlier.give(part)
         builder = ShardBuilder(part, self.manifest.job, self.width)
         shard = _OpenShard(builder, self._vector_file(f"part-{part.number:06}"))
         self._open.append(shard)
@@ -230,7 +228,7 @@ class LocalExecutor:
             shard.kept.close()
             return
         try:
-            self._recurring.sync()
+            self._recurring.file.sync()
             manifest, price = self.manifest, self.plan.options.dollars_per_second
             manifest.calibration = shard.builder.calibrated(manifest.calibration)
             finished = shard.builder.write(self.folder, manifest.calibration)
@@ -274,21 +272,3 @@ class LocalExecutor:
             self._clients.append(client)
         call = CallSettings(role="document", timeout=client.config.timeout, skip_invalid=True)
         return lambda batch: client._dispatcher.send(batch, call)
-
-
-def reuse(earlier: EarlierVectors, part: Part) -> None:
-    """Give a part the vectors that earlier outputs have of its texts."""
-    rows = np.flatnonzero(part.first >= 0)
-    entries = earlier.find(part.keys[rows])
-    rows, entries = rows[entries >= 0], entries[entries >= 0]
-    if len(rows):
-        vectors, truncated = earlier.get(entries)
-        known = zip(vectors, truncated.tolist(), strict=True)
-        part.vectors.update(zip(rows.tolist(), known, strict=True))
-
-
-def discard_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for left in [*folder.glob(".*.tmp"), *(folder / shards.FOLDER).glob(".*.tmp")]:
-        with suppress(OSError):
-            left.unlink()

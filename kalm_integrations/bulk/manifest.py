@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, BinaryIO, Final, Literal, Self
 
 import xxhash
 from pydantic import (
@@ -138,7 +140,8 @@ class Manifest(Counts):
 
     def write(self, folder: Path) -> None:
         """Replace the one in `folder`; a reader sees the old one or this one."""
-        replace_file(folder / NAME, self.to_bytes())
+        with written_whole(folder / NAME) as file:
+            file.write(self.to_bytes())
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -206,26 +209,24 @@ def _changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def file_digest(path: Path) -> str:
     """Digest of a file, which detects damage."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that is there whole or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    rename(temporary, path)
-
-
-def rename(temporary: Path, path: Path) -> None:
-    """Give a synced file its name, for good."""
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        if temporary.is_file():
+            temporary.unlink()
+        raise
     if os.name == "posix":  # or the name may be lost in a power cut
         folder = os.open(path.parent, os.O_RDONLY)
         try:

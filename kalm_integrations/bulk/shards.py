@@ -55,8 +55,8 @@ class ShardBuilder:
     def copied_rows(self) -> NDArray[np.int64]:
         """Rows whose text an earlier part has, and that have no vector yet."""
         earlier = (self.part.first >= 0) & (self.part.first < self.part.start)
-        open_rows = np.flatnonzero(earlier & np.isnan(self.vectors[:, 0]))
-        return np.array([row for row in open_rows if row not in self.reasons], dtype=np.int64)
+        rows = np.flatnonzero(earlier & np.isnan(self.vectors[:, 0]))
+        return rows[np.isin(rows, list(self.reasons), invert=True)]
 
     def add(self, results: list[Result]) -> None:
         """Put vectors into their rows."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from kalm_integrations.bulk.manifest import rename
+from kalm_integrations.bulk.manifest import file_digest, written_whole
 from kalm_integrations.errors import ConfigurationError
 
 _GROUP_ROWS: Final = 512
@@ -44,34 +42,23 @@ def write_table(path: Path, table: pa.Table, vectors: Collection[str] = ()) -> t
 
     Columns that are `vectors` are not compressed.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     others = [name for name in table.column_names if name not in vectors]
-    try:
-        with temporary.open("wb") as file:
-            hashed = _Hashed(file)
-            writer = pq.ParquetWriter(
-                hashed,
-                table.schema,
-                # Numbers that look like noise take longer to compress than to write.
-                compression={**dict.fromkeys(vectors, "none"), **dict.fromkeys(others, "zstd")},
-                use_dictionary=others,
-                write_statistics=others,
-            )
-            with writer:
-                for start in range(0, max(1, len(table)), _GROUP_ROWS):
-                    group = table.slice(start, _GROUP_ROWS)
-                    if any("view" in str(kind) for kind in table.schema.types):
-                        group = _copied(group)
-                    writer.write_table(group, row_group_size=_GROUP_ROWS)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        rename(temporary, path)
-    except BaseException:
-        if temporary.is_file():
-            temporary.unlink()
-        raise
-    return size, hashed.hexdigest()
+    with written_whole(path) as file:
+        writer = pq.ParquetWriter(
+            file,
+            table.schema,
+            # Numbers that look like noise take longer to compress than to write.
+            compression={**dict.fromkeys(vectors, "none"), **dict.fromkeys(others, "zstd")},
+            use_dictionary=others,
+            write_statistics=others,
+        )
+        with writer:
+            for start in range(0, max(1, len(table)), _GROUP_ROWS):
+                group = table.slice(start, _GROUP_ROWS)
+                if any("view" in str(kind) for kind in table.schema.types):
+                    group = _copied(group)
+                writer.write_table(group, row_group_size=_GROUP_ROWS)
+    return path.stat().st_size, file_digest(path)
 
 
 def _copied(table: pa.Table) -> pa.Table:
@@ -81,21 +68,3 @@ def _copied(table: pa.Table) -> pa.Table:
         for name in table.column_names
     ]
     return pa.table(columns, schema=table.schema)
-
-
-class _Hashed(io.RawIOBase):
-    """A file whose bytes are hashed as they are written."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._hash = file, xxhash.xxh3_128()
-        self.hexdigest = self._hash.hexdigest
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self._hash.update(content)
-        return int(self._file.write(content))
-
-    def tell(self) -> int:
-        return int(self._file.tell())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
+from collections.abc import Iterator
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from kalm_integrations.bulk.manifest import Job, Manifest, file_digest
-from kalm_integrations.bulk.shards import FOLDER, TRUNCATED
+from kalm_integrations.bulk.parts import Part
+from kalm_integrations.bulk.plan import Plan
+from kalm_integrations.bulk.shards import FOLDER, TRUNCATED, ShardBuilder
 from kalm_integrations.bulk.tables import python_texts
 from kalm_integrations.errors import ConfigurationError
 
@@ -29,10 +32,8 @@ class VectorFile:
     that is missing, damaged or another text's is no vector. The file is made with the first."""
 
     def __init__(self, path: Path, width: int, dtype: str) -> None:
-        self._path = path
-        self._type = np.dtype(
-            [("key", "<u8", 2), ("truncated", "?"), ("vector", dtype, (width,)), ("sum", "<u8")]
-        )
+        self._path, self._width, self._dtype = path, width, np.dtype(dtype)
+        self._record_bytes = 16 + 1 + width * self._dtype.itemsize + 8
         # No memory map: a full disk would end the process there and then.
         self._file = FileIO(path, "r+b") if path.exists() else None
         self.is_empty = self._file is None
@@ -50,38 +51,34 @@ class VectorFile:
         Raises:
             OSError: The disk is full, for instance.
         """
-        if not len(slots):
-            return
-        if self._file is None:
+        if self._file is None and len(slots):
             self._path.parent.mkdir(exist_ok=True)
             self._file = FileIO(self._path, "w+b")
-        order = np.argsort(slots)
-        records = np.zeros(len(slots), dtype=self._type)
-        records["key"], records["vector"] = keys[order], vectors[order]
-        records["truncated"] = truncated[order]
-        records["sum"] = _sums(records)
-        slots = slots[order]
-        # Neighbours are written at once.
-        for run in np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1):
-            content = _bytes_of(records[run[0] : run[-1] + 1])
-            self._file.seek(int(slots[run[0]]) * self._type.itemsize)
-            while content:
-                content = content[self._file.write(content) :]
+        vectors = vectors.astype(self._dtype, copy=False)
+        for number, slot in enumerate(slots.tolist()):
+            content = keys[number].tobytes() + truncated[number].tobytes()
+            content += vectors[number].tobytes()
+            self._file.seek(slot * self._record_bytes)  # type: ignore[union-attr]
+            # What a full disk cuts short has no checksum; the next write fails.
+            self._file.write(content + xxhash.xxh3_64_digest(content))  # type: ignore[union-attr]
 
     def get(
         self, slots: NDArray[np.int64], keys: NDArray[np.uint64]
     ) -> tuple[NDArray[np.bool_], NDArray[Any], NDArray[np.bool_]]:
         """(found, vectors, truncated) of slots, for texts with these keys."""
-        records = np.zeros(len(slots), dtype=self._type)
-        if self._file is not None:
-            for number, slot in enumerate(slots.tolist()):
-                self._file.seek(slot * self._type.itemsize)
-                content = self._file.read(self._type.itemsize)
-                if len(content) == self._type.itemsize:
-                    # Not a record's bytes as they are: a flag may be any byte in a damaged file.
-                    records[number] = np.frombuffer(content, dtype=self._type)[0]
-        found = (records["key"] == keys).all(axis=1) & (records["sum"] == _sums(records))
-        return found, records["vector"], records["truncated"]
+        found, truncated = np.zeros((2, len(slots)), dtype=np.bool_)
+        vectors = np.zeros((len(slots), self._width), dtype=self._dtype)
+        if self._file is None:
+            return found, vectors, truncated
+        for number, slot in enumerate(slots.tolist()):
+            self._file.seek(slot * self._record_bytes)
+            record = self._file.read(self._record_bytes)
+            content, checksum = record[:-8], record[-8:]
+            same = content[:16] == keys[number].tobytes()
+            if same and checksum == xxhash.xxh3_64_digest(content):
+                found[number], truncated[number] = True, content[16]
+                vectors[number] = np.frombuffer(content[17:], self._dtype)
+        return found, vectors, truncated
 
     def sync(self) -> None:
         """Write it to the disk, before a shard that it belongs to counts as finished."""
@@ -100,17 +97,43 @@ class VectorFile:
         self._path.unlink(missing_ok=True)
 
 
-def _bytes_of(records: NDArray[Any]) -> memoryview:
-    return records.view(np.uint8).data.cast("B")
+class RecurringTexts:
+    """Gives rows the vectors of earlier shards of the job.
 
+    Args:
+        plan: It says which texts recur in later shards.
+        file: Of their vectors.
+        refused: Why finished shards have no vector of a text, by its row of the input.
+    """
 
-def _sums(records: NDArray[Any]) -> NDArray[np.uint64]:
-    if not len(records):
-        return np.zeros(0, dtype=np.uint64)
-    content, step = _bytes_of(records), records.dtype.itemsize
-    starts = range(0, len(content), step)
-    sums = [xxhash.xxh3_64_intdigest(content[s : s + step - 8], seed=1) for s in starts]
-    return np.array(sums, dtype=np.uint64)
+    def __init__(self, plan: Plan, file: VectorFile, refused: dict[int, str]) -> None:
+        first, size = plan.first, plan.options.shard_rows
+        later = (first >= 0) & (np.arange(plan.rows) // size != first // size)
+        self._rows = np.unique(first[later])
+        self._refused, self.file = refused, file
+
+    def copy(self, builder: ShardBuilder) -> tuple[int, list[tuple[int, str]]]:
+        """How many rows got the vector of an earlier shard; and texts whose vector was lost."""
+        part = builder.part
+        for row in builder.copied_rows().tolist():
+            if reason := self._refused.get(int(part.first[row])):
+                builder.reasons[row] = reason
+        rows = builder.copied_rows()
+        slots = np.searchsorted(self._rows, part.first[rows])
+        found, vectors, cut = self.file.get(slots, part.keys[rows])
+        builder.vectors[rows[found]], builder.truncated[rows[found]] = vectors[found], cut[found]
+        return int(found.sum()), [(row, part.texts[row]) for row in rows[~found].tolist()]
+
+    def keep(self, builder: ShardBuilder) -> None:
+        """Keep what later shards need of this one, once it has all of its vectors."""
+        part = builder.part
+        new = builder.reasons.keys() - part.reasons.keys()
+        self._refused |= {part.start + row: builder.reasons[row] for row in new}
+        begin, end = np.searchsorted(self._rows, [part.start, part.start + len(part)])
+        rows, slots = self._rows[begin:end] - part.start, np.arange(begin, end)
+        good = np.isin(rows, list(builder.reasons), invert=True)
+        rows, slots = rows[good], slots[good]
+        self.file.put(slots, part.keys[rows], builder.vectors[rows], builder.truncated[rows])
 
 
 class EarlierVectors:
@@ -122,39 +145,30 @@ class EarlierVectors:
 
     def __init__(self, folders: tuple[str, ...], job: Job) -> None:
         self._files: list[tuple[Path, str]] = []
-        self._groups: OrderedDict[tuple[int, int], tuple[NDArray[Any], NDArray[np.bool_]]] = (
-            OrderedDict()
-        )
-        keys: list[bytes] = []
-        where: list[NDArray[np.int64]] = []
-        for folder in folders:
-            self._index(Path(folder), job, keys, where)
-        found = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
-        order = np.argsort(found[:, 0], kind="stable")
-        self._keys = found[order]
-        self._where = np.concatenate([*where, np.empty((0, 3), dtype=np.int64)])[order]
+        self._group = lru_cache(_GROUPS_IN_MEMORY)(self._read_group)
+        groups = [group for folder in folders for group in self._index(Path(folder), job)]
+        keys = np.frombuffer(b"".join(keys for keys, _ in groups), dtype="<u8").reshape(-1, 2)
+        order = np.argsort(keys[:, 0], kind="stable")
+        self._keys = keys[order]
+        none = np.empty((0, 3), dtype=np.int64)
+        self._where = np.concatenate([none, *(where for _, where in groups)])[order]
 
-    def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """For each text, an entry of the index; -1 where there is none."""
+    def give(self, part: Part) -> None:
+        """Give a part the vectors that there are of its texts."""
+        rows = np.flatnonzero(part.first >= 0)
         if not len(self._keys):
-            return np.full(len(keys), -1)
-        at = np.searchsorted(self._keys[:, 0], keys[:, 0])
+            return
+        at = np.searchsorted(self._keys[:, 0], part.keys[rows, 0])
         at[at == len(self._keys)] = 0
-        return np.where((self._keys[at] == keys).all(axis=1), at, -1)
+        same = (self._keys[at] == part.keys[rows]).all(axis=1)
+        rows, where = rows[same], self._where[at[same]]
+        for number in np.lexsort(where.T[::-1]).tolist():  # group by group
+            file, group, row = where[number].tolist()
+            vectors, truncated = self._group(file, group)
+            part.vectors[int(rows[number])] = vectors[row].copy(), bool(truncated[row])
 
-    def get(self, entries: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Vectors of entries, and whether their texts were cut."""
-        vectors: list[Any] = [None] * len(entries)
-        truncated = np.zeros(len(entries), dtype=np.bool_)
-        for number in np.lexsort(self._where[entries].T[::-1]).tolist():
-            file, group, row = self._where[entries[number]].tolist()
-            group_vectors, group_truncated = self._group(file, group)
-            vectors[number], truncated[number] = group_vectors[row], group_truncated[row]
-        return np.array(vectors), truncated
-
-    def _index(
-        self, folder: Path, job: Job, keys: list[bytes], where: list[NDArray[np.int64]]
-    ) -> None:
+    def _index(self, folder: Path, job: Job) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
+        """Keys of texts, and where each vector is: (file, group, row)."""
         manifest = Manifest.read(folder)
         if manifest is None or not manifest.complete:
             what = "has no manifest.json" if manifest is None else "is not complete: finish it"
@@ -166,42 +180,37 @@ class EarlierVectors:
                 raise ConfigurationError(
                     f"--reuse {folder}: {name} is {theirs!r} there, and {mine!r} here."
                 )
+        columns = [manifest.job.text_column, manifest.job.vector_column]
         for shard in manifest.shards:
             path = folder / FOLDER / shard.name
             check_shard(path, shard.bytes, shard.digest)
             number = len(self._files)
             self._files.append((path, manifest.job.vector_column))
             nulls = shard.rejected > 0 and manifest.job.on_error == "null"
-            names = [manifest.job.text_column, *([manifest.job.vector_column] if nulls else [])]
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, names)
+                    table = file.read_row_group(group, columns if nulls else columns[:1])
                     rows = np.arange(len(table))
                     if nulls:
                         rows = np.flatnonzero(table.column(1).is_valid())
-                        table = table.filter(table.column(1).is_valid())
+                        table = table.take(rows)
                     texts = python_texts(table.column(0))
-                    keys += [hashlib.sha256(t.encode()).digest()[:16] for t in texts]
-                    entries = [(number, group, row) for row in rows.tolist()]
-                    where.append(np.array(entries, dtype=np.int64).reshape(-1, 3))
+                    keys = [hashlib.sha256(text.encode()).digest()[:16] for text in texts]
+                    places = np.full((len(rows), 3), (number, group, 0), dtype=np.int64)
+                    places[:, 2] = rows
+                    yield b"".join(keys), places
 
-    def _group(self, file: int, group: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        if (file, group) not in self._groups:
-            path, name = self._files[file]
-            with pq.ParquetFile(path) as opened:
-                columns = [name, *([TRUNCATED] if TRUNCATED in opened.schema_arrow.names else [])]
-                table = opened.read_row_group(group, columns)
-            column = table[name].combine_chunks()
-            flat = column.values.to_numpy(zero_copy_only=False)
-            vectors = flat.reshape(len(table), column.type.list_size)
-            truncated = np.zeros(len(table), dtype=np.bool_)
-            if TRUNCATED in table.column_names:
-                truncated = table[TRUNCATED].to_numpy(zero_copy_only=False)
-            self._groups[file, group] = vectors, truncated
-            if len(self._groups) > _GROUPS_IN_MEMORY:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end((file, group))
-        return self._groups[file, group]
+    def _read_group(self, file: int, group: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        path, name = self._files[file]
+        with pq.ParquetFile(path) as opened:
+            columns = [name, *({TRUNCATED} & {*opened.schema_arrow.names})]
+            table = opened.read_row_group(group, columns)
+        column = table[name].combine_chunks()
+        flat = column.values.to_numpy(zero_copy_only=False)
+        truncated = np.zeros(len(table), dtype=np.bool_)
+        if TRUNCATED in table.column_names:
+            truncated = table[TRUNCATED].to_numpy(zero_copy_only=False)
+        return flat.reshape(len(table), column.type.list_size), truncated
 
 
 def check_shard(path: Path, size: int, digest: str) -> None:

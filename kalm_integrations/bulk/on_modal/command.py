@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.job import estimate, locked
-from kalm_integrations.bulk.manifest import Job, Manifest, check_same, replace_file
+from kalm_integrations.bulk.manifest import Job, Manifest, check_same, written_whole
 from kalm_integrations.bulk.on_modal import cloud, records, status_view, worker_pool
 from kalm_integrations.bulk.on_modal.cloud import Deployment, VolumeStore
 from kalm_integrations.bulk.on_modal.queue import send_run
@@ -233,7 +233,8 @@ def claim(folder: Path, name: str, job: Job | None) -> None:
             f"{folder} holds {noted or 'shards of another job'}: choose another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / NOTE, json.dumps({"job": name}).encode())
+    with written_whole(folder / NOTE) as file:
+        file.write(json.dumps({"job": name}).encode())
 
 
 def job_named(word: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Final, Protocol
 
 from pydantic import Field
 
-from kalm_integrations.bulk.manifest import Amount, Job, Record, Shard, replace_file
+from kalm_integrations.bulk.manifest import Amount, Job, Record, Shard, written_whole
 
 JOBS: Final = "jobs"
 JOB: Final = "job.json"
@@ -166,4 +166,5 @@ class FolderStore:
         for name, content in files.items():
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, content if isinstance(content, bytes) else content.read_bytes())
+            with written_whole(path) as file:
+                file.write(content if isinstance(content, bytes) else content.read_bytes())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.local import reuse
-from kalm_integrations.bulk.manifest import Job, file_digest, rename
+from kalm_integrations.bulk.manifest import Job, file_digest, written_whole
 from kalm_integrations.bulk.on_modal import records
 from kalm_integrations.bulk.on_modal.cloud import VolumeStore
 from kalm_integrations.bulk.on_modal.records import Description, Store
@@ -50,7 +51,7 @@ def upload(store: Store, plan: Plan, job: Job, source: str, view: ProgressView) 
         waiting_bytes = 0
         for part in plan.parts():
             if earlier is not None:
-                reuse(earlier, part)
+                earlier.give(part)
             path = Path(folder, shards.name_of(part.number))
             size, digest = part.write(path)
             tokens.append(part.tokens)
@@ -83,26 +84,23 @@ def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) ->
     wanted: list[tuple[str, str]] = []
     for shard in state.manifest.shards:
         path = f"{shards.FOLDER}/{shard.name}"
-        if not _is_there(folder / path, shard.digest):
+        here = folder / path
+        if not here.is_file() or file_digest(here) != shard.digest:
             wanted.append((path, shard.digest))
         if shard.rejected and state.complete:
             wanted.append((shards.rejected_name(shards.number_of(shard)), ""))
     stopped = threading.Event()
 
     def one(path: str, digest: str) -> None:
-        target = folder / path
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                for block in store.blocks(path):
-                    if stopped.is_set():
-                        return
-                    file.write(block)
-            if digest and not _is_there(temporary, digest):
+        with written_whole(folder / path) as file:
+            digester = xxhash.xxh3_128()
+            for block in store.blocks(path):
+                if stopped.is_set():
+                    raise CancelledError
+                digester.update(block)
+                file.write(block)
+            if digest and digester.hexdigest() != digest:
                 raise InvalidResponseError(f"{path} did not come as its record says.")
-            rename(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="kalm-fetch") as threads:
         downloads = [threads.submit(one, *each) for each in wanted]
@@ -117,7 +115,3 @@ def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) ->
     if state.complete:
         shards.gather_rejected(folder, state.manifest.shards)
         state.manifest.write(folder)
-
-
-def _is_there(path: Path, digest: str) -> bool:
-    return path.is_file() and file_digest(path) == digest
