@@ -12,7 +12,7 @@ import pyarrow as pa
 from kalm_integrations.bulk import forecast
 from kalm_integrations.bulk.job import embed_corpus, estimate
 from kalm_integrations.bulk.manifest import Manifest
-from kalm_integrations.bulk.options import SHARD_ROWS, Options
+from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.progress import ProgressView, outcome
 from kalm_integrations.client import KalmClient
 from kalm_integrations.errors import ConfigurationError, KalmError, TransportError
@@ -47,8 +47,6 @@ def run(source: str | None, chosen: EmbedOptions) -> int:
         return _run(source, chosen, gpu, view)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_finished(chosen)) from interrupt
-    except (KalmError, OSError, ImportError):
-        raise
     except pa.ArrowException as error:
         raise TransportError(f"{type(error).__name__}: {error}.") from error
     finally:
@@ -56,30 +54,15 @@ def run(source: str | None, chosen: EmbedOptions) -> int:
 
 
 def _run(source: str | None, chosen: EmbedOptions, gpu: Choice | None, view: ProgressView) -> int:
-    options = Options(
-        text_column=chosen.text_column,
-        id_column=chosen.id_column,
-        on_error=chosen.on_error,
-        shard_rows=chosen.shard_rows or SHARD_ROWS,
-        encoding=chosen.encoding,
-        allow_duplicate_ids=chosen.allow_duplicate_ids,
-        vector_column=chosen.vector_column,
-        replace_vector=chosen.replace_vector,
-        also=chosen.also,
-        reuse=chosen.reuse,
-        dollars_per_second=gpu.dollars if gpu else None,
-        max_dollars=chosen.max_dollars,
-        max_hours=chosen.max_hours,
-    )
+    given = {name: getattr(chosen, name, None) for name in Options.__dataclass_fields__}
+    given["dollars_per_second"] = gpu.dollars if gpu else None
+    options = Options(**{name: value for name, value in given.items() if value is not None})
     with _client(chosen) as client:
         if chosen.dry_run:
             output = Path(str(chosen.output)) if chosen.output else None
             plan = estimate(str(source), client, options, view, output, refuse_bad=False)
-            write(
-                forecast.shown(
-                    plan, client, gpu, on_modal=chosen.on is not None, as_json=chosen.json
-                )
-            )
+            on_modal = chosen.on is not None
+            write(forecast.shown(plan, client, gpu, on_modal=on_modal, as_json=chosen.json))
             return 0
         if _concerns_modal(chosen):
             from kalm_integrations.bulk.on_modal import command

@@ -9,8 +9,7 @@ from typing import Any, Final
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.on_modal import records
-from kalm_integrations.bulk.on_modal.queue import send_run
-from kalm_integrations.bulk.on_modal.records import Description, FolderStore, Run
+from kalm_integrations.bulk.on_modal.records import Description, FolderStore, Run, send_run
 from kalm_integrations.bulk.on_modal.state import Reader
 from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.plan import make_plan

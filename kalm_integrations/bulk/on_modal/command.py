@@ -13,7 +13,6 @@ from kalm_integrations.bulk.job import estimate, locked
 from kalm_integrations.bulk.manifest import Job, Manifest, check_same, written_whole
 from kalm_integrations.bulk.on_modal import cloud, records, status_view, worker_pool
 from kalm_integrations.bulk.on_modal.cloud import Deployment, VolumeStore
-from kalm_integrations.bulk.on_modal.queue import send_run
 from kalm_integrations.bulk.on_modal.records import Run
 from kalm_integrations.bulk.on_modal.remote import RemoteInput, cancel_preparation, is_prepared
 from kalm_integrations.bulk.on_modal.state import Reader, State
@@ -161,7 +160,7 @@ def _send(
     if state.missing:
         run.shards = state.missing
         with cloud.translated(config):
-            send_run(config.app_name, config.environment_name, store, name, run)
+            records.send_run(config.app_name, config.environment_name, store, name, run)
     return state.complete
 
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -27,6 +29,7 @@ from typing import Any, Final, Protocol
 from pydantic import Field
 
 from kalm_integrations.bulk.manifest import Amount, Job, Record, Shard, written_whole
+from kalm_integrations.bulk.on_modal import worker_pool
 
 JOBS: Final = "jobs"
 JOB: Final = "job.json"
@@ -116,8 +119,7 @@ def job_name(description: Mapping[str, Any]) -> str:
 
 def is_job_name(name: str) -> bool:
     """Whether it is one of `job_name`'s."""
-    head, _, digits = name.partition("-")
-    return head == "embed" and len(digits) == 16 and set(digits) <= set("0123456789abcdef")
+    return re.fullmatch("embed-[0-9a-f]{16}", name) is not None
 
 
 def record_path(number: int) -> str:
@@ -168,3 +170,24 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as file:
                 file.write(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def send_run(app_name: str, environment_name: str | None, store: Store, job: str, run: Run) -> None:
+    """Put a run's shards into Modal's own queue, which starts containers, hands out shards, and
+    tries again. The run counts before the first of them starts."""
+    import modal
+
+    path, count = run_path(run.id, RUN), len(run.shards)
+    store.write({path: run.to_bytes()})
+    if not count:
+        return
+    found = modal.Cls.from_name(app_name, worker_pool.CLASS, environment_name=environment_name)
+    workers = found()
+    with warnings.catch_warnings():
+        # Modal's own class method calls what Modal deprecated for functions. Not through
+        # `with_options`: each set of arguments is a variant with snapshots of its own.
+        warnings.filterwarnings("ignore", ".*update_autoscaler")
+        workers.update_autoscaler(max_containers=run.max_containers)
+    call = workers.embed_shard.experimental_spawn_map([job] * count, [run.id] * count, run.shards)
+    run.call = call.object_id
+    store.write({path: run.to_bytes()})
