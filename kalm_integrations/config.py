@@ -6,7 +6,6 @@ its default. Construction validates all of them and opens nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Self, Unpack
 
@@ -31,12 +30,11 @@ from kalm_integrations.models import (
     DEFAULT_APP,
     EMBEDDED,
     KALM,
-    NAMED_PROFILES,
-    NAMED_SPACES,
-    PROFILES,
     ModelProfile,
     is_known,
+    known_model,
     profile_of,
+    read_space,
 )
 from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.protocol import Truncate, VectorDtype
@@ -45,58 +43,23 @@ from kalm_integrations.transports.base import Transport
 from kalm_integrations.validation import MAX_CHARACTERS
 
 
-def _read_identity(value: Any) -> Any:
-    if isinstance(value, VectorIdentity):
-        return value.space
-    if isinstance(value, str):
-        if value.strip() in NAMED_SPACES:
-            return NAMED_SPACES[value.strip()]
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict):
-            raise ValueError(  # noqa: TRY004 (pydantic reports it)
-                "expected_identity is neither the JSON of a space identity nor one of "
-                f"{', '.join(NAMED_SPACES)}"
-            )
-    return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
-
-
-def _clean_secret(value: SecretStr | None) -> SecretStr | None:
+def _clean_secret(value: SecretStr) -> SecretStr | None:
     """Without the white space that a file or a shell leaves around it; None if nothing is left."""
-    if value is None:
-        return None
     secret = value.get_secret_value().strip()
     if not secret.isprintable():
         raise ValueError("it holds control characters")
     return SecretStr(secret) if secret else None
 
 
-def _known_profile(value: str | None) -> str | None:
-    """The full name of a known model."""
-    if value is None:
-        return None
-    name = NAMED_PROFILES[value].space.model if value in NAMED_PROFILES else value
-    if not is_known(name):
-        known = ", ".join([*NAMED_PROFILES, *(profile.space.model for profile in PROFILES)])
-        raise ValueError(f"a known model: {known}")
-    return name
-
-
-def _strip(value: Any) -> Any:
-    """Without the white space that a file or a shell leaves around it."""
-    return value.strip() if isinstance(value, str) else value
-
-
 def _read_urls(value: Any) -> Any:
     """One URL, or several with commas between them."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         value = ",".join(map(str, value))
-    return _strip(value)
+    return value.strip() if isinstance(value, str) else value
 
 
-Secret = Annotated[SecretStr | None, AfterValidator(_clean_secret), Field(exclude=True)]
+_CleanSecret = Annotated[SecretStr, AfterValidator(_clean_secret)]
+Secret = Annotated[_CleanSecret | None, Field(exclude=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _APP_ON_MODAL = ("app_name", "class_name", "environment_name")
@@ -128,7 +91,7 @@ class ClientConfig(EnvironmentSettings):
     modal_secret: Secret = None
     transport: Annotated[Transport | None, Field(exclude=True), WithJsonSchema({})] = None
     model: str | None = None
-    profile: Annotated[str | None, AfterValidator(_known_profile)] = None
+    profile: Annotated[str, AfterValidator(known_model)] | None = None
     dimensions: int | None = None
     query_instruction: str | None = None
     document_instruction: str | None = None
@@ -141,7 +104,7 @@ class ClientConfig(EnvironmentSettings):
     max_retries: Annotated[int, Field(ge=0, le=100)] = 6
     vector_dtype: VectorDtype = "float16"
     show_progress: bool = False
-    expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(_read_identity)] = None
+    expected_identity: Annotated[SpaceIdentity | None, BeforeValidator(read_space)] = None
     on_usage: Annotated[
         Callable[[Usage], object] | None, Field(exclude=True), WithJsonSchema({})
     ] = None
@@ -193,11 +156,9 @@ class ClientConfig(EnvironmentSettings):
         ]
 
     def model_post_init(self, context: object) -> None:
-        """Resolve "auto" once: the environment is read at construction only."""
-        # pydantic calls this before `_check_values`, which needs it.
-        if self.transport is not None:
-            self._resolved_backend = "transport"
-        else:
+        """Resolve "auto" once, before `_check_values`: later the environment is not read."""
+        self._resolved_backend = "transport"
+        if self.transport is None:
             self._resolved_backend = backends.resolve(self.backend, self.base_url)
 
     @model_validator(mode="after")
@@ -262,8 +223,7 @@ class ClientConfig(EnvironmentSettings):
     @property
     def vector_dimensions(self) -> int:
         """Dimensions that every answer must have; 0 for what the model has, if that is unknown."""
-        native, *_ = self.model_profile.dimensions or (0,)
-        return self.dimensions or native
+        return self.dimensions or next(iter(self.model_profile.dimensions), 0)
 
     @property
     def query_template(self) -> str:

@@ -3,10 +3,11 @@ them. To add a model, add a profile here."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from kalm_integrations.identity import SpaceIdentity
+from kalm_integrations.identity import SpaceIdentity, VectorIdentity
 from kalm_integrations.prompts import AS_IS, PLACEHOLDER, RETRIEVAL, RETRIEVAL_TASK
 
 DEFAULT_APP: Final = "vllm-embedding-snapshot"
@@ -139,3 +140,39 @@ def profile_of(model: str) -> ModelProfile:
         max_tokens=KALM.max_tokens,
         query_template=AS_IS,
     )
+
+
+def known_model(name: str) -> str:
+    """The full name of a model with a profile, by that or by its short name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name in NAMED_PROFILES:
+        return NAMED_PROFILES[name].space.model
+    if not is_known(name):
+        raise ValueError(f"a known model: {', '.join([*NAMED_PROFILES, *_KNOWN])}")
+    return name
+
+
+def read_space(value: Any) -> Any:
+    """The space that a name, JSON or an identity stands for; any other value as it is.
+
+    Raises:
+        ValueError: Text is neither a name nor JSON of a space.
+    """
+    if isinstance(value, VectorIdentity):
+        return value.space
+    if isinstance(value, str):
+        if space := NAMED_SPACES.get(value.strip()):
+            return space
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(  # noqa: TRY004 (pydantic reports it)
+                "expected_identity is neither the JSON of a space identity nor one of "
+                f"{', '.join(NAMED_SPACES)}"
+            )
+    return SpaceIdentity.from_dict(value) if isinstance(value, dict) else value
