@@ -31,25 +31,18 @@ app = modal.App(settings.app_name, tags=tags_of(settings))
 image = image_of(settings)
 
 hf_secrets = [modal.Secret.from_name(settings.hf_secret)] if settings.hf_secret else []
-api_key_secrets = []
-if settings.needs_bearer:
-    api_key_secrets.append(
-        modal.Secret.from_name(settings.api_key_secret, required_keys=["KALM_API_KEY"])
-    )
+api_key = modal.Secret.from_name(settings.api_key_secret, required_keys=["KALM_API_KEY"])
 bulk_volume = modal.Volume.from_name(settings.bulk_volume, create_if_missing=True, version=2)
 jit_volume = modal.Volume.from_name(settings.jit_cache_volume, create_if_missing=True)
+weights_volume = modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True)
 volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {}
 if settings.on_gpu:
-    weights_volume = modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True)
     volumes = {HF_VOLUME: weights_volume, JIT_VOLUME: jit_volume}
-
 # A list of one would be sent as ranked choices; snapshots are documented with a string.
-gpu: str | list[str] | None = None
-if settings.on_gpu:
-    gpu = settings.gpu[0] if len(settings.gpu) == 1 else list(settings.gpu)
+ranked_gpus = settings.gpu[0] if len(settings.gpu) == 1 else list(settings.gpu)
 resources: dict[str, Any] = {
     "image": image,
-    "gpu": gpu,
+    "gpu": ranked_gpus if settings.on_gpu else None,
     "cpu": settings.cpu,
     "memory": settings.memory_mib,
     "region": settings.region,
@@ -125,7 +118,7 @@ class EngineContainer:
     **resources,
     **snapshot,
     volumes=volumes,
-    secrets=api_key_secrets,
+    secrets=[api_key] if settings.needs_bearer else [],
     min_containers=settings.min_containers,
     max_containers=settings.max_containers,
     scaledown_window=settings.scaledown_window,
@@ -248,8 +241,7 @@ def prepare_bulk(request: dict[str, Any]) -> dict[str, Any]:
     home = Path.home()
     bulk_volume.reload()  # a warm container has the files from its start
     if request["volume"] is not None:
-        environment = request["environment"]
-        modal.Volume.from_name(request["volume"], environment_name=environment).reload()
+        modal.Volume.from_name(request["volume"], environment_name=request["environment"]).reload()
     return prepare(
         request,
         volume=home / PurePosixPath(worker_pool.VOLUME).name,
@@ -259,15 +251,10 @@ def prepare_bulk(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if settings.on_gpu:
+    on_cpu: dict[str, Any] = {"image": image, "volumes": volumes, "cpu": 4.0}
+    on_cpu["timeout"] = 2 * 3600  # 23.5 GB at 3.3 MB/s
 
-    @app.function(
-        image=image,
-        volumes=volumes,
-        secrets=hf_secrets,
-        cpu=4.0,
-        memory=16 * 1024,
-        timeout=2 * 3600,  # 23.5 GB at 3.3 MB/s
-    )
+    @app.function(**on_cpu, secrets=hf_secrets, memory=16 * 1024)
     def download_model_weights() -> None:
         """Download the weights into their volume, once, before the first start.
 
@@ -277,14 +264,7 @@ if settings.on_gpu:
 
         download(settings.model, settings.revision)
 
-    @app.function(
-        image=image,
-        volumes=volumes,
-        cpu=4.0,
-        memory=8 * 1024,
-        timeout=2 * 3600,
-        max_containers=1,
-    )
+    @app.function(**on_cpu, memory=8 * 1024, max_containers=1)
     def quantize_model_weights() -> None:
         """Write the int8 weights into the volume, once, after the download.
 

@@ -105,9 +105,7 @@ def write(source: Weights, folder: Path) -> None:
     _copy_others(source.folder, folder)
     _save_json(folder / "model.safetensors.index.json", _index(folder, list(digests)))
     # Last: without it, the folder is not a model.
-    _save_json(
-        folder / "config.json", config | {"quantization_config": quantization_config(BITS, GROUP)}
-    )
+    _save_json(folder / "config.json", config | {"quantization_config": quantization_config()})
 
 
 def quantization_config(bits: int = BITS, group: int = GROUP) -> dict[str, Any]:
@@ -284,9 +282,8 @@ def _index(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     from safetensors import safe_open
 
     places: dict[str, str] = {}
-    size = 0
+    size = sum((folder / name).stat().st_size for name in names)
     for name in sorted(names):
-        size += (folder / name).stat().st_size
         with safe_open(folder / name, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), name)
     return {"metadata": {"total_size": size}, "weight_map": places}

@@ -69,7 +69,6 @@ class DeploySettings(EnvironmentSettings):
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)  # the options' help
-
     variable_prefix = "KALM_DEPLOY_"
 
     engine: Annotated[
@@ -198,8 +197,7 @@ class DeploySettings(EnvironmentSettings):
         advice = f"--gpu {name}{default} {problem}. Use --gpu {', '.join(others)} or {last}"
         if gpus.lacks_fp8(name, kind):
             raise ValueError(f"{advice}, or drop --quantization fp8")
-        smaller = [each for each in gpus.QUANTIZATIONS if not self._gpu_problem(name, each)]
-        if smaller:
+        if smaller := [each for each in gpus.QUANTIZATIONS if not self._gpu_problem(name, each)]:
             advice += f", or --quantization {' or '.join(smaller)}, which is another vector space"
         raise ValueError(advice)
 

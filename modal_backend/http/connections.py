@@ -2,9 +2,8 @@
 
 uvicorn limits neither the number of connections nor the time in which a request has to arrive.
 Which connection is closed when there are too many depends on whether it has presented a valid key,
-which only the app knows. A subclass of uvicorn's protocol can ask the app; an option of another
-server (Hypercorn, Granian) could not. It is httptools rather than h11, because h11 needs a third
-more CPU time for a query.
+which only the app knows: a subclass of uvicorn's protocol can ask it, an option of another server
+could not. It is httptools because h11 needs a third more CPU time for a query.
 """
 
 from __future__ import annotations
@@ -53,24 +52,14 @@ class _BufferedTransport:
         if len(data) > _BUFFERED_AT_ONCE:
             self._flush()
 
-    def write_eof(self) -> None:
-        self._flush()
-        self._transport.write_eof()
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def abort(self) -> None:
-        self._flush()
-        self._transport.abort()
-
     def _flush(self) -> None:
         if self._parts:
             self._transport.write(b"".join(self._parts))
             self._parts.clear()
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("write_eof", "close", "abort"):
+            self._flush()
         return getattr(self._transport, name)
 
 

@@ -210,8 +210,7 @@ class HttpServer(uvicorn.Server):
         self.table.stopping = True
         for connection in self.table.connections:
             connection.close_after_response()
-        requests = set(self.server_state.tasks)
-        if requests:
+        if requests := set(self.server_state.tasks):
             console.info(
                 "Stopping: %d requests in progress have %g seconds. A second signal ends at once.",
                 len(requests),
