@@ -72,11 +72,8 @@ class InvalidText:
 
 
 class _TextsError(Exception):
-    """An error about particular texts.
-
-    Attributes:
-        invalid: Every text concerned, by the caller's index; empty if the request as a whole is.
-    """
+    """An error about particular texts: `invalid` names each by the caller's index; it is empty if
+    the error is about the request as a whole."""
 
     def __init__(self, message: str = "", invalid: Sequence[InvalidText] = ()) -> None:
         super().__init__(message)
@@ -175,9 +172,8 @@ class ConnectionFailedError(ServiceUnavailableError):
 
 
 class ContainerFailedError(ServiceUnavailableError):
-    """A container of the service could not start, or failed during the request.
-
-    Retried at most once, because every container start is billed."""
+    """A container of the service could not start, or failed during the request. Retried at most
+    once, because every container start is billed."""
 
     code = "container_failed"
     most_retries = 1
@@ -248,19 +244,16 @@ class TransportError(KalmError):
 
 
 class InvalidResponseError(_TextsError, KalmError):
-    """The response does not hold the requested vectors.
-
-    Their count, dimensions or type is wrong, or values are not finite or not of unit length.
-    Nothing of that request is returned."""
+    """The response does not hold the requested vectors: their count, dimensions or type is wrong,
+    or values are not finite or not of unit length. Nothing of that request is returned."""
 
     code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is fixed."
 
 
 class CorruptedAnswerError(InvalidResponseError):
-    """The response was damaged in transit, or belongs to another request.
-
-    It is discarded; the request is retried twice."""
+    """The response was damaged in transit, or belongs to another request. It is discarded, and the
+    request retried twice."""
 
     code = "corrupted_answer"
     retryable = True

@@ -42,15 +42,9 @@ from kalm_integrations.llama_index.hooks import complete_hooks, overrides_hooks
 from kalm_integrations.llama_index.options import OWN, LlamaIndexOptions, OwnOptions, split
 from kalm_integrations.options import ClientOptions, clear_arguments
 from kalm_integrations.progress import progress_bar
-from kalm_integrations.prompts import Role
 from kalm_integrations.signatures import documented, refuse_positional
 
 dispatcher = get_dispatcher(__name__)
-
-_WRONG_FRAMEWORK = (
-    "this is the LlamaIndex class; LangChain takes the other one: "
-    "`from kalm_integrations import KalmModalEmbeddings`, with the same arguments"
-)
 
 
 def _defaults() -> dict[str, Any]:
@@ -125,8 +119,7 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
 
     @property
     def _suffix(self) -> str:
-        cls = type(self)
-        name = {"class": f"{cls.__module__}.{cls.__qualname__}"}
+        name = {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
         return f"-{fingerprint(name)}" if self._has_hooks else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -134,11 +127,8 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
             raise AttributeError("model_name is fixed: use with_options(model=...)")
         if name == "embeddings_cache" and isinstance(value, BaseKVStore):
             store = value.store if isinstance(value, RoleCache) else value
-            roles: dict[Role, str] = {
-                "document": self.cache_namespace,
-                "query": self.query_cache_namespace,
-            }
-            value = RoleCache(store, roles)
+            names = self.cache_namespace, self.query_cache_namespace
+            value = RoleCache(store, {"document": names[0], "query": names[1]})
         super().__setattr__(name, value)
 
     def with_options(self, **options: Unpack[LlamaIndexOptions]) -> Self:
@@ -253,13 +243,14 @@ class KalmModalEmbeddings(ClientAdapter, BaseEmbedding):
         with batch(texts) as callbacks:
             return await self._client.aembed_to_lists(texts, role="document", **callbacks)
 
-    def embed_documents(self, texts: list[str]) -> NoReturn:
+    def embed_documents(self, *texts: Any, **_: Any) -> NoReturn:
         """LangChain's method: says which class LangChain takes."""
-        raise TypeError(_WRONG_FRAMEWORK)
+        raise TypeError(
+            "this is the LlamaIndex class; LangChain takes the other one: "
+            "`from kalm_integrations import KalmModalEmbeddings`, with the same arguments"
+        )
 
-    def embed_query(self, text: str) -> NoReturn:
-        """LangChain's method: says which class LangChain takes."""
-        raise TypeError(_WRONG_FRAMEWORK)
+    embed_query = embed_documents
 
     def get_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
