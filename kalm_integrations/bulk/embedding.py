@@ -66,8 +66,6 @@ class Sender:
         self._wait = sending(**patience)
         self._template, self._limits = template, config.request_limits
         self._slots = asyncio.Semaphore(config.max_concurrency)
-        self.backlog = asyncio.Semaphore(config.max_concurrency + 4)
-        """Batches that are sent or not yet taken: results that wait would fill the memory."""
         self.stopped = False
         """Whether nothing more is sent; what is under way is still answered, and taken."""
 
@@ -129,38 +127,3 @@ class Sender:
             raise failure from error
         if not len(probe):
             raise failure
-
-
-async def embed_texts(
-    sender: Sender,
-    texts: list[tuple[int, str]],
-    take: Callable[[list[Result]], Awaitable[object] | None],
-    known: Callable[[Batch], list[Result] | None] = lambda _: None,
-) -> None:
-    """Embed the texts of a part.
-
-    Args:
-        sender: The service.
-        texts: Texts with their rows in the part; identical ones are embedded once.
-        take: Called with the results of each batch, in any order; what it returns is awaited.
-        known: Results of a batch that an earlier run has kept.
-
-    Raises:
-        KalmError: The service failed; what was taken stays good.
-    """
-
-    async def one(batch: Batch) -> None:
-        async with sender.backlog:
-            waiting = take(known(batch) or await sender.send(batch))
-            if waiting is not None:
-                await waiting
-
-    batches = await asyncio.to_thread(sender.batches, texts)
-    tasks = [asyncio.ensure_future(one(batch)) for batch in batches]
-    try:
-        for task in asyncio.as_completed(tasks):
-            await task
-    finally:
-        for pending in tasks:
-            pending.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,15 +6,12 @@ event loop; one more thread writes. At most three shards are in memory, whatever
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import shutil
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +19,7 @@ import numpy as np
 
 from kalm_integrations.batching import Batch
 from kalm_integrations.bulk import shards
-from kalm_integrations.bulk.embedding import Result, Send, Sender, embed_texts
+from kalm_integrations.bulk.embedding import Result, Send, Sender
 from kalm_integrations.bulk.manifest import Manifest
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.plan import Plan
@@ -55,8 +52,9 @@ class Progress:
 class _OpenShard:
     builder: ShardBuilder
     kept: VectorFile
-    work: Future[None] | None = None
-    embedded: bool = False
+    requests: int = 0
+    """Requests whose results are not in the builder yet."""
+    writing: bool = False
 
 
 @dataclass
@@ -71,10 +69,10 @@ class LocalExecutor:
     earlier: EarlierVectors | None
     progress: Progress
     _open: deque[_OpenShard] = field(default_factory=deque)
-    _writing: int = 0
-    _failure: BaseException | None = None
+    _running: dict[Future[Any], _OpenShard] = field(default_factory=dict)
+    """What requests and the writer are at work at."""
+    _done: queue.SimpleQueue[Future[Any]] = field(default_factory=queue.SimpleQueue)
     _write_failed: bool = False
-    _events: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
 
     def run(self) -> None:
         """Embed and write what is left of the job, as far as its limits allow.
@@ -92,9 +90,9 @@ class LocalExecutor:
         try:
             self._run()
         finally:
-            for shard in self._open:
-                if shard.work is not None:
-                    shard.work.cancel()
+            for future, shard in self._running.items():
+                if not shard.writing:
+                    future.cancel()
             self._writer.shutdown()  # what is complete is written
             for shard in self._open:
                 shard.kept.close()
@@ -104,22 +102,43 @@ class LocalExecutor:
 
     def _run(self) -> None:
         for part in self.plan.parts(len(self.manifest.shards)):
-            while self._failure is None and len(self._open) + self._writing >= self._most_open():
-                self._events.get()()
-            if self._failure is not None or self._over_limit(part):
+            while len(self._open) >= self._most_open():
+                self._take_next()
+            if self._over_limit(part):
                 break
             self._start(part)
-            while not self._events.empty():
-                self._events.get()()
-        while self._failure is None and (self._open or self._writing):
-            self._events.get()()
-        if self._failure is not None:  # what was sent is paid: it is kept
-            while any(shard.work is not None for shard in self._open):
-                self._events.get()()
-            raise self._failure
+            while not self._done.empty():
+                self._take_next()
+        while self._open:
+            self._take_next()
         if len(self.manifest.shards) == self.manifest.job.shards:
             self._recurring.file.close()
             shutil.rmtree(self.folder / KEPT, ignore_errors=True)
+
+    def _take_next(self) -> None:
+        """Wait until a request or the writing of a shard is done, and go on with its shard."""
+        future = self._done.get()
+        shard = self._running.pop(future)
+        if shard.writing:
+            if future.exception():
+                self._keep_sent()
+            future.result()
+            self._open.remove(shard)
+            return
+        self._take(shard, future.result())
+        shard.requests -= 1
+        if not shard.requests:
+            shard.builder.check()
+        self._write_complete()
+
+    def _keep_sent(self) -> None:
+        """Send nothing more, and keep the vectors of what was sent: it is paid."""
+        self._sender.stopped = True
+        while any(not shard.writing for shard in self._running.values()):
+            future = self._done.get()
+            shard = self._running.pop(future)
+            if not shard.writing and not future.exception():
+                self._take(shard, future.result())
 
     # --- limits
 
@@ -133,7 +152,9 @@ class LocalExecutor:
         """Whether this part, with what is under way, would end over a limit."""
         options, manifest = self.plan.options, self.manifest
         done = sum(manifest.job.shard_rows for _ in manifest.shards) or part.start
-        ahead = len(part) + sum(len(shard.builder.part) for shard in self._open)
+        ahead = len(part) + sum(
+            len(shard.builder.part) for shard in self._open if not shard.writing
+        )
         seconds = manifest.seconds * (1 + ahead / done) if done else 0.0
         rate = options.dollars_per_second or 0.0
         return any(
@@ -152,29 +173,19 @@ class LocalExecutor:
         if part.vectors:
             self.progress.embedded(len(part.vectors), 0, 0)
         self._embed(shard, builder.own_texts())
+        self._write_complete()
 
     def _embed(self, shard: _OpenShard, texts: list[tuple[int, str]]) -> None:
-        work = embed_texts(
-            self._sender,
-            texts,
-            partial(self._hand_over, shard),
-            partial(self._known, shard),
-        )
-        shard.work = background_loop().submit(work)
-        shard.work.add_done_callback(
-            lambda done: self._events.put(partial(self._embedded, shard, done))
-        )
+        for batch in self._sender.batches(texts):
+            if results := self._known(shard, batch):
+                self._take(shard, results)
+            else:
+                shard.requests += 1
+                self._follow(background_loop().submit(self._sender.send(batch)), shard)
 
-    def _hand_over(self, shard: _OpenShard, results: list[Result]) -> Awaitable[object]:
-        """On the event loop: have the caller's thread take results; done when it has."""
-        loop, taken = asyncio.get_running_loop(), asyncio.Event()
-
-        def take() -> None:
-            self._take(shard, results)
-            loop.call_soon_threadsafe(taken.set)
-
-        self._events.put(take)
-        return taken.wait()
+    def _follow(self, future: Future[Any], shard: _OpenShard) -> None:
+        self._running[future] = shard
+        future.add_done_callback(self._done.put)
 
     def _take(self, shard: _OpenShard, results: list[Result]) -> None:
         builder = shard.builder
@@ -201,58 +212,41 @@ class LocalExecutor:
         parts = [(rows[cut == flag], vectors[cut == flag], flag) for flag in (False, True)]
         return [Result(EmbeddedBatch(r, v, Usage()), flag) for r, v, flag in parts if len(r)]
 
-    def _embedded(self, shard: _OpenShard, done: Future[None]) -> None:
-        shard.work = None  # it refers to the shard, whose memory a cycle would keep
-        if self._failure is not None:
-            return
-        done.result()
-        shard.builder.check()
-        shard.embedded = True
-        while self._open and self._open[0].embedded:
-            head = self._open[0]
-            copied, missing = self._recurring.copy(head.builder)
-            if copied:
-                self.progress.embedded(copied, 0, 0)
-            if missing:  # their vectors were lost, and are computed again
-                head.embedded = False
-                self._embed(head, missing)
+    def _write_complete(self) -> None:
+        """Have shards written that have all of their vectors, in order."""
+        for shard in [shard for shard in self._open if not shard.writing]:
+            while not shard.requests:
+                copied, missing = self._recurring.copy(shard.builder)
+                if copied:
+                    self.progress.embedded(copied, 0, 0)
+                if not missing:
+                    break
+                self._embed(shard, missing)  # their vectors were lost, and are computed again
+            if shard.requests:
                 return
-            self._open.popleft()
-            self._recurring.keep(head.builder)
-            self._writing += 1
-            self._writer.submit(self._write, head)
+            self._recurring.keep(shard.builder)
+            shard.writing = True
+            self._follow(self._writer.submit(self._write, shard), shard)
 
     def _write(self, shard: _OpenShard) -> None:
         """On the writer's thread."""
-        if self._write_failed:  # shards end in order
-            shard.kept.close()
-            return
-        try:
-            self._recurring.file.sync()
-            manifest, price = self.manifest, self.plan.options.dollars_per_second
-            manifest.calibration = shard.builder.calibrated(manifest.calibration)
-            finished = shard.builder.write(self.folder, manifest.calibration)
-            now = time.monotonic()
-            manifest.seconds += now - self._since
-            if price is not None:
-                manifest.dollars = (manifest.dollars or 0.0) + (now - self._since) * price
-            self._since = now
-            manifest.shards.append(finished)
-            manifest.count()
-            manifest.write(self.folder)
-            shard.kept.remove()
-        except BaseException as error:
-            self._write_failed = True
-            shard.kept.close()
-            self._events.put(partial(self._failed, error))
-            raise
-        self._events.put(self._written)
-
-    def _failed(self, error: BaseException) -> None:
-        self._failure, self._sender.stopped = error, True
-
-    def _written(self) -> None:
-        self._writing -= 1
+        if self._write_failed:
+            return  # shards end in order
+        self._write_failed = True  # unless it comes to its end
+        self._recurring.file.sync()
+        manifest, price = self.manifest, self.plan.options.dollars_per_second
+        manifest.calibration = shard.builder.calibrated(manifest.calibration)
+        finished = shard.builder.write(self.folder, manifest.calibration)
+        now = time.monotonic()
+        manifest.seconds += now - self._since
+        if price is not None:
+            manifest.dollars = (manifest.dollars or 0.0) + (now - self._since) * price
+        self._since = now
+        manifest.shards.append(finished)
+        manifest.count()
+        manifest.write(self.folder)
+        shard.kept.remove()
+        self._write_failed = False
 
     # --- where vectors come from
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
-from kalm_integrations.bulk.embedding import Send, Sender, embed_texts
+from kalm_integrations.bulk.embedding import Send, Sender
 from kalm_integrations.bulk.manifest import Job
 from kalm_integrations.bulk.parts import Part
 from kalm_integrations.bulk.shards import ShardBuilder
@@ -44,6 +45,14 @@ async def embed_part(service: EmbeddingService, job: Job, part: Part) -> ShardBu
         return lambda batch: session.send(batch, call)
 
     sender = Sender(config, identity.document_template, sending)
-    await embed_texts(sender, builder.own_texts(), builder.add)
+    batches = await asyncio.to_thread(sender.batches, builder.own_texts())
+    sent = [asyncio.ensure_future(sender.send(batch)) for batch in batches]
+    try:
+        for results in asyncio.as_completed(sent):
+            builder.add(await results)
+    finally:
+        for each in sent:
+            each.cancel()
+        await asyncio.gather(*sent, return_exceptions=True)
     builder.check()
     return builder
