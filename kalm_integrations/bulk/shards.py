@@ -103,7 +103,7 @@ class ShardBuilder:
             OSError: The disk is full, for instance. Nothing half-written stays.
             InvalidResponseError: A row has neither a vector nor a reason.
         """
-        part, job = self.part, self.job
+        part, job, name = self.part, self.job, name_of(self.part.number)
         bad = sorted(self.reasons)
         good = np.ones(len(part), dtype=np.bool_)
         good[bad] = False
@@ -132,8 +132,7 @@ class ShardBuilder:
                 "place": [part.places[row] for row in bad],
                 "reason": [self.reasons[row] for row in bad],
             }
-            write_table(folder / rejected_name(part.number), pa.table(rejected, schema=_REJECTED))
-        name = name_of(part.number)
+            write_table(folder / rejected_name(name), pa.table(rejected, schema=_REJECTED))
         size, digest = write_table(folder / FOLDER / name, table, vectors=[*added])
         return Shard(
             name=name,
@@ -170,9 +169,9 @@ def name_of(number: int) -> str:
     return f"part-{number:06}.parquet"
 
 
-def rejected_name(number: int) -> str:
+def rejected_name(shard: str) -> str:
     """Of the file with a shard's rejected rows, until the job is complete."""
-    return f".rejected-{number:06}.parquet"
+    return f".{shard.replace('part', 'rejected')}"
 
 
 def rejected_rows(folder: Path, shards: list[Shard]) -> dict[int, str]:
@@ -193,16 +192,11 @@ def gather_rejected(folder: Path, shards: list[Shard], *, keep: bool = False) ->
         tables = [_read_rejected(folder, shard) for shard in some]
         write_table(folder / REJECTED, pa.concat_tables(tables))
         for shard in [] if keep else some:
-            (folder / rejected_name(number_of(shard))).unlink()
-
-
-def number_of(shard: Shard) -> int:
-    """The number in a shard's name."""
-    return int(shard.name[len("part-") : -len(".parquet")])
+            (folder / rejected_name(shard.name)).unlink()
 
 
 def _read_rejected(folder: Path, shard: Shard) -> pa.Table:
-    path = folder / rejected_name(number_of(shard))
+    path = folder / rejected_name(shard.name)
     try:
         table = read_table(path)
         if table.schema.equals(_REJECTED) and len(table) == shard.rejected:

@@ -97,30 +97,20 @@ def _byte_range(group: Any, size: int) -> tuple[int, int]:
     return min(starts, default=0), min(size, max(ends, default=0) + 100)
 
 
-class _Window(io.RawIOBase):
+class _Window(io.BytesIO):
     """A part of a file in memory, at its place in the file."""
 
     def __init__(self, content: bytes, start: int, size: int) -> None:
-        self._content, self._start, self._size, self._at = memoryview(content), start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        super().__init__(content)
+        self._start, self._size = start, size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
+        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
+        super().seek(max(0, place - self._start))
+        return place
 
     def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> Any:
-        start = max(0, self._at - self._start)
-        content = self._content[start : start + size if size >= 0 else None]
-        self._at += len(content)
-        return content
+        return super().tell() + self._start
 
 
 def _checked(

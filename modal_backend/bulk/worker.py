@@ -162,23 +162,22 @@ class Worker:
             ("limit", self._limit_reached(store, run)),
         ):
             if message:
-                self._stop(store, run, reason, message)
+                records.write_stop(store, run, reason, message)
                 return self._ended(run, message)
         if len(record.attempts) >= records.MOST_ATTEMPTS:
-            record.code = TransportError.code
-            record.message = (
-                f"{len(record.attempts)} containers died, or were taken away, while they embedded "
-                "it."
-            )
+            died = f"{len(record.attempts)} containers died, or were taken away"
+            record.code, record.message = TransportError.code, f"{died}, while they embedded it."
             self._write(store, number, record)
             return "given up"
-        attempt = Attempt(
-            container=self._container.id,
-            started=self._container.started,
-            at=time.time(),
-            dollars_per_second=self._container.dollars_per_second,
+        me = self._container
+        record.attempts.append(
+            Attempt(
+                container=me.id,
+                started=me.started,
+                at=time.time(),
+                dollars_per_second=me.dollars_per_second,
+            )
         )
-        record.attempts.append(attempt)
         self._write(store, number, record)
         (store.folder / shards.FOLDER).mkdir(exist_ok=True)
         return description
@@ -220,10 +219,6 @@ class Worker:
             return f"containers took {state.seconds / 3600:,.2f} h, and --max-hours is reached."
         return ""
 
-    def _stop(self, store: FolderStore, run: str, reason: str, message: str) -> None:
-        stop = Stop(reason=reason, message=message)
-        store.write({run_path(run, records.STOPPED): stop.to_bytes()})
-
     def _finish(self, store: FolderStore, run: str, builder: ShardBuilder) -> None:
         record = self._record(store, run, builder.part.number)
         record.shard = builder.write(store.folder)
@@ -252,7 +247,7 @@ class Worker:
         if len(found) < records.MOST_CANARIES:
             return False
         message = f"{len(found)} containers could not be trusted, the last one: {failure.message}"
-        self._stop(store, run, "canary", message)
+        records.write_stop(store, run, "canary", message)
         return True
 
     def _differs(self, identity: dict[str, object]) -> str:

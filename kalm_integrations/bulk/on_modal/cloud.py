@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from kalm_integrations.bulk.on_modal import records
-from kalm_integrations.bulk.on_modal.records import Stop, Store, run_path
+from kalm_integrations.bulk.on_modal.records import Store
 from kalm_integrations.bulk.on_modal.state import State
 from kalm_integrations.config import ClientConfig
 from kalm_integrations.errors import IdentityMismatchError, KalmError, NotDeployedError
@@ -148,8 +148,7 @@ def cancel_run(deployment: Deployment, store: Store, state: State) -> None:
 
     if state.over or state.run is None:
         return
-    stop = Stop(reason="cancelled", message="It was cancelled.")
-    store.write({run_path(state.run.id, records.STOPPED): stop.to_bytes()})
+    records.write_stop(store, state.run.id, "cancelled", "It was cancelled.")
     if state.run.call:
         with translated(deployment.config):
             modal.FunctionCall.from_id(state.run.call).cancel()

@@ -132,6 +132,12 @@ def run_path(run: str, name: str) -> str:
     return f"{RUNS}/{run}/{name}"
 
 
+def write_stop(store: Store, run: str, reason: str, message: str) -> None:
+    """End a run before its shards; finished ones stay."""
+    stop = Stop(reason=reason, message=message)
+    store.write({run_path(run, STOPPED): stop.to_bytes()})
+
+
 class Store(Protocol):
     """A job's folder, mounted or through Modal's API; files by their path within it."""
 

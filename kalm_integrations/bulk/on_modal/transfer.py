@@ -88,7 +88,7 @@ def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) ->
         if not here.is_file() or file_digest(here) != shard.digest:
             wanted.append((path, shard.digest))
         if shard.rejected and state.complete:
-            wanted.append((shards.rejected_name(shards.number_of(shard)), ""))
+            wanted.append((shards.rejected_name(shard.name), ""))
     stopped = threading.Event()
 
     def one(path: str, digest: str) -> None:
