@@ -152,13 +152,11 @@ class Manifest(Counts):
         """
         path = folder / NAME
         try:
-            content = path.read_bytes()
+            return cls.from_bytes(path.read_bytes(), str(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise ConfigurationError(f"{path}: {error.strerror}.") from error
-        try:
-            return cls.from_bytes(content, str(path))
         except ConfigurationError as error:
             raise ConfigurationError(
                 f"{error.message} Restore it from a copy, or choose another --output."
@@ -191,20 +189,17 @@ def check_same(stored: Job, job: Job, folder: Path) -> None:
 
 
 def _changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
     kinds = {
-        "changed": changed,
-        "missing": [*(before.keys() - now.keys())],
-        "new": [*(now.keys() - before.keys())],
+        "changed": {name for name in before.keys() & now.keys() if before[name] != now[name]},
+        "missing": before.keys() - now.keys(),
+        "new": now.keys() - before.keys(),
     }
-    return (
-        "; ".join(
-            f"{what} input: {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}"
-            for what, names in kinds.items()
-            if names
-        )
-        or "the input files are in another order"
-    )
+    parts = [
+        f"{what} input: {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}"
+        for what, names in kinds.items()
+        if names
+    ]
+    return "; ".join(parts) or "the input files are in another order"
 
 
 def file_digest(path: Path) -> str:

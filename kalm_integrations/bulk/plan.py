@@ -28,6 +28,7 @@ from kalm_integrations.errors import BadRowsError, ConfigurationError
 from kalm_integrations.protocol import Truncate
 from kalm_integrations.readers.blocks import Block, Schema
 from kalm_integrations.readers.files import manifest_names, partitions
+from kalm_integrations.readers.json_columns import lacks
 from kalm_integrations.readers.source import Source
 from kalm_integrations.validation import why_invalid
 
@@ -213,7 +214,7 @@ def make_plan(
                 bad += 1
                 if len(examples) < ids.SHOWN:
                     examples.append(f"{block.places[row]} {reason}")
-                keys += _bad_key(rows + row)
+                keys += b"\xff" * 8 + (rows + row).to_bytes(8, "little")  # as no other row
                 tokens.append(0)
             digests[-1].append(block.digest)
             if options.id_column is not None:
@@ -255,18 +256,10 @@ def make_plan(
     return plan
 
 
-def _bad_key(row: int) -> bytes:
-    """A key that no other row has."""
-    return (2**64 - 1).to_bytes(8, "little") + row.to_bytes(8, "little")
-
-
 def _check_columns(plan: Plan) -> None:
     names, options = plan.schema.arrow.names, plan.options
-    shown = ", ".join(map(repr, names))
     if options.id_column is not None and options.id_column not in names:
-        raise ConfigurationError(
-            f"no column {options.id_column!r}, but {shown}: --id-column names one of them."
-        )
+        raise ConfigurationError(f"{lacks(options.id_column, names, '--id-column')}.")
     if options.vector_column in (plan.source.text_column, options.id_column):
         raise ConfigurationError(f"--vector-column {options.vector_column}: name another column.")
     if taken := [name for name in options.vector_columns if name in plan.columns]:

@@ -92,10 +92,9 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
     remote = re.match(r"\w[\w+.-]+://", pattern)
     filesystem, root, paths = _remote(pattern) if remote else (None, *_local(pattern, exclude))
     if not paths:
-        nothing = f"has no {', '.join(FORMATS)}." if root is not None else ""
-        raise ConfigurationError(
-            f"{_shown(pattern)} {nothing}" if nothing else f"there is no {_shown(pattern)}."
-        )
+        if root is None:
+            raise ConfigurationError(f"there is no {_shown(pattern)}.")
+        raise ConfigurationError(f"{_shown(pattern)} has no {', '.join(FORMATS)}.")
     kinds = {suffix_of(path): FORMATS.get(suffix_of(path)) for path in paths}
     if unknown := sorted(suffix for suffix, kind in kinds.items() if kind is None):
         raise ConfigurationError(
@@ -110,12 +109,11 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
     relative = [os.path.relpath(path, base).replace(os.sep, "/") for path in paths]
     short = [PurePosixPath(name).name for name in relative]
     names = short if len(set(short)) == len(short) else relative
-    # Partitions count from the folder that was named, which may be above what the files share.
-    below = [os.path.relpath(path, root) if root is not None else "" for path in paths]
-    files = [
-        InputFile(path, _shown(name), part.replace(os.sep, "/"), filesystem)
-        for path, name, part in zip(paths, names, below, strict=True)
-    ]
+    files = []
+    for path, name in zip(paths, names, strict=True):
+        # Partitions count from the folder that was named, which may be above what the files share.
+        below = "" if root is None else os.path.relpath(path, root).replace(os.sep, "/")
+        files.append(InputFile(path, _shown(name), below, filesystem))
     if len({file.name for file in files}) < len(files):
         raise ConfigurationError(
             f"{_shown(pattern)} has files whose names are the same as text: rename one."

@@ -103,10 +103,9 @@ def undecodable(text: str, encoding: str) -> str | None:
     return f"is not {name}: it has a lone surrogate"
 
 
-def lacks(name: str, there: list[str]) -> str:
-    """For messages about a missing text column."""
-    shown = ", ".join(map(repr, there)) or "none"
-    return f"no column {name!r}, but {shown}: --text-column names it"
+def lacks(name: str, there: list[str], option: str = "--text-column") -> str:
+    """For messages about a missing column."""
+    return f"no column {name!r}, but {', '.join(map(repr, there)) or 'none'}: {option} names it"
 
 
 class LineParser:

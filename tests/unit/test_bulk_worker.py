@@ -211,7 +211,7 @@ def test_a_shard_over_its_time_limit_is_tried_again_in_another_container(
     assert "time limit" in str(outcome)
     assert hung.gave_way == 1
     assert limits == [state(job).description.tokens[1]]
-    (attempt,) = state(job).trying[1].attempts
+    (attempt,) = state(job).records[1].attempts
     assert "time limit" in attempt.error
     assert new(name="ta-2").embed(1) == ["finished"]
 
@@ -234,7 +234,7 @@ def test_a_shard_that_cannot_be_written_is_recorded_too(job: FolderStore, new: A
     (job.folder / "shards" / ".part-000000.parquet.tmp").mkdir(parents=True)
     (outcome,) = new().embed(0)
     assert isinstance(outcome, RuntimeError)
-    (attempt,) = state(job).trying[0].attempts
+    (attempt,) = state(job).records[0].attempts
     assert "Error" in attempt.error
     assert state(job).finished == {}
 
@@ -274,7 +274,7 @@ def test_the_third_container_without_trust_stops_the_run(job: FolderStore, new: 
     stopped = state(job).stop
     assert stopped is not None
     assert stopped.reason == "canary"
-    assert state(job).trying == {}  # no shard is blamed
+    assert state(job).records == {}  # no shard is blamed
 
 
 def test_a_cancelled_input_leaves_the_files_alone(job: FolderStore, new: Any) -> None:

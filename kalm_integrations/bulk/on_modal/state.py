@@ -41,11 +41,6 @@ class State:
         return {n: record for n, record in self._open.items() if record.code}
 
     @cached_property
-    def trying(self) -> dict[int, ShardRecord]:
-        """Shards that the newest run has begun."""
-        return {n: record for n, record in self._open.items() if not record.code}
-
-    @cached_property
     def _open(self) -> dict[int, ShardRecord]:
         newest = self.run.id if self.run else None
         return {n: r for n, r in self.records.items() if r.shard is None and r.run == newest}
