@@ -32,6 +32,7 @@ image = image_of(settings)
 
 hf_secrets = [modal.Secret.from_name(settings.hf_secret)] if settings.hf_secret else []
 api_key = modal.Secret.from_name(settings.api_key_secret, required_keys=["KALM_API_KEY"])
+api_key_secrets = [api_key] if settings.needs_bearer else []
 bulk_volume = modal.Volume.from_name(settings.bulk_volume, create_if_missing=True, version=2)
 jit_volume = modal.Volume.from_name(settings.jit_cache_volume, create_if_missing=True)
 weights_volume = modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True)
@@ -118,7 +119,7 @@ class EngineContainer:
     **resources,
     **snapshot,
     volumes=volumes,
-    secrets=[api_key] if settings.needs_bearer else [],
+    secrets=api_key_secrets,
     min_containers=settings.min_containers,
     max_containers=settings.max_containers,
     scaledown_window=settings.scaledown_window,

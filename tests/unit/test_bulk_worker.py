@@ -23,7 +23,6 @@ from kalm_integrations.bulk.on_modal.state import Reader, State
 from kalm_integrations.bulk.on_modal.transfer import upload
 from kalm_integrations.bulk.options import Options
 from kalm_integrations.bulk.plan import make_plan
-from kalm_integrations.bulk.progress import ProgressView
 from kalm_integrations.errors import CanaryFailedError, KalmError
 from kalm_integrations.identity import VectorIdentity
 from kalm_integrations.models import EMBEDDED
@@ -62,7 +61,7 @@ def job(tmp_path: Path) -> FolderStore:
         Source(str(source)), "error", Options(shard_rows=4, on_error="null"), lambda _: None
     )
     store = FolderStore(tmp_path / "volume" / job_state.JOBS / JOB)
-    upload(store, plan, plan.job(identity.to_dict(), "float16"), str(source), ProgressView())
+    upload(store, plan, plan.job(identity.to_dict(), "float16"), str(source), lambda _: None)
     send(store, RUN, [0, 1, 2])
     return store
 

@@ -153,7 +153,7 @@ def _send(
     store, config = deployment.store(name), deployment.config
     state = Reader(store).read()
     if state is None:
-        state = State(description=upload(store, *planned, view))
+        state = State(description=upload(store, *planned, view.now_and_then))
     elif cloud.is_alive(deployment, state):
         view.say(f"{name} runs already")
         return False
@@ -271,7 +271,7 @@ def _fetched(
     folder, manifest = Path(str(chosen.output)), state.manifest
     claim(folder, name, manifest.job)
     with locked(folder):
-        fetch(store, state, folder, view)
+        fetch(store, state, folder, view.now_and_then)
     text = outcome(manifest, folder, as_json=chosen.json, more={"job": name})
     if not state.complete and not chosen.json:
         done = f"{len(state.finished):,} of {counted(state.total, 'shard')}"

@@ -22,7 +22,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -155,10 +155,10 @@ class Store(Protocol):
 
 
 class FolderStore:
-    """A folder of this machine."""
+    """A folder of this machine; `commit` shows others what is written to it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, commit: Callable[[], object] = lambda: None) -> None:
+        self.folder, self._commit = folder, commit
 
     def names(self, folder: str) -> dict[str, tuple[int, int]]:
         try:
@@ -176,6 +176,7 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as file:
                 file.write(content if isinstance(content, bytes) else content.read_bytes())
+        self._commit()
 
 
 def send_run(app_name: str, environment_name: str | None, store: Store, job: str, run: Run) -> None:

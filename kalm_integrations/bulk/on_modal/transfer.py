@@ -1,25 +1,27 @@
-"""Parts on their way to the Volume, and shards on their way back."""
+"""Parts on their way to the Volume, from here or from a container, and shards on their way back."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import xxhash
 
 from kalm_integrations.bulk import shards
 from kalm_integrations.bulk.manifest import Job, file_digest, written_whole
 from kalm_integrations.bulk.on_modal import records
-from kalm_integrations.bulk.on_modal.cloud import VolumeStore
 from kalm_integrations.bulk.on_modal.records import Description, Store
 from kalm_integrations.bulk.on_modal.state import State
 from kalm_integrations.bulk.plan import Plan
-from kalm_integrations.bulk.progress import ProgressView, counted
 from kalm_integrations.bulk.vectors import EarlierVectors
 from kalm_integrations.errors import InvalidResponseError
+
+if TYPE_CHECKING:
+    from kalm_integrations.bulk.on_modal.cloud import VolumeStore
 
 _PARTS_AT_ONCE: Final = 16
 _BYTES_AT_ONCE: Final = 64 * 2**20
@@ -27,7 +29,10 @@ _BYTES_AT_ONCE: Final = 64 * 2**20
 _DOWNLOADS: Final = 4
 
 
-def upload(store: Store, plan: Plan, job: Job, source: str, view: ProgressView) -> Description:
+Notify = Callable[[str], object]
+
+
+def upload(store: Store, plan: Plan, job: Job, source: str, notify: Notify) -> Description:
     """Upload the parts that are not there yet, and `job.json` last.
 
     Raises:
@@ -64,14 +69,14 @@ def upload(store: Store, plan: Plan, job: Job, source: str, view: ProgressView) 
             if len(waiting) == _PARTS_AT_ONCE or waiting_bytes >= _BYTES_AT_ONCE:
                 send()
                 waiting_bytes = 0
-                view.now_and_then(f"uploading: {len(tokens):,} of {counted(job.shards, 'part')}")
+                notify(f"uploading: {len(tokens):,} of {job.shards:,} parts")
         send()
     description = Description(job=job, tokens=tokens, digests=digests, source=source)
     store.write({records.JOB: description.to_bytes()})
     return description
 
 
-def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) -> None:
+def fetch(store: VolumeStore, state: State, folder: Path, notify: Notify) -> None:
     """Download the finished shards that are not in `folder` yet; of a complete job the manifest
     too, which makes it a finished local job.
 
@@ -107,7 +112,7 @@ def fetch(store: VolumeStore, state: State, folder: Path, view: ProgressView) ->
         try:
             for number, download in enumerate(downloads, 1):
                 download.result()
-                view.now_and_then(f"fetching: {number:,} of {counted(len(wanted), 'file')}")
+                notify(f"fetching: {number:,} of {len(wanted):,} files")
         except BaseException:
             stopped.set()
             threads.shutdown(wait=False, cancel_futures=True)
