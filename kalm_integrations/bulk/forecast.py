@@ -105,10 +105,8 @@ def _text(data: dict[str, Any], plan: Plan) -> str:
         f"on Modal, on {rate}, with the load of the model in each container; the price includes "
         f"{worker_pool.SCALEDOWN_WINDOW} s of idle time at the end:"
     )
-    rows = [("containers", "time", "$")] + [
-        (str(row["containers"]), duration(3600 * row["hours"]), f"{row['dollars']:,.2f}")
-        for row in data["on_modal"]
-    ]
-    widths = (10, 12, 10)
-    cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join([*lines, *("  ".join(row) for row in cells)])
+    lines.append(f"containers  {'time':>12}  {'$':>10}")
+    for row in data["on_modal"]:
+        time = duration(3600 * row["hours"])
+        lines.append(f"{row['containers']:>10}  {time:>12}  {row['dollars']:>10,.2f}")
+    return "\n".join(lines)

@@ -61,7 +61,8 @@ def embed_corpus(
         name.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         identity = client.warm_up()
-        width = client.vector_dimensions or _width(client)
+        # The first answer tells the dimensions of a model without a profile.
+        width = client.vector_dimensions or client.embed(["how many?"]).vectors.shape[1]
         job = plan.job(identity.to_dict(), client.config.vector_dtype)
         manifest = _opened(folder, Manifest(job=job))
         earlier = EarlierVectors(options.reuse, job) if options.reuse else None
@@ -158,8 +159,3 @@ def _check_apart(source: str, output: Path) -> None:
         )
     if folder / shards.FOLDER in (path, *path.parents):
         raise ConfigurationError(f"the input {source} is within --output {output}.")
-
-
-def _width(client: KalmClient) -> int:
-    """Dimensions of a model without a profile: its first answer tells."""
-    return int(client.embed(["how many dimensions?"]).packed.shape[1])

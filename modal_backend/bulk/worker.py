@@ -102,7 +102,9 @@ class Worker:
             async with limit:
                 await self._embed_claimed(store, run, claimed, number)
         except Exception as error:
-            failure = error if isinstance(error, KalmError) else _unexpected(error)
+            failure: KalmError = TransportError(f"{type(error).__name__}: {error}.")
+            if isinstance(error, KalmError):
+                failure = error
             if limit.expired():
                 failure = TransportError("the shard took longer than its time limit.")
                 await self._give_way()  # an engine that hangs would keep the next one too
@@ -273,10 +275,6 @@ def _write_manifest(store: FolderStore) -> None:
     if state is not None and state.complete:
         shards.gather_rejected(store.folder, state.manifest.shards, keep=True)
         state.manifest.write(store.folder)
-
-
-def _unexpected(error: Exception) -> KalmError:
-    return TransportError(f"{type(error).__name__}: {error}.")
 
 
 def _for_modal(failure: KalmError) -> RuntimeError:
