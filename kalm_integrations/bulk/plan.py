@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -105,26 +107,22 @@ class Plan:
         Raises:
             ConfigurationError: The input has changed since it was planned.
         """
+        for number, pieces in groupby(self._pieces(begin), key=itemgetter(0)):
+            yield self._part(number, [piece[1:] for piece in pieces])
+
+    def _pieces(self, begin: int) -> Iterator[tuple[int, Block, int, int]]:
+        """(part, block, its first row in that part, the row after its last)."""
         size, row = self.options.shard_rows, 0
-        skip = min(begin * size, self.rows)
-        pending: list[tuple[Block, int, int]] = []
-        count, number = 0, begin
         for index, rows in enumerate(self.file_rows):
-            if row + rows <= skip:
+            if row + rows <= begin * size:
                 row += rows
                 continue
             for block in self.same_blocks(index):
-                start = max(0, skip - row)
-                row += len(block)
-                while start < len(block):
-                    end = min(len(block), start + size - count)
-                    pending.append((block, start, end))
-                    count, start = count + end - start, end
-                    if count == size:
-                        yield self._part(number, pending)
-                        pending, count, number = [], 0, number + 1
-        if count:
-            yield self._part(number, pending)
+                after = row + len(block)
+                for number in range(max(begin, row // size), -(-after // size)):
+                    first, end = number * size, (number + 1) * size
+                    yield number, block, max(0, first - row), min(len(block), end - row)
+                row = after
 
     def same_blocks(self, index: int) -> Iterator[Block]:
         file, rows = self.source.files[index], 0
