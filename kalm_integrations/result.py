@@ -268,8 +268,8 @@ def log_truncated(indices: Sequence[int]) -> None:
     """Warn of the texts that were cut, of which a list of vectors says nothing."""
     more = f" and {len(indices) - _MAX_NAMED:,} more" if len(indices) > _MAX_NAMED else ""
     log.warning(
-        "%d of the texts are longer than the model reads; only their beginnings were embedded "
-        '(truncate="end"), by index: %s%s',
+        "%d of the texts had more tokens than the model reads; only the beginning of each was "
+        'embedded (truncate="end"), by index: %s%s',
         len(indices),
         ", ".join(map(str, indices[:_MAX_NAMED])),
         more,

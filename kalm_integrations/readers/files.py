@@ -103,7 +103,7 @@ def find(pattern: str, exclude: Path | None = None) -> tuple[list[InputFile], st
     if len(set(kinds.values())) > 1:
         raise ConfigurationError(
             f"{_shown(pattern)} has files of several kinds ({', '.join(sorted(kinds))}): name "
-            f"those of one, '{pattern.rstrip('/')}/*.parquet' for instance."
+            f"those of one, '{pattern.rstrip('/')}/**/*{min(kinds)}' for instance."
         )
     base = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
     relative = [os.path.relpath(path, base).replace(os.sep, "/") for path in paths]
