@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,28 @@ async def test_a_server_that_may_be_back_is_tried_by_one_request(clock: Clock) -
     assert down.received == 2
     down.gate.set()
     await asyncio.gather(*running)
+
+
+async def test_a_server_that_does_not_answer_before_the_deadline_is_left_alone() -> None:
+    hung, up = Server(), Server()
+    hung.gate.clear()
+    transport = over(hung, up)
+    for _ in range(6):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await transport.embed(replace(QUERY, timeout=0.1))
+    assert (hung.received, up.received) == (1, 5)
+
+
+async def test_a_cancelled_request_says_nothing_of_its_server() -> None:
+    slow, up = Server(), Server()
+    slow.gate.clear()
+    transport = over(slow, up)
+    running = asyncio.ensure_future(transport.embed(replace(QUERY, timeout=10.0)))
+    await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert transport._servers[0].is_available
 
 
 async def test_retry_after_is_respected(clock: Clock) -> None:
