@@ -28,7 +28,7 @@ _REACH: Final = "Check that the service runs, KALM_BASE_URL, and the network in 
 def checks(context: DoctorContext) -> list[Check]:
     """For the service at `base_url`, or at the endpoint that an earlier check finds. Of several
     services, the first is checked in detail."""
-    base_url, *others = context.settings.base_urls or [None]
+    base_url, *others = context.settings.base_urls or [""]
     context.url = base_url or context.url
     context.scales_to_zero = not base_url or (urlsplit(base_url).hostname or "").endswith(MODAL)
     address = "settings" if base_url else "http endpoint"

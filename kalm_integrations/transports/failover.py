@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from kalm_integrations.errors import (
     CanaryFailedError,
-    DeadlineExceededError,
     KalmError,
     ServiceUnavailableError,
 )
@@ -36,7 +35,6 @@ HEDGED_SHARE: Final = 0.05
 _MOST_SAVED: Final = 5.0  # hedges that quiet times leave for a bad one
 _MEASURED: Final = 200  # queries whose times say what is slow
 _FEWEST: Final = 20
-_TOLERANCE: Final = 0.05  # seconds; the session's own deadline ends a request
 
 
 class _Server:
@@ -53,20 +51,16 @@ class _Server:
         tried_again = self.failures == 0 or self.in_flight == 0
         return tried_again and time.monotonic() >= self.paused_until
 
-    async def send(self, call: Callable[[HttpTransport], Awaitable[T]], deadline: float) -> T:
-        """Send a request, and judge the answer, or that there is none when the deadline ends it."""
+    async def send(self, call: Callable[[HttpTransport], Awaitable[T]], limit: float | None) -> T:
+        """Send a request, and judge the answer, or that there is none within `limit` seconds."""
         began = self.last_used = time.monotonic()
         self.in_flight += 1
         try:
-            answer = await call(self.transport)
+            answer = await _within(limit, call(self.transport))
         except KalmError as error:
             # Requests that failed together are one failure.
             if may_differ_elsewhere(error) and began >= self.paused_until:
                 self._pause(error)
-            raise
-        except asyncio.CancelledError:
-            if time.monotonic() > deadline - _TOLERANCE and began >= self.paused_until:
-                self._pause(DeadlineExceededError("no answer before the deadline."))
             raise
         finally:
             self.in_flight -= 1
@@ -140,7 +134,7 @@ class FailoverTransport:
         Args:
             call: Sends it.
             tried: Servers that have had it, which this adds to.
-            deadline: When the caller cancels it, a time of `time.monotonic`.
+            deadline: When the session cancels it, a time of `time.monotonic`.
 
         Raises:
             KalmError: The last failure.
@@ -148,8 +142,11 @@ class FailoverTransport:
         server = self._next(tried) or min(self._servers, key=lambda each: each.paused_until)
         while True:
             tried.add(server)
+            left = deadline - time.monotonic()
+            # One that hangs leaves time for another.
+            limit = left / 2 if left < float("inf") and self._next(tried) is not None else None
             try:
-                return await server.send(call, deadline)
+                return await server.send(call, limit)
             except KalmError as error:
                 another = self._next(tried)
                 if another is None or not may_differ_elsewhere(error):
@@ -185,6 +182,21 @@ class FailoverTransport:
         if len(self._seconds) < _FEWEST:
             return None
         return sorted(self._seconds)[int(len(self._seconds) * 0.95)]
+
+
+async def _within(limit: float | None, answer: Awaitable[T]) -> T:
+    """The answer.
+
+    Raises:
+        ServiceUnavailableError: There is none within `limit` seconds.
+    """
+    try:
+        async with asyncio.timeout(limit) as timer:
+            return await answer
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        raise ServiceUnavailableError(f"no answer within {limit:.3g} s.") from error
 
 
 def _deadline(request: EmbedRequest) -> float:
