@@ -254,11 +254,11 @@ def _attributes(config: ClientConfig, role: Role) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {"kalm.backend": config.resolved_backend, "kalm.role": role}
     if config.vector_dimensions:
         attributes["gen_ai.embeddings.dimension.count"] = config.vector_dimensions
-    from yarl import URL
+    if len(config.base_urls) == 1:  # of several, each request has its own
+        from yarl import URL
 
-    url = URL(config.base_url or "")
-    if url.host and url.port:
-        attributes |= {"server.address": url.host, "server.port": url.port}
+        url = URL(config.base_urls[0])
+        attributes |= {"server.address": url.host or "", "server.port": url.port or 0}
     return attributes
 
 

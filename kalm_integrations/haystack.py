@@ -23,7 +23,7 @@ class _Embedder:
     """Takes the arguments of `KalmClient`, secrets as Haystack's `Secret`; or `client=`."""
 
     def __init__(self, *, client: KalmClient | None = None, **options: Any) -> None:
-        self._secrets = {name: options[name] for name in SECRETS if name in options}
+        self._secrets = {name: options[name] for name in SECRETS if options.get(name) is not None}
         self.client = client_of(client, {**options, **_resolved(self._secrets)})  # type: ignore[typeddict-item]
 
     def to_dict(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class _Embedder:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse; raises `IdentityMismatchError` if its vectors would be others."""
         options = dict(data["init_parameters"])
-        secrets = {name: options.pop(name) for name in SECRETS if name in options}
+        secrets = {name: options.pop(name) for name in SECRETS if options.get(name)}
         deserialize_secrets_inplace(secrets, keys=secrets)
         loaded = cls(client=client_from(options, **_resolved(secrets)))
         loaded._secrets = secrets
@@ -69,6 +69,8 @@ class KalmDocumentEmbedder(_Embedder):
 
 
 def _resolved(secrets: dict[str, Secret]) -> dict[str, Any]:
+    if literal := [name for name, secret in secrets.items() if not isinstance(secret, Secret)]:
+        raise TypeError(f"{literal[0]} is not a Secret: pass Secret.from_env_var(...).")
     return {name: secret.resolve_value() for name, secret in secrets.items()}
 
 

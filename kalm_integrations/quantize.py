@@ -132,7 +132,12 @@ def rescore(
         candidates: Rows of `documents` for each query, from `nearest_binary` or from a store.
         documents: float16, float32 or int8 vectors; a memory map will do.
         k: How many.
+
+    Raises:
+        ConfigurationError: A candidate is negative, with which stores fill up short rows.
     """
+    if (candidates < 0).any():
+        raise ConfigurationError("a candidate is negative, so it is no row: leave it out.")
     best = [
         rows[np.argsort(-(documents[rows].astype(np.float32) @ query), kind="stable")[:k]]
         for query, rows in zip(queries.astype(np.float32), candidates, strict=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import ssl
+from functools import partial
 from http.client import HTTPException
 from typing import Final
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+from kalm_integrations.client import KalmClient
 from kalm_integrations.doctor import service
 from kalm_integrations.doctor.base import KEYS, LIMIT, Check, DoctorContext, Result, fail, warn
 from kalm_integrations.errors import ConfigurationError
@@ -24,21 +26,36 @@ _REACH: Final = "Check that the service runs, KALM_BASE_URL, and the network in 
 
 
 def checks(context: DoctorContext) -> list[Check]:
-    """For the service at `base_url`, the first of several, or at the endpoint that an earlier check
-    finds."""
-    base_url = next(iter(context.settings.base_urls), None)
+    """For the service at `base_url`, or at the endpoint that an earlier check finds. Of several
+    services, the first is checked in detail."""
+    base_url, *others = context.settings.base_urls or [""]
     context.url = base_url or context.url
     context.scales_to_zero = not base_url or (urlsplit(base_url).hostname or "").endswith(MODAL)
     address = "settings" if base_url else "http endpoint"
     network = Check("network", _network, needs=(address,), no_answer=_REACH)
+    further = [
+        Check(f"server {number}", partial(_other, url=url), ("identity",), True, _REACH)
+        for number, url in enumerate(others, 2)
+    ]
     if context.scales_to_zero:  # any request starts a container, and one without a key is refused
         return [
             Check("keys", _keys, needs=("settings",)),
             network,
             *service.checks("credentials", context, "keys", "network"),
+            *further,
         ]
     health = Check("health", _health, needs=("network",), no_answer=_REACH)
-    return [network, health, *service.checks("credentials", context, "health")]
+    return [network, health, *service.checks("credentials", context, "health"), *further]
+
+
+def _other(context: DoctorContext, url: str) -> Result:
+    """Whether another server accepts this client, and has the identity of the first."""
+    served = context.description.identity if context.description else None
+    options = {**context.arguments, "base_url": url, "hedge": False, "timeout": context.limit}
+    if served is not None:
+        options["expected_identity"] = served
+    with KalmClient(**options) as client:
+        return f"{url} answers, vectors {client.warm_up().fingerprint}"
 
 
 def _keys(context: DoctorContext) -> Result:

@@ -14,7 +14,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from kalm_integrations.errors import CanaryFailedError, KalmError, ServiceUnavailableError
+from kalm_integrations.errors import (
+    CanaryFailedError,
+    KalmError,
+    ServiceUnavailableError,
+)
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
 if TYPE_CHECKING:
@@ -47,12 +51,12 @@ class _Server:
         tried_again = self.failures == 0 or self.in_flight == 0
         return tried_again and time.monotonic() >= self.paused_until
 
-    async def send(self, call: Callable[[HttpTransport], Awaitable[T]]) -> T:
-        """Send a request, and judge the answer."""
+    async def send(self, call: Callable[[HttpTransport], Awaitable[T]], limit: float | None) -> T:
+        """Send a request, and judge the answer, or that there is none within `limit` seconds."""
         began = self.last_used = time.monotonic()
         self.in_flight += 1
         try:
-            answer = await call(self.transport)
+            answer = await _within(limit, call(self.transport))
         except KalmError as error:
             # Requests that failed together are one failure.
             if may_differ_elsewhere(error) and began >= self.paused_until:
@@ -94,22 +98,23 @@ class FailoverTransport:
         self._seconds: deque[float] = deque(maxlen=_MEASURED)
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        began = time.monotonic()
+        began, deadline = time.monotonic(), _deadline(request)
 
         def call(transport: HttpTransport) -> Awaitable[EmbedResponse]:
             if request.timeout is None:
                 return transport.embed(request)
-            left = request.timeout - (time.monotonic() - began)
-            return transport.embed(replace(request, timeout=left))
+            return transport.embed(replace(request, timeout=deadline - time.monotonic()))
 
         if not self._hedge or request.role != "query":
-            return await self._first_answer(call, set())
-        answer = await self._hedged(call)
+            return await self._first_answer(call, set(), deadline)
+        answer = await self._hedged(call, deadline)
         self._seconds.append(time.monotonic() - began)
         return answer
 
     async def count_tokens(self, request: EmbedRequest) -> list[int]:
-        return await self._first_answer(lambda transport: transport.count_tokens(request), set())
+        return await self._first_answer(
+            lambda transport: transport.count_tokens(request), set(), _deadline(request)
+        )
 
     async def ensure_ready(self) -> ServiceDescription | None:
         return await self._first_answer(lambda transport: transport.ensure_ready(), set())
@@ -119,13 +124,17 @@ class FailoverTransport:
             await server.transport.close()
 
     async def _first_answer(
-        self, call: Callable[[HttpTransport], Awaitable[T]], tried: set[_Server]
+        self,
+        call: Callable[[HttpTransport], Awaitable[T]],
+        tried: set[_Server],
+        deadline: float = float("inf"),
     ) -> T:
         """Send a request to one server after the other, until one answers.
 
         Args:
             call: Sends it.
             tried: Servers that have had it, which this adds to.
+            deadline: When the session cancels it, a time of `time.monotonic`.
 
         Raises:
             KalmError: The last failure.
@@ -133,8 +142,11 @@ class FailoverTransport:
         server = self._next(tried) or min(self._servers, key=lambda each: each.paused_until)
         while True:
             tried.add(server)
+            left = deadline - time.monotonic()
+            # One that hangs leaves time for another.
+            limit = left / 2 if left < float("inf") and self._next(tried) is not None else None
             try:
-                return await server.send(call)
+                return await server.send(call, limit)
             except KalmError as error:
                 another = self._next(tried)
                 if another is None or not may_differ_elsewhere(error):
@@ -146,16 +158,16 @@ class FailoverTransport:
         open_servers = [each for each in self._servers if each not in tried and each.is_available]
         return min(open_servers, key=lambda each: (each.in_flight, each.last_used), default=None)
 
-    async def _hedged(self, call: Callable[[HttpTransport], Awaitable[T]]) -> T:
+    async def _hedged(self, call: Callable[[HttpTransport], Awaitable[T]], deadline: float) -> T:
         """The first answer of one server or, if that is slow, of two."""
         self._hedges_left = min(_MOST_SAVED, self._hedges_left + HEDGED_SHARE)
         tried: set[_Server] = set()
-        tasks = {asyncio.ensure_future(self._first_answer(call, tried))}
+        tasks = {asyncio.ensure_future(self._first_answer(call, tried, deadline))}
         try:
             done, pending = await asyncio.wait(tasks, timeout=self._slow())
             if pending and self._hedges_left >= 1 and self._next(tried) is not None:
                 self._hedges_left -= 1
-                tasks.add(asyncio.ensure_future(self._first_answer(call, tried)))
+                tasks.add(asyncio.ensure_future(self._first_answer(call, tried, deadline)))
             pending = tasks - done
             while pending and all(task.exception() for task in done):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -170,6 +182,26 @@ class FailoverTransport:
         if len(self._seconds) < _FEWEST:
             return None
         return sorted(self._seconds)[int(len(self._seconds) * 0.95)]
+
+
+async def _within(limit: float | None, answer: Awaitable[T]) -> T:
+    """The answer.
+
+    Raises:
+        ServiceUnavailableError: There is none within `limit` seconds.
+    """
+    try:
+        async with asyncio.timeout(limit) as timer:
+            return await answer
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        raise ServiceUnavailableError(f"no answer within {limit:.3g} s.") from error
+
+
+def _deadline(request: EmbedRequest) -> float:
+    """When the session gives up, a time of `time.monotonic`."""
+    return float("inf") if request.timeout is None else time.monotonic() + request.timeout
 
 
 def may_differ_elsewhere(error: KalmError) -> bool:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kalm_integrations import tracing
+from kalm_integrations.batching import estimate_tokens
 from kalm_integrations.codec import MEDIA_TYPE, packed_parts
 from kalm_integrations.errors import KalmError, NotFoundError, PermissionDeniedError
 from kalm_integrations.prompts import AS_IS, Role
@@ -102,7 +103,12 @@ class Handlers:
         count, role = len(parsed.texts), parsed.role
         work = self._service.embed(parsed, received)
         del parsed  # texts that the service truncates need not stay in memory
-        result = await _unless_disconnected(request, work)
+        try:
+            result = await _unless_disconnected(request, work)
+        except ClientDisconnect:  # else a key could use the engine beyond its limit
+            most = count * self._service.max_tokens
+            request.state.caller.tokens.use(min(estimate_tokens(request.state.size), most))
+            raise
 
         request.state.tokens = tokens = result.usage.tokens or 0
         request.state.caller.tokens.use(tokens)
@@ -122,6 +128,7 @@ class Handlers:
         """Read the body of a request, and parse it in a thread if that takes long."""
         timeout = timeout_of(request.headers)
         body = await json_body.read(request, self._max_body_bytes)
+        request.state.size = len(body)
         parse = partial(self._parse, body, role, request.state.caller, packed, timeout)
         if len(body) <= _LOOP_BYTES:
             return parse()

@@ -145,6 +145,21 @@ class TestAllGood:
         assert 'backend="http", since KALM_BASE_URL is set' in shown
         assert "KALM_API_KEY: set" in shown
 
+    def test_each_of_several_servers(
+        self, doctor: Doctor, over: Callable[[str], None], service: str
+    ) -> None:
+        over(f"{service},http://127.0.0.1:{closed_port()},{service}/v1")
+        diagnosis = doctor()
+        assert "refused" in stopped_at("server 2", diagnosis)
+        assert diagnosis.status("server 3") == ["ok"]
+
+    def test_servers_of_two_identities(
+        self, doctor: Doctor, over: Callable[[str], None], service: str
+    ) -> None:
+        with FaultyServer(ours=False) as other:
+            over(f"{service},{other.url}")
+            assert "server 2" in doctor().failed
+
     def test_waiting_is_announced(self, doctor: Doctor, variables: Callable[..., None]) -> None:
         variables(KALM_BACKEND="local", KALM_TIMEOUT="77")
         diagnosis = doctor("--wake")

@@ -99,6 +99,14 @@ class TestHaystack:
         with pytest.raises(ValueError, match="Cannot serialize"):
             embedder.to_dict()
 
+    def test_a_secret_may_be_none_and_a_literal_one_is_refused(self) -> None:
+        stored = KalmTextEmbedder(**HTTP, api_key=None).to_dict()
+        stored["init_parameters"]["api_key"] = None
+        assert KalmTextEmbedder.from_dict(stored).client.config.api_key is None
+        with pytest.raises(TypeError, match=r"api_key.*from_env_var") as caught:
+            KalmTextEmbedder(**HTTP, api_key="literal-key")
+        assert "literal-key" not in str(caught.value)
+
     def test_a_stored_embedder_refuses_to_make_other_vectors(self) -> None:
         stored = KalmDocumentEmbedder(**HTTP).to_dict()
         stored["init_parameters"]["identity"]["dimensions"] = 7

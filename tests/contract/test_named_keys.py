@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from pydantic import SecretStr
@@ -78,6 +81,19 @@ def test_tokens_per_minute(url: str) -> None:
     answer = ask(f"{url}/v1/embeddings", {"input": "K2"}, key="lorac")
     assert answer.status == 429
     assert int(answer.headers["Retry-After"]) > 60  # the excess is waited for
+
+
+def test_a_caller_who_leaves_has_used_tokens(url: str) -> None:
+    body = json.dumps({"input": ["many words " * 500] * 200}).encode()
+    request = Request(f"{url}/v1/embeddings", body, {"Authorization": "Bearer lorac"})
+    with pytest.raises(TimeoutError):
+        urlopen(request, timeout=0.3)
+    left = b'kalm_key_requests_total{code="caller_left",key="carol"} 1.0'
+    for _ in range(100):
+        if left in ask(f"{url}/metrics", key="ecila").body:
+            break
+        time.sleep(0.1)
+    assert status(url, "lorac") == 429
 
 
 def test_an_allowance_recovers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,12 @@ class TestOverHttp:
             assert 0 <= attributes["kalm.engine.seconds"] < 10  # type: ignore[operator]
         assert sum(s.attributes["kalm.texts"] for s in servers) == 5  # type: ignore[index, misc]
 
+    def test_several_servers(self, exporter: InMemorySpanExporter, url: str) -> None:
+        with client_of(f"{url},{url}/v1") as client:
+            client.embed(["a"])
+        call, _ = split(exporter.get_finished_spans())
+        assert "server.address" not in (call.attributes or {})
+
     @pytest.mark.usefixtures("quick_retries")
     def test_retries_are_events(self, exporter: InMemorySpanExporter) -> None:
         steps = [reply(500), reply(429), packed()]

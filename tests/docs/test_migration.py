@@ -6,12 +6,34 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kalm_integrations.cli import main
 
 PAGE = (Path(__file__).parents[2] / "docs/migration.md").read_text()
+
+
+def test_filling_does_not_undo_what_is_written_meanwhile() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    before, found, after = block.partition("start, size =")
+    page: dict[str, Any] = {}
+    exec(before, page)
+    client = page["client"]
+
+    class WrittenTo:
+        vector_identity = client.vector_identity
+
+        def embed(self, texts: list[str], **options: Any) -> Any:
+            page["client"] = client
+            page["write"](["1"], ["Bread falls."])
+            return client.embed(texts, **options)
+
+    page["client"] = WrittenTo()
+    exec(found + after, page)
+    (point,) = page["qdrant"].retrieve(page["new"], [1])
+    assert point.payload == {"text": "Bread falls."}
 
 
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

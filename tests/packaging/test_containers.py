@@ -91,6 +91,8 @@ def test_the_cpu_image_serves(tmp_path: Path) -> None:
         ready_url(serving)
         assert _status(probe, variables) == 0
         assert _status(probe, variables | {"KALM_API_KEY": "wrong"}) == 1
+        rotated = variables["KALM_API_KEY"] + " new"
+        assert _status(probe, variables | {"KALM_API_KEY": rotated}) == 0
         serving.terminate()
     assert serving.returncode == 128 + signal.SIGTERM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,28 @@ async def test_a_server_that_may_be_back_is_tried_by_one_request(clock: Clock) -
     assert down.received == 2
     down.gate.set()
     await asyncio.gather(*running)
+
+
+async def test_a_server_that_hangs_costs_half_of_the_time_once() -> None:
+    hung, up = Server(), Server()
+    hung.gate.clear()
+    transport = over(hung, up)
+    for _ in range(6):
+        async with asyncio.timeout(0.4):
+            await transport.embed(replace(QUERY, timeout=0.4))
+    assert (hung.received, up.received) == (1, 6)
+    assert hung.cancelled
+
+
+async def test_a_cancelled_request_says_nothing_of_its_server() -> None:
+    slow, up = Server(), Server()
+    slow.gate.clear()
+    transport = over(slow, up)
+    running = asyncio.ensure_future(transport.embed(replace(QUERY, timeout=10.0)))
+    await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert transport._servers[0].is_available
 
 
 async def test_retry_after_is_respected(clock: Clock) -> None:

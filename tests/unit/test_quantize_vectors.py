@@ -80,6 +80,11 @@ def test_binary_finds_candidates_and_rescoring_puts_them_in_order() -> None:
     assert order == sorted(order, reverse=True)
 
 
+def test_a_store_that_fills_up_with_negative_rows_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="negative"):
+        rescore(VECTORS[:1], np.array([[0, -1]]), VECTORS, 2)
+
+
 def test_fewer_documents_than_results() -> None:
     near = nearest_binary(to_binary(VECTORS[:2]), to_binary(VECTORS[:3]), 10)
     assert near.shape == (2, 3)
