@@ -118,9 +118,9 @@ class BadRowsError(InvalidInputError):
 
     code = "bad_rows"
     remedy = (
-        "Fix these rows, skip them (--on-error skip), keep them without a vector (--on-error null), "
-        "cut long texts (KALM_TRUNCATE=end) or name the files' encoding (--encoding). A job that "
-        "has begun keeps its options: other ones need another --output."
+        "Fix these rows, skip them (--on-error skip), keep them without a vector (--on-error "
+        "null), cut long texts (KALM_TRUNCATE=end) or name the files' encoding (--encoding). A job "
+        "that has begun keeps its options: other ones need another --output."
     )
 
 
