@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import reduce
 from typing import TypeVar
@@ -210,8 +211,9 @@ class Session:
         time_left = state.deadline - time.monotonic()
         delay = self._retries.delay(state.counted, error, time_left, outage=outage)
         if delay is None:
-            error.retries = state.retries
-            raise error
+            failure = copy(error)  # several calls may share it, and each adds what it has embedded
+            failure.retries = state.retries
+            raise failure.with_traceback(error.__traceback__) from error.__cause__
         state.retries += 1
         state.counted += not outage
         log.debug("retry %d in %.1f s: %s", state.retries, delay, error)

@@ -282,6 +282,23 @@ class TestFailures:
         assert sorted([*partial.indices, *partial.missing]) == list(range(10))
         assert np.array_equal(partial.vectors, vectors_of([TEXTS[i] for i in partial.indices]))
 
+    async def test_calls_that_fail_together_have_their_own_vectors(self, over: Over) -> None:
+        """Requests that wait for one probe of the server fail with the same error."""
+        shared = ConfigurationError("no such server.")
+
+        def refuse(request: EmbedRequest) -> None:
+            if request.texts[0].endswith("last"):
+                raise shared
+
+        client = over(ScriptedTransport(refuse=refuse), batch_size=1, max_concurrency=1)
+        texts = [["a", "a last"], ["b", "b last"]]
+        calls = await asyncio.gather(*map(client.aembed, texts), return_exceptions=True)
+        for mine, error in zip(texts, calls, strict=True):
+            assert isinstance(error, ConfigurationError)
+            assert error.partial is not None
+            assert error.partial.indices.tolist() == [0]
+            assert np.array_equal(error.partial.vectors, vectors_of(mine[:1]))
+
     @every_way
     def test_whatever_a_transport_raises_becomes_one_of_our_errors(
         self, over: Over, way: Way
