@@ -219,6 +219,7 @@ async def test_a_slow_query_is_sent_to_a_second_server_and_the_first_answer_coun
     servers = Server(), Server()
     transport = over(*servers, hedge=True)
     await measured(transport)
+    transport._hedges_left = 5.0  # on a busy machine some of the measured queries were slow
     servers[0].gate.clear()
     for _ in range(4):
         await asyncio.wait_for(transport.embed(QUERY), 10)
