@@ -245,7 +245,7 @@ class TransportError(KalmError):
 
 class InvalidResponseError(_TextsError, KalmError):
     """The response does not hold the requested vectors: their count, dimensions or type is wrong,
-    or values are not finite or not of unit length. Nothing of that request is returned."""
+    or values are not finite or not of unit length."""
 
     code = "invalid_vectors"
     remedy = "Do not store vectors of this service until it is fixed."
