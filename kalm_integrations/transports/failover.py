@@ -14,11 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from kalm_integrations.errors import (
-    CanaryFailedError,
-    KalmError,
-    ServiceUnavailableError,
-)
+from kalm_integrations.errors import CanaryFailedError, KalmError, ServiceUnavailableError
 from kalm_integrations.protocol import EmbedRequest, EmbedResponse, ServiceDescription
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from modal_backend.http.buffered_transport import BufferedTransport
 from modal_backend.http.connection_table import ConnectionTable, final_response
 
 if TYPE_CHECKING:
@@ -31,36 +32,6 @@ LINGER_BYTES: Final = 2**20
 """How long, and how much, a refused caller may continue to send before the connection is closed:
 if it were closed while data arrives, TCP would discard the response that tells why."""
 _PARSED_AT_ONCE: Final = 8192
-_BUFFERED_AT_ONCE: Final = 65_536
-
-
-class _BufferedTransport:
-    """A transport that sends in one packet what is written in one step of the event loop.
-
-    uvicorn writes the header and the body of a response one after the other. The second system call
-    would take longer than everything else that refusing a request does, and wake the caller twice.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._parts: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        if not self._parts:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._parts.append(data)
-        if len(data) > _BUFFERED_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._parts:
-            self._transport.write(b"".join(self._parts))
-            self._parts.clear()
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("write_eof", "close", "abort"):
-            self._flush()
-        return getattr(self._transport, name)
 
 
 class _Flow(FlowControl):
@@ -123,7 +94,7 @@ class Connection(HttpToolsProtocol):
         return bool(self.pipeline or self._unparsed)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", _BufferedTransport(transport)))
+        super().connection_made(cast("asyncio.Transport", BufferedTransport(transport)))
         self.flow = _Flow(transport, self)
         self._update_table()
         self._deadline = self.since + HEADER_SECONDS
